@@ -1,0 +1,3 @@
+"""Stagewire: one model over many independent `vllm serve` processes, joined in a ring over ZeroMQ."""
+
+__version__ = "0.1.0"
