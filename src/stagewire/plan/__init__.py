@@ -1,1 +1,1 @@
-"""(see the modules)"""
+"""Which stage owns which layers: parse, split, validate. Pure; standard library only."""
