@@ -1,0 +1,131 @@
+"""Which stage reads which tensor, decided from its name alone. Pure.
+
+A stage knows only its own range, which is enough: it is the first when the range starts at 0, the last when it ends at
+the model's depth. What this table cannot place is read by every stage: bytes too many are only slower, a tensor
+that is missing gives wrong tokens. Every stage of stock vLLM reads every tensor, so its models drop what they lack.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo
+from stagewire.checkpoint.model_config import ModelShape
+from stagewire.plan.ranges import LayerRange
+
+__all__ = ["Role", "describe_load", "layer_of", "owns", "role_of", "shares_embedding", "stage_bytes", "stage_tensors"]
+
+_BYTES_PER_GB = 10**9
+
+
+class Role(Enum):
+    """What a tensor is for, and so who owns it."""
+
+    LAYER = "layer"  # the stage whose range holds it; beyond the model's depth (DeepSeek's MTP layers): the last
+    EMBEDDING = "embedding"  # of tokens: the first, and the last too when the head shares it
+    HEAD = "head"  # output projection, classifier: the last
+    FINAL_NORM = "final norm"  # the last
+    MTP = "multi-token prediction"  # named apart from the decoder's layers: the last
+    OTHER = "other"  # towers, projectors, position embeddings, whatever else precedes layer 0: the first
+    UNKNOWN = "unknown"  # every stage
+
+
+_LAST_STAGE_ROLES = frozenset((Role.HEAD, Role.FINAL_NORM, Role.MTP))
+
+# Names of modules as checkpoints spell them, read from vLLM 0.32's models and their weight mappers.
+_LAYER_LISTS = frozenset(("layers", "h", "blocks", "layer"))
+_TOWER = re.compile(
+    r"visi|visual|image|video|^vit(?:_|$)|vpm|audio|speech|sound|apm|whisper|encoder|qformer|q_former|resampler"
+    r"|perceiver|projector|adapt[eo]r|connector|aligner|merger|^mm_|^mlp1$|talker|token2wav|code2wav"
+)
+_MODULES_OF_ROLE = {
+    Role.EMBEDDING: """embed_tokens wte word_embeddings tok_embeddings token_embedding embed_in embed
+        embedding embeddings""",
+    Role.HEAD: """lm_head output output_layer embed_out ff_out proj_out project_out head
+        score classifier v_head""",
+    Role.FINAL_NORM: "norm ln_f norm_f final_layernorm final_layer_norm final_norm ln_out embedding_norm",
+    Role.OTHER: """wpe embed_positions position_embeddings token_type_embeddings word_embeddings_layernorm project_in
+        embed_tokens_per_layer per_layer_model_projection per_layer_projection_norm""",
+}
+_ROLE_OF_MODULE = {module: role for role, modules in _MODULES_OF_ROLE.items() for module in modules.split()}
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer of a tensor, ``None`` for anything else, such as a layer of a vision tower.
+
+    ``model.layers.12.self_attn.q_proj.weight`` -> 12. MTP modules with numbers of their own (``mtp.layers.0``) are no
+    decoder layers; those numbered on from the decoder's (``model.layers.61`` of 61) are, and exceed the depth.
+    """
+    return _place(name)[1]
+
+
+def role_of(name: str) -> Role:
+    """See ``Role``. A name that fits nothing known is ``UNKNOWN``."""
+    return _place(name)[0]
+
+
+def shares_embedding(index: CheckpointIndex, shape: ModelShape) -> bool:
+    """Whether the head is the token embedding, so that the last stage needs a copy of it.
+
+    vLLM's own rule, to the letter (``ModelConfig.maybe_untie_word_embeddings``, vllm/config/model.py): a checkpoint
+    that holds ``lm_head.weight`` is untied, whatever its config says; a quantized head (``lm_head.qweight``) is not.
+    """
+    return shape.tie_word_embeddings and not any(name.endswith("lm_head.weight") for name in index.tensors)
+
+
+def owns(name: str, layers: LayerRange, num_layers: int, *, shared_embedding: bool) -> bool:
+    """Whether the stage with ``layers`` of ``num_layers`` reads this tensor. ``shared_embedding``: see above."""
+    is_first, is_last = layers.start == 0, layers.end == num_layers
+    role, layer = _place(name)
+    if layer is not None:
+        return layer in layers or (is_last and layer >= num_layers)
+    if role is Role.EMBEDDING:
+        return is_first or (is_last and shared_embedding)
+    if role in _LAST_STAGE_ROLES:
+        return is_last
+    return is_first or role is Role.UNKNOWN
+
+
+def stage_tensors(index: CheckpointIndex, shape: ModelShape, layers: LayerRange) -> list[TensorInfo]:
+    """What the stage with ``layers`` reads, each tensor once, in the order of the files and of their headers."""
+    shared = shares_embedding(index, shape)
+    return [
+        tensor
+        for name, tensor in index.tensors.items()
+        if owns(name, layers, shape.num_layers, shared_embedding=shared)
+    ]
+
+
+def stage_bytes(index: CheckpointIndex, shape: ModelShape, layers: LayerRange) -> int:
+    """Bytes of ``stage_tensors`` as they are in the checkpoint, before any change of dtype."""
+    return sum(tensor.num_bytes for tensor in stage_tensors(index, shape, layers))
+
+
+def describe_load(stage: int, layers: LayerRange, num_bytes: int) -> str:
+    """The line each stage prints: ``Stage 0: Loading layers 0-7... (4.54 GB)``. 1 GB is 10^9 bytes."""
+    return f"Stage {stage}: Loading {layers.describe()}... ({num_bytes / _BYTES_PER_GB:.2f} GB)"
+
+
+def _place(name: str) -> tuple[Role, int | None]:
+    """From the left, the first module that settles it: a layer may hold ``vision_experts``, a tower has layers."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.startswith("mtp"):
+            return Role.MTP, None
+        if part in _LAYER_LISTS and parts[i + 1].isdecimal():
+            return Role.LAYER, int(parts[i + 1])
+        if _is_tower(parts, i):
+            return Role.OTHER, None
+    return _role_of_end(parts), None
+
+
+def _is_tower(parts: list[str], i: int) -> bool:
+    # ChatGLM's whole decoder is called transformer.encoder.
+    is_chatglm = parts[i] == "encoder" and i > 0 and parts[i - 1] == "transformer"
+    return not is_chatglm and _TOWER.search(parts[i]) is not None
+
+
+def _role_of_end(parts: list[str]) -> Role:
+    """From the right, as the inner module is the more specific: ``embeddings.position_embeddings``."""
+    return next((_ROLE_OF_MODULE[part] for part in reversed(parts) if part in _ROLE_OF_MODULE), Role.UNKNOWN)
