@@ -1,3 +1,7 @@
 """Stagewire: one model over many independent `vllm serve` processes, joined in a ring over ZeroMQ."""
 
 __version__ = "0.1.0"
+
+from stagewire.offline import head
+
+__all__ = ["__version__", "head"]

@@ -1,0 +1,192 @@
+"""What the ring needs of a transport, and the one that lives in memory.
+
+`Transport` is the contract that ring/zmq_link.py and `MemoryTransport` both pass (tests/unit/test_ring_link.py).
+A transport moves frames and reports connections; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from stagewire.config import Address
+from stagewire.ring.state import Side
+from stagewire.wire.codec import Frame
+
+__all__ = [
+    "BadHandshake",
+    "Connected",
+    "Disconnected",
+    "Event",
+    "MemoryNetwork",
+    "MemoryTransport",
+    "PortTakenError",
+    "Received",
+    "Transport",
+    "UnreachableError",
+]
+
+
+@dataclass(frozen=True)
+class Connected:
+    side: Side
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The connection ended or could not be made; the transport does not retry by itself."""
+
+    side: Side
+    note: str
+
+
+@dataclass(frozen=True)
+class BadHandshake:
+    """What answers there is not a peer of this transport (or, on the successor side, what called)."""
+
+    side: Side
+
+
+@dataclass(frozen=True)
+class Received:
+    side: Side
+    peer: bytes
+    frames: Sequence[Frame]
+
+
+Event = Connected | Disconnected | BadHandshake | Received
+
+
+class PortTakenError(Exception):
+    """`Transport.bind`: the port is in use."""
+
+
+class UnreachableError(Exception):
+    """`Transport.send`: nobody is connected there."""
+
+
+class Transport(Protocol):
+    """One stage's connections. Only `wake` may be called from another thread."""
+
+    def bind(self, port: int) -> int:
+        """Listens on ``port`` (0: any free one) besides what it listens on already; returns the port.
+
+        Raises:
+            PortTakenError: somebody else listens there.
+        """
+
+    def connect(self, side: Side, address: Address) -> None:
+        """Starts a new connection and forgets the old one of that side; the outcome is an event."""
+
+    def send(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> None:
+        """Queues frames, without blocking; ``peer`` chooses the connection on the successor side.
+
+        Raises:
+            UnreachableError: there is no such connection.
+        """
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """What happened, oldest first; waits up to ``timeout_s`` for the first event or a `wake`."""
+
+    def wake(self) -> None:
+        """Makes a `poll` that is waiting return."""
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Ends all connections; frames already queued have ``linger_s`` to leave."""
+
+
+@dataclass
+class MemoryNetwork:
+    """The wires between memory transports: who listens where. Deterministic, single-threaded but for `wake`."""
+
+    listeners: dict[int, MemoryTransport] = field(default_factory=dict)
+    next_port: int = 50000
+    next_peer: int = 0
+
+    def free_port(self) -> int:
+        self.next_port += 1
+        return self.next_port
+
+
+class MemoryTransport:
+    """A transport within one process. Ports are numbers of a `MemoryNetwork`; hosts are ignored."""
+
+    def __init__(self, network: MemoryNetwork) -> None:
+        self._network = network
+        self._events: deque[Event] = deque()
+        self._ports: list[int] = []
+        self._outgoing: dict[Side, tuple[MemoryTransport, bytes]] = {}
+        self._incoming: dict[bytes, tuple[MemoryTransport, Side]] = {}
+        self._woken = threading.Event()
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return f"MemoryTransport(ports={self._ports}, outgoing={[side.value for side in self._outgoing]})"
+
+    def bind(self, port: int) -> int:
+        port = port or self._network.free_port()
+        if port in self._network.listeners:
+            raise PortTakenError(port)
+        self._network.listeners[port] = self
+        self._ports.append(port)
+        return port
+
+    def connect(self, side: Side, address: Address) -> None:
+        self._drop(side)
+        listener = self._network.listeners.get(address.port)
+        if listener is None:
+            self._push(Disconnected(side, "connection refused"))
+            return
+        self._network.next_peer += 1
+        peer = self._network.next_peer.to_bytes(4, "big")
+        self._outgoing[side] = (listener, peer)
+        listener._incoming[peer] = (self, side)
+        self._push(Connected(side))
+
+    def send(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> None:
+        copies = [bytes(frame) for frame in frames]
+        if side is Side.SUCCESSOR:
+            if peer not in self._incoming:
+                raise UnreachableError(peer)
+            receiver, their_side = self._incoming[peer]
+            receiver._push(Received(their_side, b"", copies))
+            return
+        if side not in self._outgoing:
+            raise UnreachableError(side.value)
+        receiver, my_peer = self._outgoing[side]
+        receiver._push(Received(Side.SUCCESSOR, my_peer, copies))
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        if not self._events and timeout_s > 0:
+            self._woken.wait(timeout_s)
+        self._woken.clear()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def close(self, linger_s: float = 1.0) -> None:
+        self.closed = True
+        for port in self._ports:
+            del self._network.listeners[port]
+        self._ports.clear()
+        for side in list(self._outgoing):
+            self._drop(side)
+        for receiver, side in list(self._incoming.values()):
+            del receiver._outgoing[side]
+            receiver._push(Disconnected(side, "connection closed"))
+        self._incoming.clear()
+
+    def _push(self, event: Event) -> None:
+        self._events.append(event)
+        self._woken.set()
+
+    def _drop(self, side: Side) -> None:
+        if side in self._outgoing:
+            listener, peer = self._outgoing.pop(side)
+            listener._incoming.pop(peer, None)

@@ -1,0 +1,216 @@
+"""Runs a ring state over a transport: performs actions, feeds events. One `turn` at a time, by one thread.
+
+The model's thread talks to it through `send` (outbox) and `inbox`; both are queues. A node needs no thread of its own
+to be tested: call `turn` with a memory transport and a fake clock. ring/runtime.py adds the thread.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from stagewire.config import Address, StageConfig
+from stagewire.errors import ProtocolError, StagewireError, StageLost
+from stagewire.ring.link import BadHandshake, Connected, Disconnected, Event, PortTakenError, Received, Transport
+from stagewire.ring.link import UnreachableError as Unreachable
+from stagewire.ring.state import (
+    Action,
+    Bind,
+    Connect,
+    ConnectOwner,
+    Deliver,
+    Fail,
+    Log,
+    Phase,
+    RingState,
+    Send,
+    SetOpen,
+    Side,
+    Stop,
+)
+from stagewire.wire.codec import Frame, decode, encode
+from stagewire.wire.messages import Call, Reply, Result, Sample, StageIdentity, Step
+
+__all__ = ["Delivery", "Observer", "RingNode"]
+
+Data = Call | Reply | Step | Sample | Result
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message for the model's thread. ``received_ns``: this stage's monotonic clock."""
+
+    message: Data
+    payloads: Sequence[Frame]
+    received_ns: int
+
+
+class Observer:
+    """What happens to the ring; override what you want to know. Called from the ring's thread."""
+
+    def on_log(self, text: str, is_warning: bool) -> None: ...
+
+    def on_bound(self, host_port: str) -> None: ...
+
+    def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None: ...
+
+    def on_failed(self, error: StagewireError) -> None: ...
+
+    def on_stopped(self, text: str) -> None: ...
+
+    def on_ended(self) -> None:
+        """The last call: everything queued has left and the transport is closed."""
+
+
+class RingNode:
+    """One stage's end of the ring.
+
+    Args:
+        config: this stage's place.
+        state: where the ring stands.
+        transport: how frames travel.
+        clock_ns: monotonic, in nanoseconds.
+        observer: told about the ring's life.
+        bind_host: for messages only.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        state: RingState,
+        transport: Transport,
+        clock_ns: Callable[[], int],
+        observer: Observer,
+        bind_host: str = "",
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.transport = transport
+        self.inbox: queue.SimpleQueue[Delivery | StagewireError | None] = queue.SimpleQueue()
+        self._outbox: deque[tuple[Data, Sequence[Frame]]] = deque()
+        self._requests: deque[Callable[[], list[Action]]] = deque()
+        self._clock_ns = clock_ns
+        self._observer = observer
+        self._bind_host = bind_host
+        self._started = False
+
+    def __repr__(self) -> str:
+        return f"RingNode({self.state!r}, {self.transport!r})"
+
+    # ---- from any thread -------------------------------------------------------------------------------------------
+
+    def send(self, message: Data, payloads: Sequence[Frame] = ()) -> None:
+        """To the successor, in order; waits in the outbox until the ring is open. The epoch is stamped when it leaves."""
+        self._outbox.append((message, payloads))
+        self.transport.wake()
+
+    def request_stop(self, text: str) -> None:
+        self._requests.append(lambda: self.state.stop(text))
+        self.transport.wake()
+
+    def request_fail(self, error: StagewireError) -> None:
+        self._requests.append(lambda: self.state.fail(error))
+        self.transport.wake()
+
+    # ---- the ring's thread -----------------------------------------------------------------------------------------
+
+    def turn(self, timeout_s: float) -> bool:
+        """Waits up to ``timeout_s`` for something to happen and handles it. False once the ring is over."""
+        if not self._started:
+            self._started = True
+            self._perform(self.state.start(self._now()))
+        for event in self.transport.poll(timeout_s):
+            self._perform(self._handle(event))
+        while self._requests:
+            self._perform(self._requests.popleft()())
+        self._flush_outbox()
+        self._perform(self.state.tick(self._now()))
+        return not self.state.is_over
+
+    def _now(self) -> float:
+        return self._clock_ns() / 1e9
+
+    def _handle(self, event: Event) -> list[Action]:
+        now = self._now()
+        match event:
+            case Connected(side):
+                return self.state.connected(side, now)
+            case Disconnected(side, note):
+                return self.state.disconnected(side, note, now)
+            case BadHandshake(side):
+                if side is Side.SUCCESSOR:
+                    return self.state.bad_message(side, b"", "a connection that does not speak ZeroMQ")
+                return self.state.bad_handshake(side, now)
+            case Received(side, peer, frames):
+                try:
+                    message, payloads = decode(frames)
+                except ProtocolError as error:
+                    return self.state.bad_message(side, peer, str(error))
+                return self.state.received(side, peer, message, payloads, now)
+
+    def _perform(self, actions: list[Action]) -> None:
+        pending = deque(actions)
+        while pending:
+            pending.extend(self._perform_one(pending.popleft()))
+
+    def _perform_one(self, action: Action) -> list[Action]:
+        match action:
+            case Send(side, message, peer, payloads):
+                return self._transmit(side, peer or b"", encode(message, payloads))
+            case Deliver(message, payloads):
+                assert isinstance(message, Data)
+                self.inbox.put(Delivery(message, payloads, self._clock_ns()))
+            case Connect(port):
+                target = self.config.predecessor
+                self.transport.connect(Side.PREDECESSOR, target if port is None else Address(target.host, port))
+            case ConnectOwner():
+                self.transport.connect(Side.OWNER, Address(self._bind_host, self.config.bind_port))
+            case Bind(public):
+                return self._bind(public)
+            case SetOpen(epoch, identities):
+                self._observer.on_open(epoch, identities)
+            case Log(text, is_warning):
+                self._observer.on_log(text, is_warning)
+            case Fail(error):
+                self._observer.on_failed(error)
+                self.inbox.put(error)
+            case Stop(text):
+                self._observer.on_stopped(text)
+                self.inbox.put(None)
+        return []
+
+    def _bind(self, public: bool) -> list[Action]:
+        try:
+            port = self.transport.bind(self.config.bind_port if public else 0)
+        except PortTakenError:
+            return self.state.port_taken(self._now())
+        except StagewireError as error:
+            return self.state.fail(error)
+        self._observer.on_bound(str(Address(self._bind_host, port)))
+        return self.state.bound(public, port, self._now())
+
+    def _transmit(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> list[Action]:
+        try:
+            self.transport.send(side, peer, frames)
+        except Unreachable:
+            if side is Side.SUCCESSOR and peer == self.state.successor_peer:
+                return self.state.successor_unreachable()
+        return []
+
+    def _flush_outbox(self) -> None:
+        while self._outbox and self.state.is_open:
+            message, payloads = self._outbox.popleft()
+            peer = self.state.successor_peer
+            if self.state.phase is Phase.OPEN:
+                self.state.began_serving()
+            if peer is None:
+                lost = self.config.successor_stage
+                text = f"stage {lost} is lost: its connection to stage {self.config.stage} is gone"
+                self._perform(self.state.fail(StageLost(lost, text)))
+                return
+            stamped = msgspec.structs.replace(message, epoch=self.state.epoch)
+            self._perform(self._transmit(Side.SUCCESSOR, peer, encode(stamped, payloads)))

@@ -1,0 +1,153 @@
+"""The ring's own thread: turns a node until the ring is over, and watches what the process depends on.
+
+The thread owns every socket. The model's thread only ever touches queues, so a forward pass delays no heartbeat and a
+blocked send delays no forward pass.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from stagewire.config import StageConfig
+from stagewire.errors import InternalError, PeerError, StagewireError
+from stagewire.ring.link import Transport
+from stagewire.ring.node import Data, Delivery, Observer, RingNode
+from stagewire.ring.state import RingState
+from stagewire.wire.codec import Frame
+from stagewire.wire.messages import StageIdentity
+
+__all__ = ["RingRuntime", "new_incarnation"]
+
+TURN_S = 0.2
+
+
+def new_incarnation() -> str:
+    """Tells this process from an earlier one with the same index."""
+    return secrets.token_hex(8)
+
+
+class RingRuntime(Observer):
+    """A ring node with a thread.
+
+    Args:
+        config: this stage's place.
+        identity: what it tells the others.
+        transport: how frames travel; handed over to the thread.
+        observer: told about the ring's life, from the thread.
+        bind_host: where the transport listens.
+        watch: called a few times a second; what it returns (a reason) ends the ring, for instance a parent's death.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        identity: StageIdentity,
+        transport: Transport,
+        observer: Observer,
+        bind_host: str,
+        watch: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        first_epoch = secrets.randbelow(1 << 30) + 1
+        state = RingState(config, identity, time.monotonic_ns() / 1e9, first_epoch)
+        self.node = RingNode(config, state, transport, time.monotonic_ns, self, bind_host)
+        self.identities: tuple[StageIdentity, ...] = ()
+        self.error: StagewireError | None = None
+        self._observer = observer
+        self._watch = watch
+        self._settled = threading.Event()  # open, failed or stopped
+        self._thread = threading.Thread(target=self._run, name="stagewire-ring", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"RingRuntime({self.node!r})"
+
+    # ---- from the model's thread -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_open(self, timeout_s: float) -> None:
+        """Blocks until the ring has been whole once.
+
+        Raises:
+            StagewireError: why it never will be.
+        """
+        if not self._settled.wait(timeout_s):
+            raise PeerError(f"waited {timeout_s:.0f} s for {self.node.state.waits_for()}")
+        if self.error is not None:
+            raise self.error
+
+    def send(self, message: Data, payloads: Sequence[Frame] = ()) -> None:
+        self.node.send(message, payloads)
+
+    def receive(self, timeout_s: float | None) -> Delivery | None:
+        """The next message for the model's thread; None once the ring was stopped in order.
+
+        Raises:
+            StagewireError: the ring has failed.
+            queue.Empty: nothing came within ``timeout_s``.
+        """
+        item = self.node.inbox.get(timeout=timeout_s)
+        if item is None or isinstance(item, StagewireError):
+            self.node.inbox.put(item)  # for whoever asks next
+            if item is not None:
+                raise item
+            return None
+        return item
+
+    def stop(self, text: str, linger_s: float = 2.0) -> None:
+        """Ends the ring in order: tells the others, flushes, closes. Returns when the thread has ended."""
+        self.node.request_stop(text)
+        self._thread.join(linger_s + 3)
+
+    def fail(self, error: StagewireError) -> None:
+        """Ends the ring because this stage cannot go on; the others learn why."""
+        self.node.request_fail(error)
+        self._thread.join(5)
+
+    @property
+    def hop_ns(self) -> int:
+        """One-way time to the predecessor: half of the last ping; 0 while unknown."""
+        return self.node.state.hop_ns
+
+    # ---- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self.node.turn(TURN_S):
+                reason = self._watch()
+                if reason:
+                    self.node.request_stop(reason)
+        except Exception as error:  # noqa: BLE001  the top of this thread: report, never vanish
+            self.on_failed(InternalError(f"the ring's thread ended: {type(error).__name__}: {error}"))
+            self.node.inbox.put(self.error)
+        finally:
+            self.node.transport.close()
+            self._settled.set()
+            self._observer.on_ended()
+
+    def on_log(self, text: str, is_warning: bool) -> None:
+        self._observer.on_log(text, is_warning)
+
+    def on_bound(self, host_port: str) -> None:
+        self._observer.on_bound(host_port)
+
+    def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
+        self.identities = identities
+        self._settled.set()
+        self._observer.on_open(epoch, identities)
+
+    def on_failed(self, error: StagewireError) -> None:
+        self.error = error
+        self._settled.set()
+        self._observer.on_failed(error)
+
+    def on_stopped(self, text: str) -> None:
+        self.error = self.error or PeerError(f"the ring was stopped: {text}")
+        self._settled.set()
+        self._observer.on_stopped(text)
+
+

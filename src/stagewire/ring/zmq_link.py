@@ -1,0 +1,294 @@
+"""The ring's connections over ZeroMQ. The only file that imports zmq.
+
+A stage has one ROUTER socket that it binds (successors and strangers come in there), one DEALER to its predecessor
+and, if it shares a port with another stage of its host, one DEALER to that port's owner. Every socket is touched by
+one thread only; `wake` goes through an eventfd.
+
+Connections are never retried by ZeroMQ: a lost one is an event, and the ring's state decides where to connect next
+(names are resolved again, a Redirect may have expired). Heartbeats are ZeroMQ's own, served by its I/O thread, so a
+forward pass does not delay them and a frozen process is told from a busy one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import zmq
+import zmq.utils.monitor
+
+from stagewire.config import Address
+from stagewire.errors import ConfigError
+from stagewire.ring.link import (
+    BadHandshake,
+    Connected,
+    Disconnected,
+    Event,
+    PortTakenError,
+    Received,
+    UnreachableError,
+)
+from stagewire.ring.state import Side
+from stagewire.wire.codec import Frame
+
+__all__ = ["ZmqTransport", "local_host_towards"]
+
+HEARTBEAT_INTERVAL_MS = 1000
+# Frozen peers are known after interval + timeout, 3.5 s: below the 5 s within which open requests must end.
+HEARTBEAT_TIMEOUT_MS = 2500
+# A port that accepts and says nothing is given up after this time; ZeroMQ's default is 30 s.
+HANDSHAKE_TIMEOUT_MS = 5000
+CONNECT_TIMEOUT_MS = 5000
+RECONNECT_DELAY_S = 0.2
+# Frames below this size are copied, which is cheaper than keeping a Python buffer alive across threads.
+COPY_THRESHOLD_BYTES = 65536
+
+_CONNECT_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+)
+_BAD_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
+
+
+def resolve(address: Address) -> str:
+    """The numeric form of a host, IPv4 first. Raises OSError when the name does not resolve."""
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
+
+
+def local_host_towards(address: Address) -> str:
+    """The local address of the interface that reaches ``address``: where a stage binds by default.
+
+    Loopback only when the address is loopback. Nothing is sent.
+
+    Raises:
+        ConfigError: the name does not resolve or there is no route.
+    """
+    try:
+        host = resolve(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, address.port))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"the predecessor's address {address} cannot be reached from here ({error}): "
+            "correct it, or give --pipeline-local-bind-host if the route comes up later"
+        ) from error
+
+
+def endpoint(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+class _Dealer:
+    """One outgoing connection and its monitor; replaced, never reconnected."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, max_frame_bytes: int) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        _set_common(self.socket, max_frame_bytes)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        self.monitor = self.socket.get_monitor_socket(_CONNECT_EVENTS)
+        self.is_up = False
+        if ":" in host:
+            self.socket.setsockopt(zmq.IPV6, 1)
+        self.socket.connect(endpoint(host, port))
+
+    def close(self, linger_ms: int) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)  # or the context's end waits for it for ever
+        self.socket.close(linger_ms)
+
+
+def _set_common(sock: zmq.Socket[bytes], max_frame_bytes: int) -> None:
+    sock.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+
+
+class ZmqTransport:
+    """See `stagewire.ring.link.Transport`.
+
+    Args:
+        bind_host: numeric local address to listen on.
+        max_frame_bytes: larger frames end their connection before memory is taken for them.
+    """
+
+    def __init__(self, bind_host: str, max_frame_bytes: int) -> None:
+        self._bind_host = bind_host
+        self._max_frame_bytes = max_frame_bytes
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._router = self._context.socket(zmq.ROUTER)
+        _set_common(self._router, max_frame_bytes)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if ":" in bind_host:
+            self._router.setsockopt(zmq.IPV6, 1)
+        bad = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        self._router_monitor = self._router.get_monitor_socket(bad | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        self._dealers: dict[Side, _Dealer] = {}
+        self._pending: dict[Side, tuple[float, Address]] = {}  # connections to begin: when, where
+        self._events: deque[Event] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._router_monitor, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._attempted: set[Side] = set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"ZmqTransport(host={self._bind_host}, connections={[side.value for side in self._dealers]})"
+
+    def bind(self, port: int) -> int:
+        try:
+            self._router.bind(endpoint(self._bind_host, port) if port else endpoint(self._bind_host, 0))
+        except zmq.ZMQError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortTakenError(port) from error
+            raise ConfigError(
+                f"cannot listen on {self._bind_host} port {port} ({error}): "
+                "give --pipeline-local-bind-host an address of this machine"
+            ) from error
+        bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        return int(bound.rstrip(b"\0").rpartition(b":")[2])
+
+    def connect(self, side: Side, address: Address) -> None:
+        self._drop(side, linger_ms=0)
+        # The first attempt at once; later ones after a pause, so that a refused connection does not spin.
+        delay = RECONNECT_DELAY_S if side in self._attempted else 0.0
+        self._attempted.add(side)
+        self._pending[side] = (time.monotonic() + delay, address)
+
+    def send(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> None:
+        sock = self._router if side is Side.SUCCESSOR else self._dealer_socket(side)
+        parts: list[Frame] = [peer, *frames] if side is Side.SUCCESSOR else list(frames)
+        try:
+            for part in parts[:-1]:
+                sock.send(part, zmq.SNDMORE | zmq.NOBLOCK, copy=memoryview(part).nbytes < COPY_THRESHOLD_BYTES)
+            sock.send(parts[-1], zmq.NOBLOCK, copy=memoryview(parts[-1]).nbytes < COPY_THRESHOLD_BYTES)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise UnreachableError(side.value) from error
+            raise
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        now = time.monotonic()
+        for side, (when, address) in list(self._pending.items()):
+            if when <= now:
+                del self._pending[side]
+                self._begin(side, address)
+            else:
+                timeout_s = min(timeout_s, when - now)
+        if self._events:
+            timeout_s = 0
+        for item, _ in self._poller.poll(timeout_s * 1000):
+            self._read(item)
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def wake(self) -> None:
+        if not self._closed:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._wake_fd, 1)
+
+    def close(self, linger_s: float = 1.0) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        linger_ms = int(linger_s * 1000)
+        for side in list(self._dealers):
+            self._drop(side, linger_ms)
+        self._router.disable_monitor()
+        self._router_monitor.close(0)
+        self._router.close(linger_ms)
+        self._context.term()
+        os.close(self._wake_fd)
+
+    def _dealer_socket(self, side: Side) -> zmq.Socket[bytes]:
+        dealer = self._dealers.get(side)
+        if dealer is None or not dealer.is_up:
+            raise UnreachableError(side.value)
+        return dealer.socket
+
+    def _begin(self, side: Side, address: Address) -> None:
+        try:
+            host = resolve(address)
+        except OSError as error:
+            self._events.append(Disconnected(side, f"{address.host} does not resolve: {error}"))
+            return
+        dealer = _Dealer(self._context, host, address.port, self._max_frame_bytes)
+        self._dealers[side] = dealer
+        self._poller.register(dealer.socket, zmq.POLLIN)
+        self._poller.register(dealer.monitor, zmq.POLLIN)
+
+    def _drop(self, side: Side, linger_ms: int) -> None:
+        self._pending.pop(side, None)
+        dealer = self._dealers.pop(side, None)
+        if dealer is None:
+            return
+        self._poller.unregister(dealer.socket)
+        self._poller.unregister(dealer.monitor)
+        dealer.close(linger_ms)
+
+    def _read(self, item: object) -> None:
+        if item is self._router:
+            self._read_frames(self._router, Side.SUCCESSOR)
+        elif item == self._wake_fd:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        elif item is self._router_monitor:
+            zmq.utils.monitor.recv_monitor_message(self._router_monitor)
+            self._events.append(BadHandshake(Side.SUCCESSOR))
+        else:
+            for side, dealer in list(self._dealers.items()):
+                if item is dealer.socket:
+                    self._read_frames(dealer.socket, side)
+                elif item is dealer.monitor:
+                    self._read_monitor(side, dealer)
+
+    def _read_frames(self, sock: zmq.Socket[bytes], side: Side) -> None:
+        while True:
+            try:
+                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            buffers: list[Frame] = [frame.buffer for frame in frames]
+            peer = b""
+            if side is Side.SUCCESSOR:
+                peer, buffers = bytes(buffers[0]), buffers[1:]
+            self._events.append(Received(side, peer, buffers))
+
+    def _read_monitor(self, side: Side, dealer: _Dealer) -> None:
+        event = zmq.utils.monitor.recv_monitor_message(dealer.monitor)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            dealer.is_up = True
+            self._events.append(Connected(side))
+            return
+        was_up = dealer.is_up
+        if was_up:
+            self._read_frames(dealer.socket, side)  # what arrived before the end still counts
+        self._drop(side, linger_ms=0)
+        if event in _BAD_HANDSHAKES:
+            self._events.append(BadHandshake(side))
+        else:
+            note = "the connection was lost" if was_up else "nothing listens there yet"
+            self._events.append(Disconnected(side, note))

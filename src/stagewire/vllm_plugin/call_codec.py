@@ -1,0 +1,187 @@
+"""The closed list of calls that may go round the ring, and their values as bytes.
+
+A method that is not in `CALLS` does not exist for a peer; a callable never travels. Values are encoded by type from an
+allow-list: plain data, torch dtypes, and the dataclasses and enums of vLLM's KV cache interface by name. Decoding
+builds only those and checks every field against its default's presence; nothing is imported or executed by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import msgspec
+import torch
+from vllm.v1 import kv_cache_interface as kv
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from stagewire.errors import ProtocolError
+from stagewire.wire.codec import Frame
+
+__all__ = ["CALLS", "CallSpec", "decode_value", "encode_value"]
+
+
+def _is_layouts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_kv_specs(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(spec, kv.KVCacheSpec) for spec in value.values())
+
+
+def _is_kv_configs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(config, kv.KVCacheConfig) for config in value)
+
+
+def _is_optional_int(value: Any) -> bool:
+    return value is None or isinstance(value, int)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None
+
+
+def _is_a(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """One allowed call: a check per positional argument, one for the result, and whether it may take minutes."""
+
+    args: tuple[Callable[[Any], bool], ...]
+    result: Callable[[Any], bool]
+    is_slow: bool = False
+
+
+# Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile or allocate, so it gets the start deadline.
+CALLS: dict[str, CallSpec] = {
+    "get_kv_cache_spec": CallSpec((), _is_kv_specs, is_slow=True),
+    "get_supported_kv_cache_layouts": CallSpec((), _is_layouts, is_slow=True),
+    "set_kv_cache_layout": CallSpec((_is_a(str),), _is_nothing, is_slow=True),
+    "determine_available_memory": CallSpec((), _is_a(int), is_slow=True),
+    "update_max_model_len": CallSpec((_is_a(int),), _is_nothing, is_slow=True),
+    "initialize_from_config": CallSpec((_is_kv_configs,), _is_nothing, is_slow=True),
+    "compile_or_warm_up_model": CallSpec((), _is_a(CompilationTimes), is_slow=True),
+    # Ours: one threshold for all stages, or rows would be ordered differently (docs/vllm-seams.md, "row order").
+    "get_reorder_batch_threshold": CallSpec((), _is_optional_int, is_slow=True),
+    "set_reorder_batch_threshold": CallSpec((_is_optional_int,), _is_nothing, is_slow=True),
+    # Ours: what a stage still remembers of requests; for tests and status.
+    "get_stage_state": CallSpec((), _is_a(dict)),
+    "reset_mm_cache": CallSpec((), _is_nothing),
+    "reset_encoder_cache": CallSpec((), _is_nothing),
+    "synchronize_device": CallSpec((), _is_nothing),
+    "sleep": CallSpec((_is_a(int),), _is_nothing),
+    "wake_up": CallSpec((_is_a(list, type(None)),), _is_nothing),
+    "profile": CallSpec((_is_a(bool), _is_a(str, type(None))), _is_nothing),
+    "compute_weight_checksums": CallSpec((), _is_a(dict)),
+    "get_model_inspection": CallSpec((), _is_a(str)),
+}
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}
+_CLASSES: dict[str, type] = {
+    cls.__name__: cls
+    for cls in vars(kv).values()
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == kv.__name__
+}
+_ENUMS: dict[str, type[enum.Enum]] = {
+    cls.__name__: cls
+    for cls in [*vars(kv).values(), MambaAttentionBackendEnum]
+    if isinstance(cls, type) and issubclass(cls, enum.Enum)
+}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder()
+
+
+def encode_value(value: Any) -> bytes:
+    """Bytes of an allowed value.
+
+    Raises:
+        TypeError: a type outside the allow-list; the model or call that needs it is not supported.
+    """
+    return _ENCODER.encode(_pack(value))
+
+
+def decode_value(data: Frame) -> Any:
+    """The value of `encode_value`.
+
+    Raises:
+        ProtocolError: anything else.
+    """
+    try:
+        return _unpack(_DECODER.decode(data))
+    except ProtocolError:
+        raise
+    except (msgspec.MsgspecError, RecursionError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise ProtocolError(f"malformed call value: {error}") from error
+
+
+def _pack(value: Any) -> Any:
+    """Plain scalars as they are; everything else is a list that begins with its kind."""
+    if isinstance(value, enum.Enum):
+        return ["enum", type(value).__name__, value.name]
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    if isinstance(value, torch.dtype):
+        return ["dtype", str(value).removeprefix("torch.")]
+    if isinstance(value, Fraction):
+        return ["fraction", value.numerator, value.denominator]
+    if isinstance(value, MultipleOf):
+        return ["multiple_of", value.base]
+    if isinstance(value, CompilationTimes):
+        return ["compilation_times", *value]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        kind = "list" if isinstance(value, list) else "tuple" if isinstance(value, tuple) else "set"
+        return [kind, *(_pack(item) for item in value)]
+    if isinstance(value, dict):
+        return ["dict", *([_pack(key), _pack(item)] for key, item in value.items())]
+    if _CLASSES.get(type(value).__name__) is type(value):
+        fields = {field.name: _pack(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return ["object", type(value).__name__, fields]
+    raise TypeError(
+        f"{type(value).__module__}.{type(value).__qualname__} is not a type that may travel the ring "
+        "(vllm_plugin/call_codec.py lists those that may)"
+    )
+
+
+def _unpack(packed: Any) -> Any:
+    if not isinstance(packed, list):
+        if isinstance(packed, dict):
+            raise ProtocolError("a bare map in a call value")
+        return packed
+    if not packed or packed[0] not in _UNPACKERS:
+        raise ProtocolError(f"unknown kind of value: {packed[0] if packed else 'none'!r}")
+    return _UNPACKERS[packed[0]](packed[1:])
+
+
+def _unpack_object(parts: list[Any]) -> Any:
+    name, fields = parts
+    if name not in _CLASSES:
+        raise ProtocolError(f"class {name!r} is not allowed on the wire")
+    cls = _CLASSES[name]
+    allowed = {field.name for field in dataclasses.fields(cls) if field.init}
+    if not set(fields) <= allowed:
+        raise ProtocolError(f"{name} with fields {sorted(set(fields) - allowed)}: another vLLM version?")
+    return cls(**{key: _unpack(item) for key, item in fields.items()})
+
+
+_UNPACKERS: dict[str, Callable[[list[Any]], Any]] = {
+    "enum": lambda parts: _ENUMS[parts[0]][parts[1]],
+    "dtype": lambda parts: _DTYPES[parts[0]],
+    "fraction": lambda parts: Fraction(parts[0], parts[1]),
+    "multiple_of": lambda parts: MultipleOf(parts[0]),
+    "compilation_times": lambda parts: CompilationTimes(*parts),
+    "list": lambda parts: [_unpack(item) for item in parts],
+    "tuple": lambda parts: tuple(_unpack(item) for item in parts),
+    "set": lambda parts: {_unpack(item) for item in parts},
+    "dict": lambda parts: {_unpack(key): _unpack(item) for key, item in parts},
+    "object": _unpack_object,
+}

@@ -1,0 +1,134 @@
+"""Which vLLM versions work, and every patch of vLLM: each with its reason and what would remove it.
+
+A patch raises when its target has moved; nothing is patched by import. tests/vllm/test_seams.py has one test per seam.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stagewire.errors import ConfigError
+
+__all__ = ["PATCHES", "SUPPORTED", "check_version", "install_flag_patches", "let_engine_say_goodbye", "wrap"]
+
+SUPPORTED = ((0, 32), (0, 33))  # from, below
+_MARK = "__stagewire_patch__"
+
+
+@dataclass(frozen=True)
+class Patch:
+    target: str  # module:qualified.name
+    reason: str
+    until: str
+
+
+PATCHES = (
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        "adds the flags; vLLM loads plugins right before it looks this method up",
+        "vLLM lets a plugin add arguments",
+    ),
+    Patch(
+        "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        "it drops what is not a field of the dataclass, so flags are translated here for every entry point",
+        "vLLM lets a plugin see the parsed arguments",
+    ),
+    Patch(
+        "vllm.entrypoints.cli.serve:ServeSubcommand.cmd",
+        "a worker stage serves the ring instead of HTTP; the head checks its settings before anything starts",
+        "vLLM has a hook for serve",
+    ),
+    Patch(
+        "vllm.entrypoints.launchers.api_server.entry:setup_server",
+        "answers 503 with a reason on the bound socket until the engine is up; only in a head's process",
+        "vLLM listens before its engine is up",
+    ),
+    Patch(
+        "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
+        "hands that socket over to the API server; only in a head's process",
+        "vLLM listens before its engine is up",
+    ),
+    Patch(
+        "vllm.v1.engine.utils:get_engine_process_shutdown_timeout",
+        "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a head's "
+        "process, where it gets the grace that ROCm gets",
+        "the grace is not for ROCm alone",
+    ),
+)
+
+# Saying goodbye takes milliseconds; this bounds a stuck teardown.
+ENGINE_STOP_GRACE_S = 5.0
+
+
+def check_version() -> None:
+    """Raises ConfigError naming the installed and the supported versions."""
+    from vllm.version import __version__, __version_tuple__
+
+    installed = tuple(__version_tuple__[:2])
+    if not SUPPORTED[0] <= installed < SUPPORTED[1]:
+        low, high = (".".join(str(part) for part in bound) for bound in SUPPORTED)
+        raise ConfigError(
+            f"vLLM {__version__} is installed, this Stagewire supports vllm>={low},<{high}: install a supported vLLM, "
+            "or a Stagewire release for this one"
+        )
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
+    """Replaces ``owner.name`` by ``make(original)``, once.
+
+    Raises:
+        ConfigError: there is no such attribute; this vLLM is not the one that the patch was written for.
+    """
+    original = vars(owner).get(name)
+    if original is None:
+        raise ConfigError(f"{getattr(owner, '__name__', owner)}.{name} is gone in this vLLM: {_expected()}")
+    function = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+    if hasattr(function, _MARK):
+        return
+    replacement = functools.wraps(function)(make(function))
+    setattr(replacement, _MARK, True)
+    if isinstance(original, (staticmethod, classmethod)):
+        setattr(owner, name, type(original)(replacement))
+    else:
+        setattr(owner, name, replacement)
+
+
+def let_engine_say_goodbye() -> None:
+    """In the process that started EngineCore: time to tell the ring that the head stops."""
+    from vllm.v1.engine import utils
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_engine_process_shutdown_timeout(request_timeout: Any, process_timeout: Any) -> Any:
+            timeout = original(request_timeout, process_timeout)
+            return ENGINE_STOP_GRACE_S if request_timeout == 0 and timeout == 0 else timeout
+
+        return get_engine_process_shutdown_timeout
+
+    wrap(utils, "get_engine_process_shutdown_timeout", make)
+
+
+def _expected() -> str:
+    return f"Stagewire supports vllm>={SUPPORTED[0][0]}.{SUPPORTED[0][1]},<{SUPPORTED[1][0]}.{SUPPORTED[1][1]}"
+
+
+def install_flag_patches() -> None:
+    """The patches of every vLLM process with a command line; modules that are not loaded need none.
+
+    Never raises: a plugin that raises breaks every vLLM process of its environment, flags or not.
+    """
+    from stagewire.vllm_plugin import flags
+
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    serve = sys.modules.get("vllm.entrypoints.cli.serve")
+    try:
+        if arg_utils is not None:
+            wrap(arg_utils.EngineArgs, "add_cli_args", flags.with_flags)
+            wrap(arg_utils.EngineArgs, "from_cli_args", flags.with_translation)
+        if serve is not None:
+            wrap(serve.ServeSubcommand, "cmd", flags.with_stages)
+    except (ConfigError, AttributeError) as error:
+        sys.stderr.write(f"Stagewire is installed but cannot work with this vLLM: {error}\n")

@@ -1,0 +1,83 @@
+"""Stages on CPUs: how much KV cache by default, how many threads, which libraries to preload.
+
+vLLM's CPU backend sizes for one engine per machine: it takes 92 % of the machine's memory and binds its worker process
+to cores, with OpenMP and an allocator preloaded into that process. Stages share machines, and run their worker in
+the process that a person started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import psutil
+
+from stagewire.config import StageConfig
+
+__all__ = ["apply_kv_budget", "reexec_with_libraries", "set_threads"]
+
+# Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
+KV_SHARE = 0.25
+MAX_KV_BYTES = 8 << 30
+_REEXEC_MARK = "STAGEWIRE_REEXECUTED"
+
+
+def shares_host(config: StageConfig) -> bool:
+    """Whether the predecessor is on this host, which is the best a stage alone can know about its neighbours."""
+    from stagewire.ring.zmq_link import local_host_towards, resolve
+
+    return local_host_towards(config.predecessor) == resolve(config.predecessor)
+
+
+def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
+    """A KV cache that lets all stages start on one machine; vLLM's own flags and variables win."""
+    from vllm.config import CacheConfig
+    from vllm.logger import init_logger
+
+    is_chosen = (
+        engine_args.kv_cache_memory_bytes is not None
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        or engine_args.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
+        or engine_args.num_gpu_blocks_override is not None
+    )
+    if is_chosen:
+        return
+    budget = int(psutil.virtual_memory().available * KV_SHARE / config.num_stages)
+    engine_args.kv_cache_memory_bytes = min(budget, MAX_KV_BYTES)
+    init_logger("vllm.stagewire").info(
+        "Stage %d: KV cache of %.2f GB (%.0f %% of the available memory over %d stages; --kv-cache-memory-bytes changes it)",
+        config.stage,
+        engine_args.kv_cache_memory_bytes / 1e9,
+        KV_SHARE * 100,
+        config.num_stages,
+    )
+
+
+def set_threads(config: StageConfig) -> None:
+    """OpenMP threads for a stage that a person started: its share of the cores when the predecessor is on this host."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // config.num_stages) if shares_host(config) else cores)
+
+
+def reexec_with_libraries() -> None:
+    """Runs this process again with the OpenMP and allocator libraries that vLLM wants preloaded.
+
+    vLLM only puts them into the environment (platforms/cpu.py), which reaches spawned workers but not a stage that runs
+    its worker itself. Does nothing when they are loaded, or after one attempt.
+    """
+    wanted = os.environ.get("LD_PRELOAD", "")
+    if not wanted or os.environ.get(_REEXEC_MARK) or _is_loaded(wanted):
+        return
+    os.environ[_REEXEC_MARK] = "1"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_loaded(preload: str) -> bool:
+    with open("/proc/self/maps") as maps:
+        mapped = maps.read()
+    return all(os.path.realpath(path) in mapped for path in preload.split(":") if os.path.exists(path))

@@ -1,0 +1,290 @@
+"""The head's executor: to EngineCore it is one executor with a worker per stage.
+
+It runs the head's own layers in the EngineCore process and the rest over the ring. EngineCore's thread is the only
+one that touches the model; results are taken from the ring's inbox by whichever future that thread waits for, in the
+order in which they arrive.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
+
+from stagewire.errors import ConfigError, InternalError, PeerError
+from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.timings import StepLog
+from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
+from stagewire.vllm_plugin.process import RingProcess
+from stagewire.vllm_plugin.settings import RingSettings
+from stagewire.vllm_plugin.stage_worker import StageWorker
+from stagewire.vllm_plugin.step_codec import (
+    decode_output,
+    encode_grammar,
+    encode_schedule,
+    is_nothing,
+)
+from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, StageTiming, Step
+
+__all__ = ["RingExecutor"]
+
+
+class _StepFuture(Future[ModelRunnerOutput]):
+    """A step in flight; waiting for it works off the ring's inbox."""
+
+    def __init__(self, pump: Callable[[Future[Any]], None]) -> None:
+        super().__init__()
+        self._pump = pump
+
+    def result(self, timeout: float | None = None) -> ModelRunnerOutput:
+        if timeout is not None:
+            raise InternalError("a step has the ring's deadline, not the caller's")
+        self._pump(self)
+        return super().result()
+
+
+@dataclass
+class _InFlight:
+    step: int
+    future: _StepFuture
+    sent_at: float
+    num_requests: int
+    num_tokens: int
+
+
+class RingExecutor(Executor):
+    """See the module. Chosen by external mode; not meant to be constructed by hand."""
+
+    supports_pp = True
+
+    def _init_executor(self) -> None:
+        self._stage = RingSettings.read(self.vllm_config)
+        self._status = StatusSender(self._stage.stage)
+        self._steps: dict[int, _InFlight] = {}
+        self._replies: dict[int, Reply | None] = {}
+        self._reply_payloads: dict[int, list[Any]] = {}
+        self._next_step = 0
+        self._next_call = 0
+        self._current: tuple[int, SchedulerOutput] | None = None  # the step whose sample_tokens is due
+        self._step_log = StepLog.from_environment()
+        self._process = RingProcess(self._stage, self.vllm_config, self._status)
+        self._process.start()
+        try:
+            self._worker = StageWorker(self._stage, self.vllm_config)
+        except Exception as error:
+            self._process.fail_from(error)
+            raise
+        self._status.send(Phase.LOADED)
+        self._process.ring.wait_open(self._stage.start_timeout_s)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+        """Runs the head's layers and sends the step on. The result belongs to `sample_tokens`, as in stock vLLM."""
+        if is_nothing(scheduler_output):
+            self._current = None
+            return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+        step = self._next_step
+        self._next_step += 1
+        received_ns = time.monotonic_ns()
+        schedule_bytes = encode_schedule(scheduler_output)
+        started_ns = time.monotonic_ns()
+        try:
+            activations = self._worker.execute(scheduler_output, 0, (), ())
+        except Exception as error:
+            self._process.fail_from(error)
+            raise
+        finished_ns = time.monotonic_ns()
+        has_tokens = activations is not None
+        timing = StageTiming(0, received_ns, started_ns, finished_ns, time.monotonic_ns(), self._process.ring.hop_ns)
+        message = Step(
+            epoch=0,
+            step=step,
+            num_tokens=scheduler_output.total_num_scheduled_tokens,
+            digest=activations.digest if activations else 0,
+            waits_for_sample=has_tokens and scheduler_output.has_structured_output_requests,
+            tensors=activations.specs if activations else [],
+            timings=[timing],
+        )
+        self._process.ring.send(message, [schedule_bytes, *(activations.frames if activations else ())])
+        if not has_tokens:
+            self._current = None
+            return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+        self._current = (step, scheduler_output)
+        self._steps[step] = _InFlight(
+            step,
+            _StepFuture(self._pump),
+            time.monotonic(),
+            len(scheduler_output.num_scheduled_tokens),
+            scheduler_output.total_num_scheduled_tokens,
+        )
+        return _resolved(None) if non_block else None
+
+    def sample_tokens(  # type: ignore[override]
+        self, grammar_output: GrammarOutput | None, non_block: bool = False
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
+        """The future of the step that `execute_model` just sent; a grammar bitmask follows it to the tail."""
+        if self._current is None:
+            return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+        step, schedule = self._current
+        self._current = None
+        if schedule.has_structured_output_requests:
+            payloads = [] if grammar_output is None else [encode_grammar(grammar_output)]
+            self._process.ring.send(Sample(0, step), payloads)
+        elif grammar_output is not None:
+            raise InternalError("a grammar bitmask for a step without structured output")
+        future = self._steps[step].future
+        return future if non_block else future.result()
+
+    def _pump(self, awaited: Future[Any]) -> None:
+        """Takes messages from the ring until ``awaited`` is done, or its deadline ends the ring."""
+        while not awaited.done():
+            oldest = next(iter(self._steps.values()), None)
+            if oldest is None:
+                raise InternalError("a future that no step belongs to")
+            left = oldest.sent_at + self._stage.step_timeout_s - time.monotonic()
+            self._receive(left, f"step {oldest.step} ({oldest.num_requests} requests, {oldest.num_tokens} tokens)")
+
+    def _receive(self, timeout_s: float, what: str) -> None:
+        try:
+            delivery = self._process.ring.receive(max(timeout_s, 0.0))
+        except queue.Empty:
+            error = PeerError(
+                f"{what} did not come back in time: a stage hangs or is too slow; "
+                "--pipeline-step-timeout sets the limit for steps"
+            )
+            self._process.ring.fail(error)
+            raise error from None
+        if delivery is None:
+            raise PeerError("the ring was stopped")
+        message = delivery.message
+        if isinstance(message, Result):
+            in_flight = self._steps.pop(message.step, None)
+            if in_flight is None:
+                raise PeerError(f"a result for step {message.step}, which is not in flight")
+            timings = [*message.timings, StageTiming(0, delivery.received_ns, 0, 0, 0, self._process.ring.hop_ns)]
+            self._step_log.write(message.step, in_flight.num_requests, in_flight.num_tokens, timings)
+            in_flight.future.set_result(decode_output(delivery.payloads[0]))
+        elif isinstance(message, Reply) and message.call_id in self._replies:
+            self._replies[message.call_id] = message
+            self._reply_payloads[message.call_id] = list(delivery.payloads)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        return None
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def collective_rpc(  # type: ignore[override]
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        """One call once round the ring: passed on before it is run, results in rank order.
+
+        Raises:
+            NotImplementedError: not on the closed list; a callable never travels.
+            RuntimeError: it failed on a stage; the message names stage, type and text.
+        """
+        if not isinstance(method, str) or method not in CALLS:
+            raise NotImplementedError(
+                f"{method if isinstance(method, str) else 'a callable'} cannot run on all stages: "
+                "the ring carries a closed list of calls (docs/vllm-seams.md, C1)"
+            )
+        values = (*args, *(kwargs or {}).values())
+        results = self._call(method, values, timeout)
+        return _resolved(results) if non_block else results
+
+    def _call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
+        call_id = self._next_call
+        self._next_call += 1
+        self._replies[call_id] = None
+        self._process.ring.send(Call(0, call_id, method), [encode_value(args)])
+        own = self._worker.call(method, args)
+        limit = timeout or self._deadline_of(method)
+        ends_at = time.monotonic() + limit
+        while self._replies[call_id] is None:
+            self._receive(ends_at - time.monotonic(), f"the call {method}")
+        reply = self._replies.pop(call_id)
+        payloads = self._reply_payloads.pop(call_id)
+        assert reply is not None
+        return [own, *self._values(method, reply.results, payloads)]
+
+    def _deadline_of(self, method: str) -> float:
+        """Compiling may take many minutes on a first start; nothing waits longer than an hour for it."""
+        return max(self._stage.start_timeout_s, 3600.0) if CALLS[method].is_slow else self._stage.step_timeout_s
+
+    def _values(self, method: str, results: list[CallResult], payloads: list[Any]) -> list[Any]:
+        if [result.stage for result in results] != list(range(1, self._stage.num_stages)):
+            raise PeerError(f"{method}: results of stages {[result.stage for result in results]}")
+        values = []
+        for result, payload in zip(results, payloads, strict=True):
+            if result.error_type:
+                raise RuntimeError(f"{method} failed on stage {result.stage}: {result.error_type}: {result.error_text}")
+            value = decode_value(payload)
+            if not CALLS[method].result(value):
+                raise PeerError(f"{method}: stage {result.stage} returned a {type(value).__name__}")
+            values.append(value)
+        return values
+
+    # ---- start-up --------------------------------------------------------------------------------------------------
+
+    def get_supported_kv_cache_layouts(self) -> list[list[str]]:
+        """The layouts that all stages support, for every worker: stages need not share a preference."""
+        each = super().get_supported_kv_cache_layouts()
+        common = [layout for layout in each[0] if all(layout in layouts for layouts in each)]
+        if not common:
+            raise ConfigError(f"stages share no KV cache layout: {each}; choose one --attention-backend for all")
+        return [common for _ in each]
+
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+        """vLLM's own, then one reorder threshold for all stages: each derives it from its own layers' backends."""
+        super().initialize_from_config(kv_cache_configs)
+        given = [value for value in self.collective_rpc("get_reorder_batch_threshold") if value is not None]
+        self.collective_rpc("set_reorder_batch_threshold", args=(min(given) if given else None,))
+        self._process.report_kv_cache(kv_cache_configs[0].num_blocks)
+
+    def compile_or_warm_up_model(self) -> None:
+        super().compile_or_warm_up_model()
+        self._process.mark_ready()
+
+    @property
+    def supported_tasks(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return tuple(self._worker._wrapper.get_supported_tasks())
+
+    def get_stage_states(self) -> list[dict[str, Any]]:
+        """What each stage still remembers; for tests and status."""
+        states: list[dict[str, Any]] = self.collective_rpc("get_stage_state")
+        return states
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+
+    def check_health(self) -> None:
+        if self._process.ring.error is not None:
+            raise self._process.ring.error
+
+    def shutdown(self) -> None:
+        self._process.stop("stage 0 is stopping")
+        self._worker.shutdown()
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        return False
+
+
+def _resolved(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+

@@ -1,0 +1,64 @@
+"""What a stage tells the others about itself, and what must be equal on all of them.
+
+The values are vLLM's resolved ones, not the flags: two spellings of one setting agree, two defaults that differ do not.
+Table C5 of docs/vllm-seams.md has the reasons, and what may differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stagewire import __version__
+from stagewire.checkpoint.index import fingerprint
+from stagewire.config import StageConfig
+from stagewire.ring.runtime import new_incarnation
+from stagewire.wire.messages import StageIdentity
+
+__all__ = ["make_identity"]
+
+
+def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
+    """The identity of this process as one stage of the pipeline."""
+    return StageIdentity(
+        stage=config.stage,
+        num_stages=config.num_stages,
+        layer_start=config.layers.start,
+        layer_end=config.layers.end,
+        incarnation=new_incarnation(),
+        pipeline_id=config.pipeline_id or "",
+        shared={name: str(value) for name, value in _shared(vllm_config).items()},
+    )
+
+
+def _shared(vllm_config: Any) -> dict[str, Any]:
+    """Setting to value; names are the flags where there is one, because they appear in refusals."""
+    from vllm.version import __version__ as vllm_version
+
+    model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
+    return {
+        "model": _model_fingerprint(model),
+        "vLLM version": vllm_version.partition("+")[0],
+        "Stagewire version": __version__,
+        "--dtype": str(model.dtype).removeprefix("torch."),
+        "--quantization": model.quantization,
+        "--max-model-len": model.max_model_len,
+        "--block-size": cache.block_size,
+        "--enable-prefix-caching": cache.enable_prefix_caching,
+        "--max-num-seqs": scheduler.max_num_seqs,
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--seed": model.seed,
+        "--logprobs-mode": model.logprobs_mode,
+        "--logits-processors": model.logits_processors,
+        "--reasoning-parser": vllm_config.structured_outputs_config.reasoning_parser,
+        "--mamba-cache-mode": cache.mamba_cache_mode,
+        "--tensor-parallel-size": vllm_config.parallel_config.tensor_parallel_size,
+    }
+
+
+def _model_fingerprint(model: Any) -> str:
+    """Of the config and the weight index, so that stages may keep the checkpoint under different paths."""
+    path = Path(model.model)
+    if path.is_dir():
+        return fingerprint(path)
+    return f"{model.model}@{model.revision or 'main'}"

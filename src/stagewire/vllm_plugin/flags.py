@@ -1,0 +1,227 @@
+"""The --pipeline flags on vLLM's command line: what they are, and what happens when they are used.
+
+`with_*` wrap three functions of vLLM (compat.py says which and why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stagewire.checkpoint.index import read_index
+from stagewire.checkpoint.model_config import read_model_shape
+from stagewire.checkpoint.ownership import describe_load, stage_bytes
+from stagewire.config import DEFAULT_START_TIMEOUT_S, DEFAULT_STEP_TIMEOUT_S, StageConfig, is_external, parse_stage
+from stagewire.errors import ConfigError, StagewireError
+from stagewire.observe.status import Phase, StatusSender
+from stagewire.plan.ranges import check_own_range
+from stagewire.vllm_plugin import compat
+
+__all__ = ["announce_load", "with_flags", "with_stages", "with_translation"]
+
+# On a worker's command line these are a mistake (it has no HTTP server); other API flags only do nothing there.
+_ADDRESS_FLAGS = ("--host", "--port", "--uds", "--ssl-")
+
+
+def add_flags(parser: Any) -> None:
+    group = parser.add_argument_group(
+        title="Stagewire",
+        description="One stage of a pipeline of independent vLLM processes, joined over ZeroMQ.",
+    )
+    add = group.add_argument
+    add(
+        "--pipeline-stage-mode",
+        choices=["external"],
+        default=None,
+        help="external: this process is one stage of a pipeline; every stage is started by itself, in any order.",
+    )
+    add("--pipeline-stage-idx", type=int, help="Index of this stage, from 0 (the head, which serves the API).")
+    add("--pipeline-total-stages", type=int, help="How many stages the pipeline has.")
+    add("--pipeline-layer-range", help="Layers of this stage, half-open: 8-16 is layers 8 to 15.")
+    add(
+        "--pipeline-local-bind-port",
+        type=int,
+        help="Port on which the next stage reaches this one. Stages of one host may share it.",
+    )
+    add("--pipeline-local-bind-host", help="Address to listen on. Default: the interface that reaches the predecessor.")
+    add("--pipeline-prev-stage-addr", help="HOST:PORT of the predecessor; for stage 0 that is the last stage.")
+    add("--pipeline-prev-stage-service-addr", help="Same as --pipeline-prev-stage-addr; either works on any stage.")
+    add(
+        "--external-pp-worker",
+        action="store_true",
+        default=False,
+        help="This stage has no API: required on every stage but 0.",
+    )
+    add("--pipeline-id", help="Name of the pipeline, to tell several on one port apart. Same on all stages.")
+    add(
+        "--pipeline-start-timeout",
+        type=float,
+        help=f"Seconds to wait for the other stages at start. Default: {DEFAULT_START_TIMEOUT_S}.",
+    )
+    add(
+        "--pipeline-step-timeout",
+        type=float,
+        help=f"Seconds after which a step that has not come back fails the ring. Default: {DEFAULT_STEP_TIMEOUT_S}.",
+    )
+
+
+def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        add_flags(parser)
+        return parser
+
+    return add_cli_args
+
+
+def with_translation(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        if is_external(vars(args)):
+            from stagewire.vllm_plugin.engine_args import apply_external_mode
+
+            compat.check_version()
+            config = parse_stage(vars(args))
+            if not config.is_head and getattr(args, "subparser", None) != "serve":
+                raise ConfigError("--external-pp-worker works with `vllm serve` only")
+            apply_external_mode(engine_args, config)
+        return engine_args
+
+    return from_cli_args
+
+
+def with_stages(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cmd(args: argparse.Namespace) -> None:
+        try:
+            if not is_external(vars(args)):
+                original(args)
+                return
+            _serve(original, args)
+        except StagewireError as error:
+            _die(vars(args).get("pipeline_stage_idx"), error)
+
+    return cmd
+
+
+def _die(stage: int | None, error: StagewireError) -> None:
+    sys.stderr.write(f"{'Stagewire' if stage is None else f'Stage {stage}'}: {error}\n")
+    if stage is not None:
+        StatusSender(stage).send(Phase.FAILED, str(error), error.exit_code)
+    sys.stderr.flush()
+    sys.exit(error.exit_code)
+
+
+def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
+    compat.check_version()
+    config = parse_stage(vars(args))
+    if getattr(args, "model_tag", None) is not None:
+        args.model = args.model_tag
+    status = StatusSender(config.stage)
+    status.send(Phase.IMPORTING)
+    _check_entry_point(config, args)
+    _check_checkpoint(config, args.model)
+    vllm_config = _resolve(args)
+    from stagewire.vllm_plugin.stage_worker import check_model
+
+    check_model(config, vllm_config)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from stagewire.vllm_plugin import cpu
+
+        cpu.set_threads(config)
+        if not config.is_head:
+            cpu.reexec_with_libraries()
+    elif config.is_head or not config.is_head:
+        sys.stdout.write(f"Stage {config.stage}: async scheduling and the V2 model runner are off in external mode\n")
+    text = announce_load(config, vllm_config.model_config.model)
+    status.send(Phase.LOADING, text)
+    if config.is_head:
+        from stagewire.vllm_plugin.head import serve_head
+
+        serve_head(original, args, config)
+        return
+    from stagewire.vllm_plugin.stage_host import serve_stage
+
+    serve_stage(config, vllm_config, status)
+
+
+def announce_load(config: StageConfig, model: str) -> str:
+    """Prints the stage's line (``Stage 0: Loading layers 0-7... (4.54 GB)``); returns its short form for progress."""
+    path = Path(model)
+    index = read_index(path) if path.is_dir() else None
+    if index is None:
+        line = f"Stage {config.stage}: Loading {config.layers.describe()}..."
+        short = config.layers.describe()
+    else:
+        num_bytes = stage_bytes(index, read_model_shape(path), config.layers)
+        line = describe_load(config.stage, config.layers, num_bytes)
+        short = f"{config.layers.describe()} ({num_bytes / 1e9:.2f} GB)"
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+    return short
+
+
+def _check_checkpoint(config: StageConfig, model: str) -> None:
+    """For a folder: the range against config.json and the index against its files, in a moment and before vLLM."""
+    path = Path(model)
+    if not path.is_dir():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ConfigError(f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name")
+        return
+    shape = read_model_shape(path)
+    check_own_range(config.stage, config.num_stages, config.layers, shape.num_layers)
+    read_index(path)
+
+
+def _resolve(args: argparse.Namespace) -> Any:
+    """vLLM's whole configuration, so that everything a stage can know alone is refused before anything starts."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    try:
+        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    except (ValueError, NotImplementedError, OSError) as error:
+        if isinstance(error, StagewireError):
+            raise
+        raise ConfigError(f"vLLM does not accept these settings: {error}") from error
+
+
+def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
+    for name in ("headless", "grpc"):
+        if getattr(args, name, False):
+            raise ConfigError(f"--{name} cannot be combined with --pipeline-stage-mode external")
+    if (getattr(args, "api_server_count", None) or 1) != 1:
+        raise ConfigError("--api-server-count: the head has one API server")
+    if config.is_head:
+        return
+    typed = [arg.partition("=")[0].replace("_", "-") for arg in sys.argv[1:] if arg.startswith("--")]
+    wrong = [flag for flag in typed if flag.startswith(_ADDRESS_FLAGS) and flag != "--hosts"]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)} on stage {config.stage}: only stage 0 serves HTTP; drop it here, or give it to stage 0"
+        )
+    _mention_ignored(config, args)
+
+
+def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    ignored = []
+    for field in dataclasses.fields(FrontendArgs):  # type: ignore[arg-type]
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if hasattr(args, field.name) and getattr(args, field.name) != default:
+            ignored.append("--" + field.name.replace("_", "-"))
+    if ignored:
+        sys.stdout.write(f"Stage {config.stage}: ignored, because only stage 0 serves HTTP: {', '.join(ignored)}\n")
+
+

@@ -1,0 +1,102 @@
+"""The head's API server process: what it answers before the ring has answered, and how it ends with it.
+
+EngineCore (a child of this process) owns the ring; it reports over a Unix socket (observe/status.py). From that this
+process knows whether to answer 503, with which reason, and which exit code is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stagewire.config import StageConfig
+from stagewire.observe.status import HEAD_SOCKET_ENV, Phase, StatusReceiver, StatusSender
+from stagewire.vllm_plugin import compat
+from stagewire.vllm_plugin.http import EarlyServer, HeadHealth
+
+__all__ = ["HEALTH", "serve_head"]
+
+# How long the head of a broken ring goes on answering 503 with the reason before it exits.
+LINGER_S = 30.0
+MIDDLEWARE = "stagewire.vllm_plugin.http.RingMiddleware"
+
+HEALTH = HeadHealth()
+
+
+def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: StageConfig) -> None:
+    """Runs vLLM's own API server, with our health and exit codes. Raises SystemExit with the ring's reason."""
+    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    launcher_status = StatusSender(config.stage)
+    with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
+        receiver = StatusReceiver(str(Path(folder) / "head.sock"))
+        os.environ[HEAD_SOCKET_ENV] = receiver.path
+        threading.Thread(target=_listen, args=(receiver,), name="stagewire-status", daemon=True).start()
+        _patch_server(config, launcher_status)
+        _run(original, args)
+    if HEALTH.failure is not None:
+        sys.exit(HEALTH.exit_code)
+
+
+def _run(original: Callable[..., Any], args: argparse.Namespace) -> None:
+    try:
+        original(args)
+    except (RuntimeError, KeyboardInterrupt, SystemExit):
+        if HEALTH.wait_for_failure(1.0) is None:
+            raise
+        sys.stderr.write(f"Stage 0: {HEALTH.failure}\n")
+
+
+def _patch_server(config: StageConfig, status: StatusSender) -> None:
+    """vLLM binds its socket before the engine starts and listens after: in between we answer."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    early: list[EarlyServer] = []
+
+    def setup(original: Callable[..., Any]) -> Callable[..., Any]:
+        def setup_server(args: argparse.Namespace, **kwargs: Any) -> Any:
+            address, sock = original(args, **kwargs)
+            if not args.uds and not args.ssl_keyfile:
+                early.append(EarlyServer(sock, HEALTH))
+            return address, sock
+
+        return setup_server
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def build_and_serve(*args: Any, **kwargs: Any) -> Any:
+            for server in early:
+                server.close()
+            return await original(*args, **kwargs)
+
+        return build_and_serve
+
+    compat.let_engine_say_goodbye()
+    compat.wrap(entry, "setup_server", setup)
+    compat.wrap(entry, "build_and_serve", build)
+
+
+def _listen(receiver: StatusReceiver) -> None:
+    while True:
+        select.select([receiver], [], [])
+        for event in receiver.receive():
+            HEALTH.update(event)
+            if event.phase is Phase.FAILED:
+                _end_after_linger()
+                return
+
+
+def _end_after_linger() -> None:
+    """While serving: answers 503 for a while, then ends. While starting the main thread ends by itself."""
+    if not HEALTH.is_serving:
+        return
+    time.sleep(LINGER_S)
+    os.kill(os.getpid(), signal.SIGTERM)

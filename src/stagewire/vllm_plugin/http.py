@@ -1,0 +1,225 @@
+"""What the head's HTTP port says about the ring: /live, /health, /ready, and 503 with the reason.
+
+    /live     200 once the process is up
+    /health   503 until the ring has answered once, 200 while it serves, 503 after it failed
+    /ready    200 only while the whole ring answers
+    others    503 with Retry-After before the ring has answered, 503 with the reason after it failed
+
+Before vLLM's own server listens, `EarlyServer` answers on the same socket; from then on `RingMiddleware` does, which
+also ends the requests that are open when a stage is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from stagewire.observe.status import Phase, StatusEvent
+
+__all__ = ["EarlyServer", "HeadHealth", "RingMiddleware"]
+
+RETRY_AFTER_S = 5
+
+_Scope = MutableMapping[str, Any]
+_Message = MutableMapping[str, Any]
+_Send = Callable[[_Message], Awaitable[None]]
+_Receive = Callable[[], Awaitable[_Message]]
+
+
+class HeadHealth:
+    """The ring as the API server knows it. Thread-safe: single assignments, and events for who waits."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.IMPORTING
+        self.is_serving = False
+        self.failure: str | None = None
+        self.exit_code = 0
+        self._failed = threading.Event()
+        self._listeners: set[Callable[[], None]] = set()
+
+    def __repr__(self) -> str:
+        return f"HeadHealth({self.phase.value}, serving={self.is_serving}, failure={self.failure!r})"
+
+    def update(self, event: StatusEvent) -> None:
+        if event.phase is Phase.FAILED and self.failure is None:
+            self.failure, self.exit_code = event.text, event.exit_code
+            self._failed.set()
+            for listener in list(self._listeners):
+                listener()
+        self.phase = event.phase
+
+    def wait_for_failure(self, timeout_s: float) -> str | None:
+        self._failed.wait(timeout_s)
+        return self.failure
+
+    def on_failure(self, listener: Callable[[], None]) -> None:
+        self._listeners.add(listener)
+
+    def forget(self, listener: Callable[[], None]) -> None:
+        self._listeners.discard(listener)
+
+    def answer(self, path: str) -> tuple[int, str] | None:
+        """Status and text for this path; None: vLLM's own application answers."""
+        if path == "/live":
+            return 200, "alive"
+        if self.failure is not None:
+            return 503, self.failure
+        if not self.is_serving:
+            return 503, f"the pipeline is not ready: stage 0 is at {self.phase.value.replace('_', ' ')}"
+        if path == "/ready":
+            return 200, "the whole ring answers"
+        return None
+
+
+def _body(status: int, text: str) -> bytes:
+    if status == 200:
+        return json.dumps({"status": text}).encode()
+    error = {"message": text, "type": "ServiceUnavailable", "param": None, "code": status}
+    return json.dumps({"error": error}).encode()
+
+
+# ---- before vLLM listens -------------------------------------------------------------------------------------------
+
+
+class EarlyServer:
+    """Answers on the API's socket until `close`; connections that arrive in between wait in its backlog."""
+
+    def __init__(self, sock: socket.socket, health: HeadHealth) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            timeout = 5
+
+            def answer(self) -> None:
+                status, text = health.answer(self.path.partition("?")[0]) or (503, "the pipeline is starting")
+                body = _body(status, text)
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                if status == 503:
+                    self.send_header("Retry-After", str(RETRY_AFTER_S))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = answer  # noqa: N815
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        sock.listen(128)
+        self._server = http.server.ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = sock.dup()
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+# ---- while vLLM serves ---------------------------------------------------------------------------------------------
+
+
+class RingMiddleware:
+    """Pure ASGI, added through vLLM's own --middleware.
+
+    Args:
+        app: the application inside.
+        health: for tests; by default this process's.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], health: HeadHealth | None = None) -> None:
+        if health is None:
+            from stagewire.vllm_plugin.head import HEALTH
+
+            health = HEALTH
+        self._app = app
+        self._health = health
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        if scope["type"] == "lifespan":
+            self._health.is_serving = True
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = self._health.answer(scope["path"])
+        if answer is not None:
+            await _respond(send, *answer)
+            return
+        await _Guarded(self._app, self._health).run(scope, receive, send)
+
+
+class _Guarded:
+    """One request; when the ring fails it ends at once, with an error that names the stage."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], health: HeadHealth) -> None:
+        self._app = app
+        self._health = health
+        self._started = False
+        self._is_stream = False
+        self._finished = False
+
+    async def run(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        failed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def listener() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                loop.call_soon_threadsafe(failed.set)
+
+        async def watched_send(message: _Message) -> None:
+            if self._health.failure is not None and not self._finished:
+                return  # the error goes out instead
+            self._note(message)
+            await send(message)
+
+        self._health.on_failure(listener)
+        request = asyncio.ensure_future(self._app(scope, receive, watched_send))
+        failure = asyncio.ensure_future(failed.wait())
+        try:
+            await asyncio.wait({request, failure}, return_when=asyncio.FIRST_COMPLETED)
+            if request.done() and not (self._health.failure and not self._finished):
+                request.result()
+                return
+            request.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await request
+            await self._end(send)
+        finally:
+            self._health.forget(listener)
+            failure.cancel()
+            request.cancel()
+
+    def _note(self, message: _Message) -> None:
+        if message["type"] == "http.response.start":
+            self._started = True
+            headers = dict(message.get("headers", []))
+            self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body" and not message.get("more_body"):
+            self._finished = True
+
+    async def _end(self, send: _Send) -> None:
+        text = self._health.failure or "the pipeline failed"
+        if self._finished:
+            return
+        if not self._started:
+            await _respond(send, 503, text)
+            return
+        tail = b"data: " + _body(503, text) + b"\n\ndata: [DONE]\n\n" if self._is_stream else b""
+        await send({"type": "http.response.body", "body": tail, "more_body": False})
+
+
+async def _respond(send: _Send, status: int, text: str) -> None:
+    body = _body(status, text)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

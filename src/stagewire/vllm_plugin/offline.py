@@ -1,0 +1,51 @@
+"""`LLM(...)` as stage 0, without a command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stagewire.config import parse_stage
+from stagewire.vllm_plugin import compat
+
+__all__ = ["head_arguments"]
+
+_OPTIONS = {
+    "bind_host": "pipeline_local_bind_host",
+    "pipeline_id": "pipeline_id",
+    "start_timeout": "pipeline_start_timeout",
+    "step_timeout": "pipeline_step_timeout",
+}
+
+
+def head_arguments(
+    total_stages: int, layer_range: str, bind_port: int, prev_stage_addr: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """See `stagewire.head`."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from stagewire.vllm_plugin.engine_args import apply_external_mode
+
+    compat.check_version()
+    compat.let_engine_say_goodbye()
+    flags: dict[str, Any] = {
+        "pipeline_stage_mode": "external",
+        "pipeline_stage_idx": 0,
+        "pipeline_total_stages": total_stages,
+        "pipeline_layer_range": layer_range,
+        "pipeline_local_bind_port": bind_port,
+        "pipeline_prev_stage_addr": prev_stage_addr,
+    }
+    flags |= {flag: options.pop(name) for name, flag in _OPTIONS.items() if name in options}
+    given = EngineArgs(model="", **options)
+    apply_external_mode(given, parse_stage(flags))
+    changed = (
+        "additional_config",
+        "pipeline_parallel_size",
+        "distributed_executor_backend",
+        "scheduler_cls",
+        "async_scheduling",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "kv_cache_memory_bytes",
+    )
+    return {**options, **{name: getattr(given, name) for name in changed}}

@@ -1,0 +1,110 @@
+"""The stand-in for vLLM's pipeline-parallel process group.
+
+Every question of a model or a worker about its place in the pipeline goes through `parallel_state._PP`; this object
+answers it without any torch.distributed group behind it, hands the worker the tensors that came in, and keeps those
+that it sends. It must not know how tensors travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from stagewire.errors import InternalError
+
+__all__ = ["PipelineGroup", "install"]
+
+
+class _Done:
+    """A completed send, as torch.distributed's handles look."""
+
+    def wait(self) -> None: ...
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class PipelineGroup:
+    """One stage's view of the pipeline.
+
+    Args:
+        stage: this stage; vLLM calls it the rank in the group.
+        num_stages: vLLM calls it the world size of the group.
+    """
+
+    def __init__(self, stage: int, num_stages: int) -> None:
+        self.rank = stage
+        self.rank_in_group = stage
+        self.local_rank = 0
+        self.world_size = num_stages
+        self.ranks = list(range(num_stages))
+        self.first_rank = 0
+        self.last_rank = num_stages - 1
+        self.is_first_rank = stage == 0
+        self.is_last_rank = stage == num_stages - 1
+        self.prev_rank = (stage - 1) % num_stages
+        self.next_rank = (stage + 1) % num_stages
+        self.unique_name = "pp:stagewire"
+        self.use_device_communicator = False
+        self.device_communicator = None
+        self._incoming: tuple[dict[str, torch.Tensor], Callable[[], None]] | None = None
+        self._outgoing: dict[str, torch.Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"PipelineGroup(stage={self.rank}/{self.world_size})"
+
+    # ---- our side --------------------------------------------------------------------------------------------------
+
+    def put_incoming(self, tensors: dict[str, torch.Tensor], check: Callable[[], None]) -> None:
+        """What the next forward pass receives; ``check`` runs after vLLM has updated its rows, before it computes."""
+        self._incoming = (tensors, check)
+
+    def take_outgoing(self) -> dict[str, torch.Tensor]:
+        """What the last forward pass sent."""
+        if self._outgoing is None:
+            raise InternalError(f"{self!r}: the forward pass sent no tensors")
+        tensors, self._outgoing = self._outgoing, None
+        return tensors
+
+    # ---- vLLM's side (GroupCoordinator) ----------------------------------------------------------------------------
+
+    def irecv_tensor_dict(self, *_: Any, **__: Any) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
+        if self._incoming is None:
+            raise InternalError(f"{self!r}: a forward pass without incoming tensors")
+        (tensors, check), self._incoming = self._incoming, None
+        return tensors, [], [check]
+
+    def isend_tensor_dict(self, tensors: dict[str, torch.Tensor], *_: Any, **__: Any) -> list[_Done]:
+        self._outgoing = tensors
+        return [_Done()]
+
+    @contextmanager
+    def graph_capture(self, graph_capture_context: Any = None) -> Iterator[Any]:
+        yield graph_capture_context
+
+    def destroy(self) -> None: ...
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # AttributeError, not another: vLLM probes optional attributes with getattr and hasattr.
+        raise AttributeError(f"{type(self).__name__} has no {name!r}: vLLM asks the pipeline group for something new")
+
+
+def install(stage: int, num_stages: int, init_method: str) -> PipelineGroup:
+    """Initialises this process's torch.distributed world of one and places the stand-in in it.
+
+    Must run within ``set_current_vllm_config`` and before the worker's ``init_device``, which then finds everything
+    initialised. ``init_method``: vLLM's distributed init method, a file store.
+    """
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+
+    parallel_state.init_distributed_environment(1, 0, init_method, 0, current_platform.dist_backend)
+    parallel_state.initialize_model_parallel(1, 1)
+    if parallel_state._PP is not None:
+        parallel_state._PP.destroy()
+    group = PipelineGroup(stage, num_stages)
+    parallel_state._PP = group
+    return group

@@ -1,0 +1,146 @@
+"""What the head's EngineCore and a worker stage share: their end of the ring, and how the process ends with it.
+
+Owns the exit code of a stage whose ring failed. A refusal can come while the main thread is deep in loading weights,
+so it is the ring's thread that ends the process, after the reason has been printed and sent to everyone who listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from stagewire.config import Address, StageConfig
+from stagewire.errors import InternalError, StagewireError
+from stagewire.observe.status import Phase, StatusSender
+from stagewire.ring.node import Observer
+from stagewire.ring.runtime import RingRuntime
+from stagewire.ring.zmq_link import ZmqTransport, local_host_towards
+from stagewire.vllm_plugin.fingerprint import make_identity
+from stagewire.wire.messages import StageIdentity
+
+__all__ = ["LAUNCHER_PID_ENV", "RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
+
+LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"
+
+logger = logging.getLogger("vllm.stagewire")
+
+
+def as_stagewire_error(error: BaseException) -> StagewireError:
+    """Anything that is not ours is our bug until shown otherwise."""
+    if isinstance(error, StagewireError):
+        return error
+    return InternalError(f"{type(error).__name__}: {error}")
+
+
+def report(stage: int, error: StagewireError) -> str:
+    """The one line that a person reads."""
+    return f"Stage {stage}: {error}"
+
+
+def max_frame_bytes(vllm_config: Any) -> int:
+    """Above the largest frame that can be right: activations of a full batch, or a schedule full of long prompts."""
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    activations = scheduler.max_num_batched_tokens * model.get_hidden_size() * 8
+    prompts = scheduler.max_num_seqs * model.max_model_len * 5
+    logprobs = scheduler.max_num_batched_tokens * (model.max_logprobs + 1) * 12
+    return int(max(activations, prompts, logprobs, 16 << 20))
+
+
+class RingProcess(Observer):
+    """This process's end of the ring.
+
+    Args:
+        config: the stage's place.
+        vllm_config: resolved.
+        status: who listens to this stage.
+    """
+
+    def __init__(self, config: StageConfig, vllm_config: Any, status: StatusSender) -> None:
+        self._config = config
+        self._status = status
+        self._exit_code: int | None = None
+        self._parent = os.getppid()
+        self._launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
+        # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
+        self._is_child = multiprocessing.parent_process() is not None
+        self._bind_host = config.bind_host or local_host_towards(config.predecessor)
+        transport = ZmqTransport(self._bind_host, max_frame_bytes(vllm_config))
+        identity = make_identity(config, vllm_config)
+        self.ring = RingRuntime(config, identity, transport, self, self._bind_host, self._watch)
+
+    def __repr__(self) -> str:
+        return f"RingProcess({self.ring!r})"
+
+    def start(self) -> None:
+        self.ring.start()
+
+    def stop(self, text: str) -> None:
+        """Ends the ring in order."""
+        self.ring.stop(text)
+
+    def report_kv_cache(self, num_blocks: int) -> None:
+        self._status.send(Phase.KV_CACHE, f"{num_blocks} blocks")
+
+    def mark_ready(self) -> None:
+        self._status.send(Phase.READY)
+
+    def fail_from(self, error: BaseException) -> None:
+        """The main thread hit ``error``: the other stages and the listeners learn it. Ends a stage's process."""
+        self.ring.fail(as_stagewire_error(error))
+
+    # ---- from the ring's thread ------------------------------------------------------------------------------------
+
+    def _watch(self) -> str | None:
+        if self._is_child and os.getppid() != self._parent:
+            return "the API server is gone"
+        if self._launcher and not _is_alive(self._launcher):
+            return "the launcher is gone"
+        return None
+
+    def on_log(self, text: str, is_warning: bool) -> None:
+        logger.log(logging.WARNING if is_warning else logging.INFO, text)
+
+    def on_bound(self, host_port: str) -> None:
+        wanted = Address(self._bind_host, self._config.bind_port)
+        how = "" if host_port == str(wanted) else f", reached through port {wanted.port}, which another stage owns"
+        logger.info("Stage %d: listening on %s%s", self._config.stage, host_port, how)
+
+    def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
+        if identities:
+            ranges = ", ".join(f"{i.stage}: {i.layer_start}-{i.layer_end}" for i in identities)
+            logger.info("Stage 0: the ring is whole (%s)", ranges)
+        self._status.send(Phase.LINKED)
+
+    def on_failed(self, error: StagewireError) -> None:
+        logger.error(report(self._config.stage, error))
+        self._status.send(Phase.FAILED, str(error), error.exit_code)
+        self._exit_code = error.exit_code
+
+    def on_stopped(self, text: str) -> None:
+        logger.info("Stage %d: stopped (%s)", self._config.stage, text)
+        self._status.send(Phase.STOPPED, text)
+        if not self._is_child or os.getppid() != self._parent or (self._launcher and not _is_alive(self._launcher)):
+            self._exit_code = 0
+
+    def on_ended(self) -> None:
+        """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""
+        if self._exit_code is None or (self._config.is_head and not self._is_child):
+            return
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(self._exit_code)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

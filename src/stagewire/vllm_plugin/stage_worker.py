@@ -1,0 +1,249 @@
+"""One stage's model: vLLM's own worker, its layers, and what goes in and out of a step.
+
+The same class serves the head (inside EngineCore) and the other stages (vllm_plugin/stage_host.py). It knows torch and
+vLLM's worker and no socket.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.utils.network_utils import get_file_store_init_method
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from stagewire.config import StageConfig
+from stagewire.errors import ConfigError, InternalError, PeerError
+from stagewire.plan.ranges import check_own_range, partition_counts
+from stagewire.vllm_plugin import pipeline_group
+from stagewire.vllm_plugin.call_codec import CALLS
+from stagewire.vllm_plugin.step_codec import row_digest
+from stagewire.wire.codec import Frame
+from stagewire.wire.messages import TensorSpec
+from stagewire.wire.tensors import TensorPlan, check_tensors
+
+__all__ = ["Activations", "StageWorker", "check_model"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one forward pass hands to the next stage: specs and bytes in the same order, and its rows' digest."""
+
+    specs: list[TensorSpec]
+    frames: list[Frame]
+    digest: int
+
+
+def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
+    """Whether this model can be cut here at all.
+
+    Raises:
+        ConfigError: a kind of model that does not travel the ring yet, or a layer range that does not fit. (A model
+            without pipeline support is refused earlier, by vLLM's own check of ``pipeline_parallel_size``.)
+    """
+    model = vllm_config.model_config
+    if model.is_multimodal_model and not getattr(model.multimodal_config, "language_model_only", False):
+        raise ConfigError(
+            f"{model.architecture} takes images or audio, which do not travel the ring yet: "
+            "give --language-model-only on every stage"
+        )
+    if model.is_encoder_decoder:
+        raise ConfigError(f"{model.architecture} is an encoder-decoder model: its encoder would run on every stage")
+    if model.runner_type != "generate":
+        raise ConfigError(f"--runner {model.runner_type}: only generation is served over stages so far")
+    check_own_range(config.stage, config.num_stages, config.layers, model.get_total_num_hidden_layers())
+
+
+class StageWorker:
+    """Builds the worker and loads the stage's layers.
+
+    Args:
+        config: this stage's place.
+        vllm_config: resolved, in external mode (engine_args.py).
+
+    Raises:
+        ConfigError: the model cannot be cut here.
+    """
+
+    def __init__(self, config: StageConfig, vllm_config: VllmConfig) -> None:
+        check_model(config, vllm_config)
+        if vllm_config.use_v2_model_runner:
+            raise ConfigError("external mode needs the V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
+        self.config = config
+        self.vllm_config = vllm_config
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        counts = partition_counts(config.stage, config.num_stages, config.layers, num_layers)
+        # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
+        os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
+        self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=config.stage)
+        init_method = get_file_store_init_method()
+        self._wrapper.init_worker(
+            all_kwargs=[
+                {
+                    "vllm_config": vllm_config,
+                    "local_rank": 0,
+                    "rank": config.stage,
+                    "distributed_init_method": init_method,
+                    "is_driver_worker": config.is_tail,
+                }
+            ]
+        )
+        with set_current_vllm_config(vllm_config):
+            self.group = pipeline_group.install(config.stage, config.num_stages, init_method)
+        self._wrapper.init_device()
+        self._wrapper.load_model()
+        current_platform.update_block_size_for_backend(vllm_config)
+        self.plan = self._plan_tensors()
+
+    def __repr__(self) -> str:
+        return f"StageWorker(stage={self.config.stage}, layers={self.config.layers})"
+
+    @property
+    def runner(self) -> Any:
+        return self._wrapper.worker.model_runner
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def execute(
+        self, schedule: SchedulerOutput, digest: int, specs: Sequence[TensorSpec], frames: Sequence[Frame]
+    ) -> Activations | None:
+        """Runs the stage's layers on one schedule.
+
+        Args:
+            schedule: the head's decision.
+            digest: of the head's rows; 0 on the head itself.
+            specs, frames: the incoming tensors; empty on the head and for a schedule without tokens.
+
+        Returns:
+            What goes to the next stage; None on the tail (call `sample`) and for a schedule without tokens.
+
+        Raises:
+            PeerError: the tensors do not fit the plan, or this stage's rows differ from the head's.
+        """
+        num_tokens = schedule.total_num_scheduled_tokens
+        if num_tokens and not self.config.is_head:
+            check_tensors(self.plan, num_tokens, specs, frames)
+            tensors = self._receive(num_tokens, specs, frames)
+            self.group.put_incoming(tensors, lambda: self._check_rows(schedule, digest))
+        self._wrapper.execute_model(schedule)
+        if not num_tokens or self.config.is_tail:
+            return None
+        outgoing = self.group.take_outgoing()
+        specs_out, frames_out = self._send(num_tokens, outgoing)
+        own_digest = self._digest(schedule) if self.config.is_head else digest
+        return Activations(specs_out, frames_out, own_digest)
+
+    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+        """On the tail, after `execute`: the sampled tokens and what else the requests asked for."""
+        output = self._wrapper.sample_tokens(grammar)
+        if not isinstance(output, ModelRunnerOutput):
+            raise InternalError(f"the worker returned {type(output).__name__}: async scheduling must be off")
+        return output
+
+    def _digest(self, schedule: SchedulerOutput) -> int:
+        return row_digest(self.runner.input_batch.req_ids, schedule.num_scheduled_tokens)
+
+    def _check_rows(self, schedule: SchedulerOutput, digest: int) -> None:
+        if self._digest(schedule) != digest:
+            raise PeerError(
+                f"stage {self.config.stage} orders its {len(schedule.num_scheduled_tokens)} rows otherwise than stage 0: "
+                "its answer would be wrong, so the step is failed"
+            )
+
+    def _receive(self, num_rows: int, specs: Sequence[TensorSpec], frames: Sequence[Frame]) -> dict[str, torch.Tensor]:
+        """Into the runner's own buffers, which are as long as any padding it wants."""
+        buffers = self.runner.intermediate_tensors.tensors
+        for spec, frame in zip(specs, frames, strict=True):
+            dtype = getattr(torch, spec.dtype)
+            incoming = torch.frombuffer(frame, dtype=dtype).view(spec.shape)  # [num_rows, ...]
+            buffers[spec.name][:num_rows].copy_(incoming)
+        return dict(buffers)
+
+    def _send(self, num_rows: int, tensors: dict[str, torch.Tensor]) -> tuple[list[TensorSpec], list[Frame]]:
+        """Unpadded rows as bytes. A tensor that lives in the runner's buffers is copied: the next step overwrites it."""
+        persistent = {tensor.untyped_storage().data_ptr() for tensor in self._buffers()}
+        specs, frames = [], []
+        for name, tensor in tensors.items():
+            rows = tensor[:num_rows].contiguous().cpu()  # [num_rows, ...]
+            if rows.untyped_storage().data_ptr() in persistent:
+                rows = rows.clone()
+            specs.append(TensorSpec(name, str(rows.dtype).removeprefix("torch."), list(rows.shape)))
+            frames.append(memoryview(rows.view(-1).view(torch.uint8).numpy()))
+        if not self.config.is_tail:
+            check_tensors(self.plan, num_rows, specs, frames)
+        return specs, frames
+
+    def _buffers(self) -> list[torch.Tensor]:
+        held = self.runner.intermediate_tensors
+        return [] if held is None else list(held.tensors.values())
+
+    def _plan_tensors(self) -> list[TensorPlan]:
+        """Names, dtypes and trailing shapes between stages, as the model itself declares them.
+
+        Also allocates the runner's receive buffers, which vLLM does only while it warms up: never in eager mode on CPU.
+        """
+        model = self.runner.get_model()
+        dtype = self.vllm_config.model_config.dtype
+        declared = model.make_empty_intermediate_tensors(
+            batch_size=self.runner.max_num_tokens, dtype=dtype, device=self.runner.device
+        )
+        if not self.config.is_head and self.runner.intermediate_tensors is None:
+            self.runner.intermediate_tensors = declared
+        return [
+            TensorPlan(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:]))
+            for name, tensor in declared.tensors.items()
+        ]
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Runs one call of the closed list on this stage's worker.
+
+        Raises:
+            ConfigError: not on the list, or arguments of another type.
+        """
+        spec = CALLS.get(method)
+        if spec is None:
+            raise ConfigError(f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)")
+        if len(args) != len(spec.args) or not all(check(arg) for check, arg in zip(spec.args, args, strict=True)):
+            raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")
+        own = _OWN_CALLS.get(method)
+        result = own(self, *args) if own else getattr(self._wrapper, method)(*args)
+        if method == "compile_or_warm_up_model":
+            # vLLM's warm-up runs ended here; from now on every forward pass is one of the ring's.
+            self.group._outgoing = None
+        return result
+
+    def _get_threshold(self) -> int | None:
+        return getattr(self.runner, "reorder_batch_threshold", None)
+
+    def _set_threshold(self, threshold: int | None) -> None:
+        self.runner.reorder_batch_threshold = threshold
+
+    def _get_state(self) -> dict[str, Any]:
+        batch = getattr(self.runner, "input_batch", None)
+        return {
+            "stage": self.config.stage,
+            "cached_requests": len(self.runner.requests),
+            "rows": 0 if batch is None else batch.num_reqs,
+            "num_kv_blocks": self.vllm_config.cache_config.num_gpu_blocks or 0,
+            "cpu_s": time.process_time(),
+        }
+
+    def shutdown(self) -> None:
+        self._wrapper.shutdown()
+
+
+_OWN_CALLS: dict[str, Any] = {
+    "get_reorder_batch_threshold": StageWorker._get_threshold,
+    "set_reorder_batch_threshold": StageWorker._set_threshold,
+    "get_stage_state": StageWorker._get_state,
+}

@@ -1,0 +1,263 @@
+"""Every message that may travel the ring, as typed structs.
+
+Owns the vocabulary and its numbers (`KINDS`). Knows no socket, no torch, no vLLM: a schedule, a grammar bitmask, call
+arguments and tensors are payload frames whose bytes are opaque here. docs/wire.md tells the same story in prose.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = [
+    "KINDS",
+    "Bye",
+    "Call",
+    "CallResult",
+    "Fault",
+    "Hello",
+    "Message",
+    "NotHere",
+    "Open",
+    "Ping",
+    "Pong",
+    "Redirect",
+    "Refused",
+    "Register",
+    "Registered",
+    "Reply",
+    "Result",
+    "Roll",
+    "Sample",
+    "StageIdentity",
+    "StageTiming",
+    "Step",
+    "TensorSpec",
+    "Welcome",
+]
+
+
+class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Positional on the wire; a field more or less than ours is an error, not a guess."""
+
+
+class StageIdentity(_Struct, frozen=True):
+    """Who a stage is and what it must agree on with the others.
+
+    ``shared`` holds the resolved settings that must equal the head's, by name, as text. ``incarnation`` is random per
+    process: two processes with one index are told apart by it.
+    """
+
+    stage: int
+    num_stages: int
+    layer_start: int
+    layer_end: int
+    incarnation: str
+    pipeline_id: str
+    shared: dict[str, str]
+
+
+class Hello(_Struct, frozen=True):
+    """Successor to predecessor, first on a connection: I am ``identity`` and look for stage ``want``."""
+
+    identity: StageIdentity
+    want: int
+
+
+class Welcome(_Struct, frozen=True):
+    """Answer to Hello: I am the one you look for."""
+
+    identity: StageIdentity
+
+
+class Redirect(_Struct, frozen=True):
+    """Answer to Hello: stage ``stage`` listens on ``port`` of the address that you asked."""
+
+    stage: int
+    port: int
+
+
+class NotHere(_Struct, frozen=True):
+    """Answer to Hello: no stage ``stage`` is known on this port so far; ask again."""
+
+    stage: int
+
+
+class Register(_Struct, frozen=True):
+    """To the owner of a shared port: I am ``identity`` and listen on ``port`` of the same address."""
+
+    identity: StageIdentity
+    port: int
+
+
+class Registered(_Struct, frozen=True):
+    """Answer to Register. ``owner`` is the owner's index."""
+
+    owner: int
+
+
+class Refused(_Struct, frozen=True):
+    """Stage ``stage`` cannot take part. Sent to it, or by it towards the head so that both ends say why."""
+
+    stage: int
+    field: str
+    expected: str
+    found: str
+    text: str
+
+
+class Roll(_Struct, frozen=True):
+    """Forward: the identities of stage 0 up to the sender. At the head it is the whole pipeline."""
+
+    identities: list[StageIdentity]
+
+
+class Open(_Struct, frozen=True):
+    """Forward, once round: the ring is complete and ``epoch`` begins."""
+
+    epoch: int
+
+
+class Ping(_Struct, frozen=True):
+    """Successor to predecessor; ``sent_ns`` is the sender's monotonic clock and comes back unchanged."""
+
+    sent_ns: int
+
+
+class Pong(_Struct, frozen=True):
+    sent_ns: int
+
+
+class Fault(_Struct, frozen=True):
+    """Forward: stage ``stage`` is lost, failed a step, or stops; ``exit_code`` is the family (errors.py)."""
+
+    stage: int
+    exit_code: int
+    text: str
+
+
+class Bye(_Struct, frozen=True):
+    """Forward: the head is stopping; stop too, in order."""
+
+    text: str
+
+
+class Call(_Struct, frozen=True):
+    """Forward: run ``method`` on your workers. Payload 0: arguments."""
+
+    epoch: int
+    call_id: int
+    method: str
+
+
+class CallResult(_Struct, frozen=True):
+    """One worker's outcome; an error is its type and message, a value is the payload of the same position."""
+
+    stage: int
+    error_type: str
+    error_text: str
+
+
+class Reply(_Struct, frozen=True):
+    """Forward: results of stages 1 up to the sender, in rank order; one payload each."""
+
+    epoch: int
+    call_id: int
+    results: list[CallResult]
+
+
+class TensorSpec(_Struct, frozen=True):
+    """``dtype`` is torch's name without the prefix (``bfloat16``); ``shape`` counts rows first."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class StageTiming(_Struct, frozen=True):
+    """Four instants of one stage's monotonic clock, in nanoseconds, and half its link's last ping.
+
+    Only instants of one stage may be subtracted: hosts share no clock. ``hop_ns`` is the one-way time from the
+    predecessor, 0 while unknown.
+    """
+
+    stage: int
+    received_ns: int
+    started_ns: int
+    finished_ns: int
+    sent_ns: int
+    hop_ns: int
+
+
+class Step(_Struct, frozen=True):
+    """Forward: run one micro-batch.
+
+    Payload 0 is the schedule, then one payload per tensor. ``digest`` is of (request id, tokens) in row order; every
+    stage compares it with its own rows. ``waits_for_sample``: a Sample message follows (grammar bitmask).
+    """
+
+    epoch: int
+    step: int
+    num_tokens: int
+    digest: int
+    waits_for_sample: bool
+    tensors: list[TensorSpec]
+    timings: list[StageTiming]
+
+
+class Sample(_Struct, frozen=True):
+    """Forward to the tail: sample step ``step``. Payload 0, if any: the grammar bitmask."""
+
+    epoch: int
+    step: int
+
+
+class Result(_Struct, frozen=True):
+    """Tail to head. Payload 0: sampled token ids and what else the requests asked for."""
+
+    epoch: int
+    step: int
+    timings: list[StageTiming]
+
+
+Message = (
+    Hello
+    | Welcome
+    | Redirect
+    | NotHere
+    | Register
+    | Registered
+    | Refused
+    | Roll
+    | Open
+    | Ping
+    | Pong
+    | Fault
+    | Bye
+    | Call
+    | Reply
+    | Step
+    | Sample
+    | Result
+)
+
+# The number of a message on the wire. Never reuse one; a change of meaning is a new wire version (codec.py).
+KINDS: dict[int, type[Message]] = {
+    1: Hello,
+    2: Welcome,
+    3: Redirect,
+    4: NotHere,
+    5: Register,
+    6: Registered,
+    7: Refused,
+    8: Roll,
+    9: Open,
+    10: Ping,
+    11: Pong,
+    12: Fault,
+    13: Bye,
+    14: Call,
+    15: Reply,
+    16: Step,
+    17: Sample,
+    18: Result,
+}
