@@ -1,0 +1,74 @@
+"""The `stagewire` command. Each subcommand imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stagewire import __version__
+from stagewire.errors import StagewireError
+from stagewire.launch import up
+
+__all__ = ["main"]
+
+
+def _run_up(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    return up.run(args, extra)
+
+
+def _run_demo_model(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    from stagewire.launch.demo_model import is_made, make_demo_model
+
+    if not is_made(args.dir):
+        print(f"{args.dir}: fetching and converting SmolLM2-135M-Instruct, once", flush=True)  # noqa: T201
+        make_demo_model(args.dir)
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stagewire",
+        description="Pipeline parallelism between independent `vllm serve` processes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up_parser = commands.add_parser(
+        "up",
+        help="start, watch and stop all stages of a pipeline on this machine",
+        usage="%(prog)s --model PATH [options] [-- VLLM_ARGUMENTS]",
+        epilog=up.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    up.add_arguments(up_parser)
+    up_parser.set_defaults(run=_run_up, takes_extra=True)
+
+    demo = commands.add_parser("demo-model", help="make a small real model to try things with", allow_abbrev=False)
+    demo.add_argument("dir", nargs="?", type=Path, default=Path(".demo/model"), help="default: %(default)s")
+    demo.set_defaults(run=_run_demo_model, takes_extra=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; a StagewireError becomes one message on stderr and its exit code."""
+    own = list(sys.argv[1:] if argv is None else argv)
+    extra: list[str] = []
+    if "--" in own:
+        cut = own.index("--")
+        own, extra = own[:cut], own[cut + 1 :]
+    parser = _make_parser()
+    args = parser.parse_args(own)
+    if extra and not args.takes_extra:
+        parser.error(f"unrecognized arguments: -- {' '.join(extra)}")
+    try:
+        code: int = args.run(args, extra)
+    except StagewireError as error:
+        print(f"stagewire: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return code

@@ -1,0 +1,73 @@
+"""Why a stage died, read from its exit status and the end of its log, when it did not say so itself. Pure."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+__all__ = ["describe_exit", "hint", "last_error"]
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# "(EngineCore pid=12) ERROR 11-23 22:43:01 [core.py:123] ValueError: ..." -> "ValueError: ..."
+_VLLM_PREFIX = re.compile(r"^(?:\([^)]*\bpid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Compiler|Lost)\b(?:: .*)?$")
+_USAGE_ERROR = re.compile(r"^[\w ./-]+: error: ")
+# What a parent process says of a child whose own error is further up.
+_SECOND_HAND = ("Engine core initialization failed", "EngineCore encountered an issue", "Engine core process died")
+_NUM_TAIL_LINES = 5
+
+_SAVE_MEMORY = "use more stages, a smaller --max-model-len, or a smaller KV cache (--kv-cache-memory-bytes)"
+_HINTS = (
+    (
+        r"out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator|std::bad_alloc|MemoryError",
+        f"not enough memory: {_SAVE_MEMORY}",
+    ),
+    (
+        r"Address already in use|EADDRINUSE",
+        "a port is taken by another program: choose others with --port, --base-port",
+    ),
+    (r"No space left on device", "the disk is full: free some space, also in /tmp"),
+    (
+        r"InvalidCxxCompiler|No working C\+\+ compiler",
+        "compiling on CPU needs g++: install it, or add `-- --enforce-eager`",
+    ),
+    (
+        r"Repository Not Found|is not a local folder|Can't load the configuration of|Invalid repository ID",
+        "the model was not found: --model takes the folder with config.json and the weights",
+    ),
+    (r"Illegal instruction", "this CPU lacks instructions that this data type uses: try `-- --dtype float32`"),
+)
+_SIGNAL_HINTS = {
+    signal.SIGKILL: "something killed it, most often the kernel when memory runs out (`dmesg | grep -i oom` tells): "
+    + _SAVE_MEMORY,
+    signal.SIGILL: "this CPU lacks instructions (AMX, AVX-512) that this data type uses: try `-- --dtype float32`",
+    signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk and /dev/shm",
+}
+
+
+def describe_exit(returncode: int) -> str:
+    """``-9`` -> ``was killed by SIGKILL``."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    try:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"was killed by signal {-returncode}"
+
+
+def hint(returncode: int, log_tail: str) -> str | None:
+    """What to try next, where the cause is known. ``returncode`` is negative for a signal."""
+    for number, text in _SIGNAL_HINTS.items():
+        if returncode in (-number, 128 + number):
+            return text
+    return next((text for pattern, text in _HINTS if re.search(pattern, log_tail, re.IGNORECASE)), None)
+
+
+def last_error(log_tail: str) -> str:
+    """The last line that names an error; the last few lines when none does."""
+    lines = [_VLLM_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in log_tail.splitlines()]
+    errors = [line for line in lines if _EXCEPTION.match(line) or _USAGE_ERROR.match(line)]
+    first_hand = [line for line in errors if not any(text in line for text in _SECOND_HAND)]
+    if errors:
+        return (first_hand or errors)[-1]
+    return "\n".join([line for line in lines if line][-_NUM_TAIL_LINES:])

@@ -1,0 +1,114 @@
+"""What a person sees while a pipeline starts: live bars on a terminal, one line for each event elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, TextIO
+
+from stagewire.launch.spec import StageSpec
+from stagewire.observe.status import Phase, StatusEvent
+
+__all__ = ["LiveScreen", "PlainScreen", "Screen", "open_screen"]
+
+_LABELS = {Phase.KV_CACHE: "KV cache"}
+# FAILED and STOPPED are not on the way to READY.
+_STEPS = [phase for phase in Phase if phase not in (Phase.FAILED, Phase.STOPPED)]
+
+
+def describe(event: StatusEvent) -> str:
+    """``loading layers 14-21 (0.11 GB)``."""
+    return f"{_LABELS.get(event.phase, event.phase.value)} {event.text}".rstrip()
+
+
+class Screen(Protocol):
+    def show(self, event: StatusEvent) -> None:
+        """A stage has entered a phase."""
+
+    def say(self, text: str) -> None:
+        """Something else worth a line."""
+
+    def finish(self) -> None:
+        """No more bars: from here on plain text."""
+
+    def hang_up(self) -> None:
+        """The terminal is gone: whatever is written from here on goes nowhere, without an error."""
+
+
+class PlainScreen:
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def show(self, event: StatusEvent) -> None:
+        self.say(f"stage {event.stage}  {describe(event)}")
+
+    def say(self, text: str) -> None:
+        try:
+            print(text, file=self._out, flush=True)
+        except OSError:
+            self.hang_up()
+
+    def finish(self) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        # What is buffered would otherwise fail again when the interpreter closes its streams, with exit code 120.
+        null = os.open(os.devnull, os.O_WRONLY)
+        for fd in (sys.stdout.fileno(), sys.stderr.fileno()):
+            os.dup2(null, fd)
+        os.close(null)
+
+
+class LiveScreen(PlainScreen):
+    """One row for each stage, as long as it starts."""
+
+    def __init__(self, out: TextIO, specs: Sequence[StageSpec]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        super().__init__(out)
+        columns = ("{task.fields[stage]}", "[dim]layers {task.fields[layers]}")
+        self._progress: Progress | None = Progress(
+            *map(TextColumn, columns),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=Console(file=out),
+        )
+        self._tasks = [
+            self._progress.add_task("starting", total=len(_STEPS) - 1, stage=_name(spec), layers=str(spec.layers))
+            for spec in specs
+        ]
+        self._progress.start()
+
+    def show(self, event: StatusEvent) -> None:
+        from rich.markup import escape
+
+        if self._progress is None:
+            super().show(event)
+        elif event.phase in _STEPS:
+            self._progress.update(
+                self._tasks[event.stage], description=escape(describe(event)), completed=_STEPS.index(event.phase)
+            )
+        else:
+            self._progress.update(self._tasks[event.stage], description=f"[red]{event.phase.value}")
+
+    def say(self, text: str) -> None:
+        if self._progress is None:
+            super().say(text)
+        else:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()
+
+
+def _name(spec: StageSpec) -> str:
+    return f"stage {spec.index}{' (head)' if spec.is_head else ''}"
+
+
+def open_screen(specs: Sequence[StageSpec]) -> Screen:
+    return LiveScreen(sys.stdout, specs) if sys.stdout.isatty() else PlainScreen(sys.stdout)

@@ -1,0 +1,222 @@
+"""What a local stage is started with: its place, its command line, its environment.
+
+Everything here is decided before a process is started. Asks the machine for cores, GPUs and a compiler; starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagewire.errors import ConfigError
+from stagewire.launch.cores import assign_cores
+from stagewire.observe.status import LAUNCHER_SOCKET_ENV
+from stagewire.plan.ranges import LayerRange
+
+__all__ = [
+    "API_FLAGS",
+    "CommandBuilder",
+    "Resources",
+    "StageSpec",
+    "VllmCommand",
+    "assign_resources",
+    "find_vllm",
+    "has_compiler",
+    "is_cpu_build",
+    "place_stages",
+    "stage_environment",
+]
+
+LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"  # a stage ends itself when this process is gone
+# Only the head has an API; workers refuse these on their command line.
+API_FLAGS = ("--host", "--port", "--uds", "--ssl-")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One local stage's place in the pipeline."""
+
+    index: int
+    num_stages: int
+    layers: LayerRange
+    bind_port: int
+    prev_port: int
+
+    @property
+    def is_head(self) -> bool:
+        return self.index == 0
+
+
+CommandBuilder = Callable[[StageSpec], list[str]]
+
+
+def place_stages(ranges: Sequence[LayerRange], base_port: int) -> list[StageSpec]:
+    """Stage i binds ``base_port + i``; the head's predecessor is the tail."""
+    count = len(ranges)
+    if not 1 <= base_port <= 65536 - count:
+        raise ConfigError(f"--base-port {base_port}: {count} stages need ports {base_port} to {base_port + count - 1}")
+    return [StageSpec(i, count, layers, base_port + i, base_port + (i - 1) % count) for i, layers in enumerate(ranges)]
+
+
+@dataclass(frozen=True)
+class VllmCommand:
+    """Builds each stage's `vllm serve` command line."""
+
+    vllm: str
+    model: str
+    host: str | None
+    port: int
+    extra: tuple[str, ...] = ()
+
+    def __call__(self, spec: StageSpec) -> list[str]:
+        command = [self.vllm, "serve", self.model, "--pipeline-stage-mode", "external"]
+        command += ["--pipeline-stage-idx", str(spec.index), "--pipeline-total-stages", str(spec.num_stages)]
+        command += ["--pipeline-layer-range", str(spec.layers), "--pipeline-local-bind-port", str(spec.bind_port)]
+        predecessor = f"127.0.0.1:{spec.prev_port}"
+        if spec.is_head:
+            command += ["--pipeline-prev-stage-addr", predecessor, "--port", str(self.port)]
+            return command + (["--host", self.host] if self.host else []) + list(self.extra)
+        command += ["--pipeline-prev-stage-service-addr", predecessor, "--external-pp-worker"]
+        return command + _without_api_flags(self.extra)
+
+
+def _without_api_flags(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    is_dropping = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            is_dropping = argument.startswith(API_FLAGS)
+        if not is_dropping:
+            kept.append(argument)
+    return kept
+
+
+def find_vllm() -> str:
+    """The `vllm` command of the environment that runs us."""
+    vllm = Path(sys.executable).parent / "vllm"
+    if not vllm.exists():
+        raise ConfigError(f"no `vllm` command beside {sys.executable}: install vLLM into this environment")
+    return str(vllm)
+
+
+def is_cpu_build() -> bool:
+    """vLLM's own rule for choosing its CPU platform."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def has_compiler(environ: Mapping[str, str]) -> bool:
+    """What torch.compile looks for on Linux (`cpp.cxx` in torch/_inductor/config.py): $CXX, else g++."""
+    return shutil.which(environ.get("CXX") or "g++", path=environ.get("PATH")) is not None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one stage may use of this machine. ``cores`` is empty for a stage that is not pinned."""
+
+    environ: Mapping[str, str]
+    cores: tuple[int, ...] = ()
+
+
+def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool) -> list[Resources]:
+    """A share of the cores for each stage on CPU, one GPU for each elsewhere.
+
+    Raises:
+        ConfigError: fewer GPUs than stages.
+    """
+    if not is_cpu:
+        return [Resources({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in _take_gpus(num_stages, environ)]
+    preload = preload_libraries(environ.get("LD_PRELOAD", ""))
+    shares = assign_cores(sorted(os.sched_getaffinity(0)), num_stages)
+    return [
+        Resources(
+            {
+                "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(len(cores) or 1),
+                # The whole process is pinned, if at all; vLLM would pin only its worker, to cores of its own choice.
+                "VLLM_CPU_OMP_THREADS_BIND": environ.get("VLLM_CPU_OMP_THREADS_BIND") or "nobind",
+                **({"LD_PRELOAD": preload} if preload else {}),
+            },
+            cores,
+        )
+        for cores in shares
+    ]
+
+
+def _take_gpus(num_stages: int, environ: Mapping[str, str]) -> list[str]:
+    gpus = visible_gpus(environ)
+    if len(gpus) < num_stages:
+        raise ConfigError(
+            f"{num_stages} stages need {num_stages} GPUs, one each; this machine shows {len(gpus)}"
+            f" ({', '.join(gpus) or 'none'}): use --num-stages {max(1, len(gpus))}, or check CUDA_VISIBLE_DEVICES"
+        )
+    return gpus[:num_stages]
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES if it is set, else one number for each GPU that nvidia-smi lists."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    return [str(gpu) for gpu in range(count)]
+
+
+def preload_libraries(already: str) -> str:
+    """LD_PRELOAD with the OpenMP and allocator libraries that vllm/platforms/cpu.py would choose.
+
+    vLLM puts them into the environment of processes that it spawns; a stage that runs its worker itself needs them
+    from the start. The packages are found without importing them.
+    """
+    preload = already
+    if not any(name in preload for name in ("libomp", "libgomp", "libiomp")):
+        torch = _package_dir("torch")
+        found = _first_match(torch, ("../torch.libs/libgomp*.so*", "lib/libgomp*.so*")) if torch else None
+        preload = ":".join(filter(None, (preload, found)))
+    if "libtcmalloc" not in preload:
+        vllm = _package_dir("vllm")
+        found = _first_match(vllm, ("libs/libtcmalloc_minimal*.so*", "libs/libtcmalloc.so*")) if vllm else None
+        preload = ":".join(filter(None, (found, preload)))
+    return preload
+
+
+def _package_dir(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _first_match(package: Path, patterns: Sequence[str]) -> str | None:
+    for pattern in patterns:
+        folder, _, name = pattern.rpartition("/")
+        for path in sorted((package / folder).resolve().glob(name)):
+            return str(path)
+    return None
+
+
+def stage_environment(resources: Resources, private_dir: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of one stage.
+
+    ``private_dir`` takes the sockets and files that vLLM would leave in /tmp; the launcher removes it at the end.
+    """
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        **environ,
+        **resources.environ,
+        LAUNCHER_SOCKET_ENV: f"{private_dir}/status.sock",
+        LAUNCHER_PID_ENV: str(os.getpid()),
+        "TMPDIR": private_dir,
+        "VLLM_RPC_BASE_PATH": private_dir,
+    }

@@ -1,0 +1,352 @@
+"""Starts local stages, watches them, stops them in order. One loop over one queue of events.
+
+Owns processes, signals and deadlines. What the stages are started with, and what is drawn, is decided elsewhere.
+
+    status message ──┐
+    child's exit   ──┼──> queue ──> run(): starting ──> first request ──> serving ──> stop: head, then the rest
+    signal         ──┤                 └─ a stage failed, or a deadline passed ──────────^
+    first answer   ──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stagewire.errors import ConfigError, PeerError, StagewireError
+from stagewire.launch.api import Api
+from stagewire.launch.hints import describe_exit, hint, last_error
+from stagewire.launch.screen import Screen
+from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
+from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
+
+__all__ = ["StageFailed", "Supervisor", "Timeouts"]
+
+_LOG_TAIL_BYTES = 64 << 10
+_ORDER = list(Phase)
+
+
+class StageFailed(StagewireError):
+    """A stage ended, or said that it will; ``exit_code`` is that stage's own, 1 when it was killed."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds. ``root_cause``: for stages that failed before the one heard first to say so. ``poll``: between
+    questions to the head's HTTP port, the one thing that sends no message when it changes."""
+
+    start: float = 600.0
+    root_cause: float = 1.0
+    head_stop: float = 10.0
+    stop: float = 5.0
+    poll: float = 0.2
+
+
+@dataclass(frozen=True)
+class _Exited:
+    stage: int
+
+
+@dataclass(frozen=True)
+class _StopAsked:
+    signum: int
+
+
+@dataclass(frozen=True)
+class _Answered:
+    model: str
+    error: StagewireError | None = None
+
+
+_Event = StatusEvent | _Exited | _StopAsked | _Answered
+
+
+@dataclass
+class _Stage:
+    """A started stage and what is known of it."""
+
+    spec: StageSpec
+    process: asyncio.subprocess.Process
+    log: Path
+    phase: Phase = Phase.IMPORTING
+    failure: StatusEvent | None = None
+    exited: asyncio.Task[None] = field(init=False)
+
+    @property
+    def has_failed(self) -> bool:
+        return self.failure is not None or self.process.returncode is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What it says of itself is nearer to the cause than what its process returns."""
+        if self.failure is not None and self.failure.exit_code:
+            return self.failure.exit_code
+        return 1 if self.process.returncode is None else self.process.returncode
+
+    def blame(self) -> int:
+        """0 for the likeliest root cause. Exit code 3 is "lost a peer": it follows from somebody else's end."""
+        if self.exit_code < 0 or self.exit_code == ConfigError.exit_code:
+            return 0
+        return {1: 1, 0: 2, PeerError.exit_code: 3}.get(self.exit_code, 1)
+
+    def describe_failure(self) -> str:
+        """The stage's own reason, its log, and what to try next where that is known."""
+        tail = _read_tail(self.log)
+        returncode = self.process.returncode
+        how = "failed" if returncode is None else describe_exit(returncode)
+        reason = self.failure.text if self.failure and self.failure.text else last_error(tail)
+        advice = hint(self.exit_code, f"{reason}\n{tail}")
+        parts = [f"stage {self.spec.index} {how}: {reason}" if reason else f"stage {self.spec.index} {how}"]
+        parts += [f"  hint: {advice}"] if advice else []
+        return "\n".join([*parts, f"  its log: {self.log}"])
+
+
+def _read_tail(path: Path) -> str:
+    with contextlib.suppress(OSError), path.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+        return log.read().decode(errors="replace")
+    return ""
+
+
+class Supervisor:
+    """Runs a pipeline of local stages from start to stop.
+
+    Args:
+        specs: in the order of their index.
+        command: builds a stage's command line.
+        resources: environment and cores for each stage.
+        api: the head's.
+        private_dir: short (AF_UNIX paths end at 107 bytes), private to the user; whoever made it removes it.
+        log_dir: stage_<i>.log are written there, new.
+        serving: called with the model's name once the ring has answered; its text is shown.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[StageSpec],
+        command: CommandBuilder,
+        resources: Sequence[Resources],
+        api: Api,
+        screen: Screen,
+        private_dir: str,
+        log_dir: Path,
+        serving: Callable[[str], str],
+        timeouts: Timeouts | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._specs = specs
+        self._command = command
+        self._resources = resources
+        self._api = api
+        self._screen = screen
+        self._private_dir = private_dir
+        self._log_dir = log_dir
+        self._serving = serving
+        self._timeouts = timeouts or Timeouts()
+        self._environ = environ
+        self._stages: list[_Stage] = []
+        self._asked: int | None = None
+        self._is_stopping = False
+
+    def __repr__(self) -> str:
+        phases = ", ".join(f"{stage.spec.index}: {stage.phase.value}" for stage in self._stages)
+        return f"Supervisor({phases or 'nothing started'})"
+
+    async def run(self) -> int:
+        """Serves until asked to stop. Returns 0 when that happened while serving, 128 + signal before.
+
+        Raises:
+            StageFailed: a stage ended by itself.
+            PeerError: the ring was not ready in time, or did not answer its first request.
+        """
+        self._queue: asyncio.Queue[_Event] = asyncio.Queue()
+        self._receiver = StatusReceiver(f"{self._private_dir}/status.sock")
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._receiver.fileno(), self._receive)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(signum, self._on_signal, signum)
+        try:
+            return await self._run()
+        finally:
+            await self._stop()
+            loop.remove_reader(self._receiver.fileno())
+            self._receiver.close()
+
+    async def _run(self) -> int:
+        deadline = asyncio.get_running_loop().time() + self._timeouts.start
+        for spec, resources in zip(self._specs, self._resources, strict=True):
+            self._stages.append(await self._start(spec, resources))
+            self._screen.show(StatusEvent(spec.index, Phase.IMPORTING))
+        try:
+            async with asyncio.timeout_at(deadline):
+                model = await self._until_answered(deadline)
+        except TimeoutError:
+            raise PeerError(self._describe_timeout()) from None
+        if model is None:
+            return 128 + (self._asked or 0)
+        self._screen.finish()
+        self._screen.say(self._serving(model))
+        while not isinstance(await self._next(), _StopAsked):
+            pass
+        return 0
+
+    async def _start(self, spec: StageSpec, resources: Resources) -> _Stage:
+        log = self._log_dir / f"stage_{spec.index}.log"
+        cores = resources.cores
+        with log.open("wb") as out:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(spec),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out,
+                stderr=asyncio.subprocess.STDOUT,
+                env=stage_environment(resources, self._private_dir, self._environ),
+                # A terminal's Ctrl-C reaches the launcher alone, which stops the stages in order.
+                start_new_session=True,
+                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+            )
+        stage = _Stage(spec, process, log)
+        stage.exited = asyncio.create_task(self._watch(stage))
+        return stage
+
+    async def _watch(self, stage: _Stage) -> None:
+        await stage.process.wait()
+        self._queue.put_nowait(_Exited(stage.spec.index))
+
+    def _receive(self) -> None:
+        for event in self._receiver.receive():
+            if 0 <= event.stage < len(self._specs):
+                self._queue.put_nowait(event)
+
+    def _on_signal(self, signum: int) -> None:
+        if signum == signal.SIGHUP:
+            self._screen.hang_up()
+        if signum == signal.SIGINT and self._is_stopping:
+            self._kill_groups()
+        elif self._asked is None:
+            self._asked = signum
+            self._queue.put_nowait(_StopAsked(signum))
+
+    # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    async def _until_answered(self, deadline: float) -> str | None:
+        """The served model's name after a first answer; None when asked to stop before that."""
+        asking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                event = await self._next()
+                if isinstance(event, _StopAsked):
+                    return None
+                if isinstance(event, _Answered):
+                    if event.error is not None:
+                        raise event.error
+                    return event.model
+                if asking is None and all(stage.phase is Phase.READY for stage in self._stages):
+                    asking = asyncio.create_task(self._ask(deadline))
+        finally:
+            if asking is not None:
+                asking.cancel()
+
+    async def _ask(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while not await asyncio.to_thread(self._api.is_ready):
+                await asyncio.sleep(self._timeouts.poll)
+            model = await asyncio.to_thread(self._api.first_request, max(1.0, deadline - loop.time()))
+            self._queue.put_nowait(_Answered(model))
+        except StagewireError as error:
+            self._queue.put_nowait(_Answered("", error))
+
+    async def _next(self) -> _Event:
+        """The next event that is not a stage's failure.
+
+        Raises:
+            StageFailed: with the root cause.
+        """
+        event = await self._queue.get()
+        if self._note(event):
+            raise await self._find_root_cause()
+        return event
+
+    def _note(self, event: _Event) -> bool:
+        """Records and shows what the event says; whether it is a stage's end."""
+        if isinstance(event, _Exited):
+            self._receive()  # its last words were sent before it ended
+            return True
+        if not isinstance(event, StatusEvent) or event.phase is Phase.STOPPED:
+            return False
+        stage = self._stages[event.stage] if event.stage < len(self._stages) else None
+        if stage is None:
+            return False
+        if event.phase is Phase.FAILED:
+            stage.failure = stage.failure or event
+            return True
+        # The head's processes report each for itself, and linking repeats: only progress is shown.
+        if _ORDER.index(event.phase) > _ORDER.index(stage.phase) or event.phase is Phase.LOADING:
+            stage.phase = event.phase
+            self._screen.show(event)
+        return False
+
+    async def _find_root_cause(self) -> StageFailed:
+        """Waits a moment for others: the stage that lost its peer is often heard before the peer's own end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeouts.root_cause):
+                while not self._is_cause_known():
+                    self._note(await self._queue.get())
+        while not self._queue.empty():
+            self._note(self._queue.get_nowait())
+        failed = [stage for stage in self._stages if stage.has_failed]
+        worst = min(failed, key=_Stage.blame)
+        self._screen.show(StatusEvent(worst.spec.index, Phase.FAILED))
+        return StageFailed(worst.describe_failure(), worst.exit_code if worst.exit_code > 0 else 1)
+
+    def _is_cause_known(self) -> bool:
+        failed = [stage for stage in self._stages if stage.has_failed]
+        # A process that said why and has not ended yet gets the moment too, so that its end is told as it was.
+        return len(failed) == len(self._stages) or any(stage.blame() == 0 for stage in failed)
+
+    def _describe_timeout(self) -> str:
+        late = [stage for stage in self._stages if stage.phase is not Phase.READY]
+        if not late:
+            return (
+                f"{self._api.url}/ready and a first request: no answer within {self._timeouts.start:g} s of the start"
+            )
+        where = "; ".join(f"stage {stage.spec.index} is at {stage.phase.value!r} (log: {stage.log})" for stage in late)
+        return f"not ready within {self._timeouts.start:g} s (--start-timeout): {where}"
+
+    # ---- stopping --------------------------------------------------------------------------------------------------
+
+    async def _stop(self) -> None:
+        """The head first: it closes the API and tells the ring, so that the workers end by themselves."""
+        self._is_stopping = True
+        self._screen.finish()
+        running = [stage for stage in self._stages if stage.process.returncode is None]
+        if running:
+            self._screen.say("stopping")
+        if self._stages:
+            await self._terminate(self._stages[:1], self._timeouts.head_stop)
+            await self._terminate(self._stages[1:], self._timeouts.stop)
+        self._kill_groups()
+        for stage in self._stages:
+            await stage.exited
+
+    async def _terminate(self, stages: Sequence[_Stage], timeout_s: float) -> None:
+        for stage in stages:
+            with contextlib.suppress(ProcessLookupError):
+                stage.process.terminate()
+        if stages:
+            await asyncio.wait([stage.exited for stage in stages], timeout=timeout_s)
+
+    def _kill_groups(self) -> None:
+        """Ends what is left: of the head also its EngineCore process, which outlives an API server that was killed."""
+        for stage in self._stages:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(stage.process.pid, signal.SIGKILL)

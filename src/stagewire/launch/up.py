@@ -1,0 +1,167 @@
+"""`stagewire up`: a whole pipeline on this machine, from one command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from stagewire.checkpoint.model_config import read_model_shape
+from stagewire.errors import ConfigError
+from stagewire.launch.api import Api, chat_template_exists, option_value, usage
+from stagewire.launch.screen import open_screen
+from stagewire.launch.spec import (
+    VllmCommand,
+    assign_resources,
+    find_vllm,
+    has_compiler,
+    is_cpu_build,
+    place_stages,
+)
+from stagewire.launch.supervisor import Supervisor, Timeouts
+from stagewire.plan.ranges import LayerRange, check_ranges, split_evenly
+
+__all__ = ["add_arguments", "run"]
+
+DEFAULT_NUM_STAGES = 4
+DEFAULT_START_TIMEOUT_S = 600.0
+# Set for each stage by this command.
+_OWN_FLAGS = (
+    "--host",
+    "--port",
+    "--uds",
+    "--external-pp-worker",
+    "--pipeline-stage-mode",
+    "--pipeline-stage-idx",
+    "--pipeline-total-stages",
+    "--pipeline-layer-range",
+    "--pipeline-local-bind-port",
+    "--pipeline-prev-stage-addr",
+    "--pipeline-prev-stage-service-addr",
+)
+_COMPILATION_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
+
+EPILOG = """\
+Everything after `--` goes to every stage's `vllm serve`, for instance: stagewire up --model DIR -- --dtype float32
+
+Ctrl-C, SIGTERM and the end of the terminal stop every stage in order; a second Ctrl-C kills them at once.
+Exit codes: 0 stopped while serving; 128 + signal stopped before that; 1, 2 or 3 the code of the stage that
+failed (1 an error of a stage or a kill, 2 a setting, 3 another stage or the network)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder with config.json and the weights")
+    parser.add_argument(
+        "--num-stages", type=int, metavar="N", help=f"default: {DEFAULT_NUM_STAGES}, or as many as ranges"
+    )
+    parser.add_argument(
+        "--ranges",
+        nargs="+",
+        metavar="START-END",
+        help="each stage's layers, END not included; default: vLLM's own split",
+    )
+    parser.add_argument("--host", help="address that the API binds; default: vLLM's")
+    parser.add_argument("--port", type=int, default=8000, help="port of the API (default: %(default)s)")
+    parser.add_argument(
+        "--base-port", type=int, default=15550, help="stage i binds this port + i (default: %(default)s)"
+    )
+    parser.add_argument("--log-dir", type=Path, default=Path("stagewire_logs"), help="default: ./%(default)s")
+    parser.add_argument(
+        "--start-timeout", type=float, default=DEFAULT_START_TIMEOUT_S, metavar="S", help="default: %(default)g seconds"
+    )
+
+
+def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    """Blocks until the pipeline has stopped; returns the exit code.
+
+    Raises:
+        StagewireError: a wrong setting, a stage that failed, a ring that is not ready in time.
+    """
+    model_dir = Path(args.model).expanduser()
+    _check_extra(extra)
+    ranges = _choose_ranges(args.ranges, args.num_stages, read_model_shape(model_dir).num_layers)
+    specs = place_stages(ranges, args.base_port)
+    is_cpu = is_cpu_build()
+    resources = assign_resources(len(specs), os.environ, is_cpu)
+    extra, notes = _complete_extra(extra, is_cpu, args.start_timeout)
+    command = VllmCommand(find_vllm(), str(model_dir), args.host, args.port, tuple(extra))
+    api = Api(
+        args.host,
+        args.port,
+        option_value(extra, "--api-key") or os.environ.get("VLLM_API_KEY"),
+        is_tls=option_value(extra, "--ssl-certfile") is not None,
+    )
+    log_dir = _make_log_dir(args.log_dir, len(specs))
+    has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
+
+    def serving(model: str) -> str:
+        return f"{usage(api, model, has_template)}\nLogs in {log_dir}{os.sep}stage_*.log. Ctrl-C stops everything."
+
+    screen = open_screen(specs)
+    screen.say(f"{model_dir}: layers {', '.join(map(str, ranges))} on {len(specs)} stages; logs in {log_dir}")
+    for note in notes:
+        screen.say(note)
+    with _private_dir() as private_dir:
+        supervisor = Supervisor(
+            specs, command, resources, api, screen, private_dir, log_dir, serving, Timeouts(start=args.start_timeout)
+        )
+        return asyncio.run(supervisor.run())
+
+
+def _choose_ranges(texts: Sequence[str] | None, num_stages: int | None, num_layers: int) -> tuple[LayerRange, ...]:
+    if texts is None:
+        return split_evenly(num_layers, DEFAULT_NUM_STAGES if num_stages is None else num_stages)
+    ranges = tuple(LayerRange.parse(text) for text in texts)
+    if num_stages not in (None, len(ranges)):
+        raise ConfigError(
+            f"--num-stages {num_stages} but --ranges has {len(ranges)}: give one of them, or the same number"
+        )
+    check_ranges(ranges, num_layers)
+    return ranges
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    for argument in extra:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in _OWN_FLAGS:
+            raise ConfigError(f"{flag} after `--`: `stagewire up` sets it for each stage; see `stagewire up --help`")
+
+
+def _complete_extra(extra: Sequence[str], is_cpu: bool, start_timeout_s: float) -> tuple[list[str], list[str]]:
+    """The arguments with what this machine makes necessary, and a line about each that a person should know."""
+    completed, notes = list(extra), []
+    if start_timeout_s != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
+        completed += ["--pipeline-start-timeout", f"{start_timeout_s:g}"]
+    said = any(argument.startswith(_COMPILATION_FLAGS) for argument in extra)
+    if is_cpu and not said and not has_compiler(os.environ):
+        completed.append("--enforce-eager")
+        notes.append("no C++ compiler found (g++, or $CXX): serving with --enforce-eager")
+    return completed, notes
+
+
+def _make_log_dir(path: Path, num_stages: int) -> Path:
+    """The folder, without the logs of stages that this run will not have."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for old in path.glob("stage_*.log"):
+            if old.stem.removeprefix("stage_").isdecimal():
+                old.unlink()
+    except OSError as error:
+        raise ConfigError(f"--log-dir {path}: {error}") from error
+    return path
+
+
+@contextmanager
+def _private_dir() -> Iterator[str]:
+    """Short, because AF_UNIX paths end at 107 bytes, and vLLM puts names of 36 characters in it."""
+    base = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
+    path = tempfile.mkdtemp(prefix="stagewire-", dir=base)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
