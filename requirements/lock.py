@@ -16,7 +16,9 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).resolve().parent
 PYTHON_VERSIONS = ("3.11", "3.12", "3.13")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}  # on PyPI as CUDA builds only
-HEADER = "# Made by requirements/lock.py from cpu.in; do not edit. See README.md beside it. Torch is in torch-cpu.txt.\n"
+HEADER = (
+    "# Made by requirements/lock.py from cpu.in; do not edit. See README.md beside it. Torch is in torch-cpu.txt.\n"
+)
 
 
 def required_names(roots: list[Requirement]) -> set[str]:

@@ -290,7 +290,7 @@ class Supervisor:
             stage.failure = stage.failure or event
             return True
         # The head's processes report each for itself, and linking repeats: only progress is shown.
-        if _ORDER.index(event.phase) > _ORDER.index(stage.phase) or event.phase is Phase.LOADING:
+        if _ORDER.index(event.phase) > _ORDER.index(stage.phase):
             stage.phase = event.phase
             self._screen.show(event)
         return False

@@ -26,7 +26,7 @@ from stagewire.launch.spec import (
 from stagewire.launch.supervisor import Supervisor, Timeouts
 from stagewire.plan.ranges import LayerRange, check_ranges, split_evenly
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "private_dir", "run"]
 
 DEFAULT_NUM_STAGES = 4
 DEFAULT_START_TIMEOUT_S = 600.0
@@ -106,9 +106,9 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     screen.say(f"{model_dir}: layers {', '.join(map(str, ranges))} on {len(specs)} stages; logs in {log_dir}")
     for note in notes:
         screen.say(note)
-    with _private_dir() as private_dir:
+    with private_dir() as folder:
         supervisor = Supervisor(
-            specs, command, resources, api, screen, private_dir, log_dir, serving, Timeouts(start=args.start_timeout)
+            specs, command, resources, api, screen, folder, log_dir, serving, Timeouts(start=args.start_timeout)
         )
         return asyncio.run(supervisor.run())
 
@@ -157,7 +157,7 @@ def _make_log_dir(path: Path, num_stages: int) -> Path:
 
 
 @contextmanager
-def _private_dir() -> Iterator[str]:
+def private_dir() -> Iterator[str]:
     """Short, because AF_UNIX paths end at 107 bytes, and vLLM puts names of 36 characters in it."""
     base = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
     path = tempfile.mkdtemp(prefix="stagewire-", dir=base)

@@ -1,0 +1,77 @@
+"""Stands in for `vllm serve`: reports phases like a stage, and as stage 0 answers HTTP. Started by launch_fake_up.py.
+
+usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `stubborn`
+(serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends with words in its log only), `lost` (serves
+until SIGUSR1, then ends as a stage does that lost its peer).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from stagewire.observe.status import Phase, StatusSender
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "fake-model"}]} if self.path == "/v1/models" else {})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked == {**asked, "model": "fake-model", "max_tokens": 1, "temperature": 0}
+        self._answer({"choices": [{"text": "city"}]})
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _answer(self, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main() -> None:
+    stage, port = int(sys.argv[1]), int(sys.argv[2])
+    behaviour, _, code = sys.argv[3].partition(":")
+    # Taken by sigwait below, also when they come early.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    sender = StatusSender(stage)
+    sender.send(Phase.LOADING, f"pid {os.getpid()}")
+    if behaviour == "fail":
+        sender.send(Phase.FAILED, "layers 3-5 are already taken", int(code))
+        sys.exit(int(code))
+    if behaviour == "die":
+        sys.stderr.write("INFO all is well\nValueError: no such dtype: float3\n")
+        sys.exit(int(code))
+    if stage == 0:
+        # Like EngineCore: in the head's process group, and deaf to its end.
+        engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+        sender.send(Phase.LOADED, f"engine {engine.pid}")
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    if behaviour != "hang":
+        sender.send(Phase.LINKED)
+        sender.send(Phase.READY)
+    if behaviour == "lost":
+        signal.sigwait({signal.SIGTERM, signal.SIGUSR1})
+        sender.send(Phase.FAILED, "lost stage 1", 3)
+        sys.exit(3)
+    while True:
+        signal.sigwait({signal.SIGTERM})
+        sys.stderr.write(f"SIGTERM {stage}\n")
+        with open(os.path.join(os.environ["FAKE_DIR"], "order"), "a") as order:
+            order.write(f"{stage}\n")
+        if behaviour != "stubborn":
+            sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`stagewire up` with fake stages: launch_fake_up.py FOLDER HTTP_PORT TIMEOUTS_AS_JSON BEHAVIOUR..."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+from stagewire.errors import StagewireError
+from stagewire.launch.api import Api
+from stagewire.launch.screen import open_screen
+from stagewire.launch.spec import Resources, StageSpec, place_stages
+from stagewire.launch.supervisor import Supervisor, Timeouts
+from stagewire.launch.up import private_dir
+from stagewire.plan.ranges import split_evenly
+
+FAKE_STAGE = Path(__file__).with_name("launch_fake_stage.py")
+
+
+def main() -> int:
+    folder, port, timeouts, *behaviours = sys.argv[1:]
+    specs = place_stages(split_evenly(30, len(behaviours)), 15550)
+
+    def command(spec: StageSpec) -> list[str]:
+        return [sys.executable, str(FAKE_STAGE), str(spec.index), port, behaviours[spec.index]]
+
+    with private_dir() as private:
+        supervisor = Supervisor(
+            specs,
+            command,
+            [Resources({"FAKE_DIR": folder})] * len(specs),
+            Api("127.0.0.1", int(port)),
+            open_screen(specs),
+            private,
+            Path(folder),
+            lambda model: f"serving {model} from {private}",
+            Timeouts(**json.loads(timeouts)),
+            os.environ,
+        )
+        try:
+            return asyncio.run(supervisor.run())
+        except StagewireError as error:
+            sys.stderr.write(f"{error}\n")
+            return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The launcher with real processes in place of vLLM's: what it shows, how it ends, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
+
+FAKE_UP = Path(__file__).with_name("launch_fake_up.py")
+# A machine that is busy with other tests starts a Python slowly.
+DEADLINE_S = 30.0
+
+
+@dataclass
+class Launcher:
+    """A running launcher; its lines are read as they come."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    lines: list[str] = field(default_factory=list)
+
+    def wait_for(self, text: str) -> str:
+        """The first line that contains `text`, up to the end of the output."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if text in line:
+                return line
+        raise AssertionError(f"no {text!r} in {self.lines}, {self.error()}")
+
+    def number(self, kind: str, stage: int) -> int:
+        """The pid that a stage gave: `pid` its own, `engine` its child's."""
+        return next(int(m[1]) for line in self.lines if (m := re.search(rf"stage {stage}  .* {kind} (\d+)$", line)))
+
+    def end(self) -> int:
+        assert self.process.stdout is not None
+        self.lines += self.process.stdout.read().splitlines()
+        return self.process.wait(DEADLINE_S)
+
+    def error(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+    def private_dir(self) -> Path:
+        return Path(next(line.split()[-1] for line in self.lines if line.startswith("serving ")))
+
+    def stop_order(self) -> list[int]:
+        return [int(line) for line in (self.folder / "order").read_text().split()]
+
+
+Launch = Callable[..., Launcher]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*behaviours: str, **timeouts: float) -> Launcher:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, str(FAKE_UP), str(tmp_path), str(port), json.dumps(timeouts), *behaviours],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return Launcher(process, tmp_path)
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            # Twice: the second Ctrl-C ends everything at once.
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            process.wait(DEADLINE_S)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+
+
+def assert_gone(pid: int) -> None:
+    """Waits for the end of a process that is not our child."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([fd], [], [], DEADLINE_S)[0], f"process {pid} was left behind"
+    finally:
+        os.close(fd)
+
+
+def test_all_stages_start_answer_and_stop_in_order(launch: Launch) -> None:
+    launcher = launch("serve", "serve", "serve")
+    launcher.wait_for("serving fake-model")
+    assert {f"stage {i}  importing" for i in range(3)} <= set(launcher.lines)
+    assert {f"stage {i}  ready" for i in range(3)} <= set(launcher.lines)
+    private = launcher.private_dir()
+    assert private.stat().st_mode & 0o777 == 0o700
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == 0
+    assert launcher.stop_order()[0] == 0
+    assert sorted(launcher.stop_order()) == [0, 1, 2]
+    assert not private.exists()
+    assert_gone(launcher.number("engine", 0))
+    assert "SIGTERM 1" in (launcher.folder / "stage_1.log").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_other_ways_to_ask_for_a_stop(launch: Launch, signum: signal.Signals) -> None:
+    launcher = launch("serve", "serve")
+    launcher.wait_for("serving fake-model")
+    launcher.process.send_signal(signum)
+    assert launcher.end() == 0
+    for stage in (0, 1):
+        assert_gone(launcher.number("pid", stage))
+
+
+def test_a_stop_during_start_is_not_a_success(launch: Launch) -> None:
+    launcher = launch("serve", "hang")
+    launcher.wait_for("stage 1  loading")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.end() == 128 + signal.SIGTERM
+    assert_gone(launcher.number("pid", 1))
+
+
+def test_a_second_interrupt_kills_at_once(launch: Launch) -> None:
+    launcher = launch("stubborn", "stubborn", head_stop=1000, stop=1000)
+    launcher.wait_for("serving fake-model")
+    launcher.process.send_signal(signal.SIGINT)
+    launcher.wait_for("stopping")
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == 0
+    assert_gone(launcher.number("engine", 0))
+
+
+def test_stages_that_do_not_stop_are_killed(launch: Launch) -> None:
+    launcher = launch("stubborn", "stubborn", head_stop=0.2, stop=0.2)
+    launcher.wait_for("serving fake-model")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.end() == 0
+    assert_gone(launcher.number("engine", 0))
+    assert_gone(launcher.number("pid", 1))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "reason"),
+    [
+        ("fail:2", 2, "stage 1 .*: layers 3-5 are already taken"),
+        ("fail:3", 3, "stage 1 .*: layers 3-5 are already taken"),
+        ("die:1", 1, "stage 1 ended with exit code 1: ValueError: no such dtype: float3"),
+        ("die:0", 1, "stage 1 ended with exit code 0: ValueError"),
+    ],
+)
+def test_a_stage_that_fails_at_start_is_named_with_its_own_reason(
+    launch: Launch, behaviour: str, code: int, reason: str
+) -> None:
+    launcher = launch("serve", behaviour, "hang")
+    assert launcher.end() == code
+    error = launcher.error()
+    assert re.search(reason, error), error
+    assert "stage_1.log" in error
+
+
+def test_a_stage_killed_while_serving_stops_the_rest(launch: Launch) -> None:
+    launcher = launch("serve", "serve", "serve")
+    launcher.wait_for("serving fake-model")
+    os.kill(launcher.number("pid", 2), signal.SIGKILL)
+    assert launcher.end() == 1
+    error = launcher.error()
+    assert "stage 2 was killed by SIGKILL" in error
+    assert "hint:" in error
+    assert not launcher.private_dir().exists()
+
+
+def test_the_end_of_the_head_also_ends_its_engine(launch: Launch) -> None:
+    launcher = launch("serve", "serve")
+    launcher.wait_for("serving fake-model")
+    os.kill(launcher.number("pid", 0), signal.SIGKILL)
+    assert launcher.end() == 1
+    assert_gone(launcher.number("engine", 0))
+
+
+def test_the_root_cause_wins_over_whoever_lost_a_peer(launch: Launch) -> None:
+    launcher = launch("lost", "serve", root_cause=DEADLINE_S)
+    launcher.wait_for("serving fake-model")
+    # Stage 0 says that it lost stage 1, and ends; only then does stage 1.
+    os.kill(launcher.number("pid", 0), signal.SIGUSR1)
+    assert_gone(launcher.number("pid", 0))
+    os.kill(launcher.number("pid", 1), signal.SIGKILL)
+    assert launcher.end() == 1
+    assert "stage 1 was killed by SIGKILL" in launcher.error()
+
+
+def test_the_deadline_names_what_it_waited_for(launch: Launch) -> None:
+    launcher = launch("serve", "hang", start=3.0)
+    assert launcher.end() == 3
+    assert re.search(r"not ready within 3 s \(--start-timeout\): .*stage 1 is at", launcher.error())
+
+
+def test_live_bars_on_a_terminal(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(FAKE_UP), str(tmp_path), str(port), "{}", "serve", "serve"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    )
+    os.close(theirs)
+    shown = b""
+    while b"serving fake-model" not in shown:
+        shown += os.read(ours, 4096)
+    assert b"stage 0 (head)" in shown
+    assert "━".encode() in shown
+    # The terminal is closed: no reader any more, and the kernel's SIGHUP only reaches a session's leader.
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(DEADLINE_S) == 0

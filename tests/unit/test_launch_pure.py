@@ -1,0 +1,202 @@
+"""What the launcher decides before and after it starts processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from stagewire.errors import ConfigError
+from stagewire.launch import up
+from stagewire.launch.api import Api, chat_template_exists, option_value, usage
+from stagewire.launch.cores import assign_cores
+from stagewire.launch.hints import describe_exit, hint, last_error
+from stagewire.launch.spec import (
+    StageSpec,
+    VllmCommand,
+    assign_resources,
+    has_compiler,
+    place_stages,
+    preload_libraries,
+    stage_environment,
+    visible_gpus,
+)
+from stagewire.plan.ranges import LayerRange
+
+RANGES = (LayerRange(0, 7), LayerRange(7, 15), LayerRange(15, 30))
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_stages", "expected"),
+    [
+        ([0, 1], 1, [(0, 1)]),
+        ([0, 1], 2, [(0,), (1,)]),
+        ([0, 1], 4, [()] * 4),
+        ([0, 1, 2, 3], 4, [(0,), (1,), (2,), (3,)]),
+        ([4, 5, 6, 7, 8, 9], 4, [(4, 5), (6, 7), (8,), (9,)]),
+        (list(range(8)), 3, [(0, 1, 2), (3, 4, 5), (6, 7)]),
+    ],
+)
+def test_cores_are_shared_evenly(cores: list[int], num_stages: int, expected: list[tuple[int, ...]]) -> None:
+    assert assign_cores(cores, num_stages) == expected
+
+
+def test_stages_form_a_ring_of_ports() -> None:
+    specs = place_stages(RANGES, 15550)
+    assert [(spec.bind_port, spec.prev_port) for spec in specs] == [(15550, 15552), (15551, 15550), (15552, 15551)]
+    with pytest.raises(ConfigError, match="ports 65535 to 65537"):
+        place_stages(RANGES, 65535)
+
+
+def test_the_command_lines_are_those_of_the_quick_start() -> None:
+    head, worker, _ = place_stages(RANGES, 15550)
+    command = VllmCommand("vllm", "/m", "0.0.0.0", 8000, ("--dtype", "float32", "--ssl-keyfile", "k"))
+    common = "--pipeline-stage-mode external --pipeline-stage-idx {} --pipeline-total-stages 3"
+    assert " ".join(command(head)) == (
+        f"vllm serve /m {common.format(0)} --pipeline-layer-range 0-7 --pipeline-local-bind-port 15550"
+        " --pipeline-prev-stage-addr 127.0.0.1:15552 --port 8000 --host 0.0.0.0 --dtype float32 --ssl-keyfile k"
+    )
+    assert " ".join(command(worker)) == (
+        f"vllm serve /m {common.format(1)} --pipeline-layer-range 7-15 --pipeline-local-bind-port 15551"
+        " --pipeline-prev-stage-service-addr 127.0.0.1:15550 --external-pp-worker --dtype float32"
+    )
+
+
+def test_one_gpu_for_each_stage() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2, 5,GPU-abc"}) == ["2", "5", "GPU-abc"]
+    resources = assign_resources(2, {"CUDA_VISIBLE_DEVICES": "2,5,7"}, is_cpu=False)
+    assert [r.environ for r in resources] == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    with pytest.raises(ConfigError, match=r"4 stages need 4 GPUs.* shows 1 \(3\)"):
+        assign_resources(4, {"CUDA_VISIBLE_DEVICES": "3"}, is_cpu=False)
+
+
+def test_cpu_stages_share_the_cores_that_this_process_may_use() -> None:
+    cores = os.sched_getaffinity(0)
+    (alone,) = assign_resources(1, {}, is_cpu=True)
+    assert set(alone.cores) == cores
+    assert alone.environ["OMP_NUM_THREADS"] == str(len(cores))
+    crowded = assign_resources(len(cores) + 1, {"LD_PRELOAD": "/x/libgomp.so /y/libtcmalloc.so"}, is_cpu=True)
+    assert {(r.cores, r.environ["OMP_NUM_THREADS"]) for r in crowded} == {((), "1")}
+
+
+def test_preload_keeps_what_the_user_chose() -> None:
+    assert preload_libraries("/x/libiomp5.so:/y/libtcmalloc.so.4") == "/x/libiomp5.so:/y/libtcmalloc.so.4"
+
+
+def test_a_stage_gets_private_files_and_the_user_s_own_choices() -> None:
+    (resources,) = assign_resources(1, {}, is_cpu=True)
+    environ = stage_environment(resources, "/tmp/x", {"VLLM_NO_USAGE_STATS": "0", "TMPDIR": "/elsewhere"})
+    assert environ["TMPDIR"] == environ["VLLM_RPC_BASE_PATH"] == "/tmp/x"
+    assert environ["STAGEWIRE_LAUNCHER_PID"] == str(os.getpid())
+    assert (environ["VLLM_NO_USAGE_STATS"], environ["DO_NOT_TRACK"]) == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("returncode", "tail", "expected"),
+    [
+        (-signal.SIGKILL, "", "memory"),
+        (137, "", "memory"),
+        (-signal.SIGILL, "", "--dtype float32"),
+        (1, "OSError: [Errno 98] Address already in use", "--port"),
+        (1, "OSError: [Errno 28] No space left on device", "disk is full"),
+        (1, "torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler found", "--enforce-eager"),
+        (1, "OSError: Can't load the configuration of '/nope'.", "--model"),
+        (1, "torch.OutOfMemoryError: CUDA out of memory.", "--max-model-len"),
+    ],
+)
+def test_a_known_cause_has_a_hint(returncode: int, tail: str, expected: str) -> None:
+    found = hint(returncode, tail)
+    assert found is not None
+    assert expected in found
+
+
+def test_an_unknown_cause_has_none() -> None:
+    assert hint(1, "ValueError: something else") is None
+    assert (describe_exit(-9), describe_exit(3)) == ("was killed by SIGKILL", "ended with exit code 3")
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("x\n(EngineCore pid=12) ERROR 11-23 22:43:01 [core.py:12] ValueError: bad dtype\n", "ValueError: bad dtype"),
+        (
+            "\x1b[0;36m(EngineCore pid=1)\x1b[0;0m ValueError: the cause\n"
+            "(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "ValueError: the cause",
+        ),
+        ("vllm serve: error: argument --port: invalid\n", "vllm serve: error: argument --port: invalid"),
+        (
+            "torch._inductor.exc.InvalidCxxCompiler: No compiler\n",
+            "torch._inductor.exc.InvalidCxxCompiler: No compiler",
+        ),
+        ("a\n\nb\nError handling is fine here\n", "a\nb\nError handling is fine here"),
+        ("", ""),
+    ],
+)
+def test_the_reason_is_found_in_a_log(log: str, expected: str) -> None:
+    assert last_error(log) == expected
+
+
+def test_the_compiler_that_torch_would_use() -> None:
+    assert not has_compiler({"PATH": "/nonexistent"})
+    assert has_compiler({"PATH": "/nonexistent", "CXX": "/bin/sh"})
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        (None, "http://localhost:8000"),
+        ("0.0.0.0", "http://localhost:8000"),
+        ("::", "http://[::1]:8000"),
+        ("a.b", "http://a.b:8000"),
+    ],
+)
+def test_the_address_to_use(host: str | None, url: str) -> None:
+    assert Api(host, 8000).url == url
+
+
+def test_what_to_copy_names_the_model_and_fits_it(tmp_path: Path) -> None:
+    chat = usage(Api(None, 8000), "/my model's", has_chat_template=True)
+    assert "http://localhost:8000/v1/chat/completions" in chat
+    assert '"/my model\'s"' in chat
+    plain = usage(Api(None, 8000, api_key="secret"), "m", has_chat_template=False)
+    assert "/v1/completions" in plain
+    assert "secret" not in plain
+    assert not chat_template_exists(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    assert chat_template_exists(tmp_path)
+
+
+def test_option_values_as_argparse_reads_them() -> None:
+    assert option_value(["--a", "1", "--b=2", "--a=3"], "--a") == "3"
+    assert option_value(["--a"], "--a") is None
+
+
+def test_flags_of_the_launcher_are_refused_among_the_extra_ones() -> None:
+    with pytest.raises(ConfigError, match="--pipeline-stage-idx after `--`"):
+        up._check_extra(["--dtype", "float32", "--pipeline_stage_idx=3"])
+
+
+def test_ranges_or_a_number_of_stages() -> None:
+    assert [str(r) for r in up._choose_ranges(None, None, 30)] == ["0-7", "7-15", "15-23", "23-30"]
+    assert up._choose_ranges(["0-7", "7-15", "15-30"], 3, 30) == RANGES
+    with pytest.raises(ConfigError, match="--num-stages 2 but --ranges has 3"):
+        up._choose_ranges(["0-7", "7-15", "15-30"], 2, 30)
+    with pytest.raises(ConfigError):
+        up._choose_ranges(["0-7", "8-30"], None, 30)
+
+
+def test_eager_without_a_compiler_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    extra, notes = up._complete_extra(["--dtype", "float32"], True, 600.0)
+    assert extra == ["--dtype", "float32", "--enforce-eager"]
+    assert len(notes) == 1
+    assert up._complete_extra(["-O0"], True, 600.0) == (["-O0"], [])
+    assert up._complete_extra([], False, 30.0) == (["--pipeline-start-timeout", "30"], [])
+
+
+def test_a_spec_is_comparable() -> None:
+    assert StageSpec(0, 1, LayerRange(0, 1), 1, 1).is_head
