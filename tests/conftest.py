@@ -1,0 +1,31 @@
+"""Options of the test suite, and the model that the tests of real vLLM use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Cheap tests first, so that a mistake shows in seconds and not after the real model has run.
+    items.sort(key=lambda item: ("vllm" in item.keywords, "process" in item.keywords))
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="minutes long: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The demo model: `scripts/test` fetches it, `STAGEWIRE_TEST_MODEL` names another place."""
+    default = Path(__file__).parents[1] / ".demo" / "model"
+    path = Path(os.environ.get("STAGEWIRE_TEST_MODEL", default))
+    assert (path / "config.json").is_file(), f"no model at {path}: run scripts/test, which fetches it"
+    return path

@@ -1,0 +1,246 @@
+"""Starts real `vllm serve` processes, as a person would by hand, and waits for them by messages.
+
+Independent of the launcher, so that the launcher's bugs do not hide in the tests of the ring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
+
+VLLM = str(Path(sys.executable).parent / "vllm")
+START_DEADLINE_S = 240.0
+STOP_DEADLINE_S = 30.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on right now, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **quiet, **(extra or {})}
+
+
+def process_tree(pid: int) -> list[int]:
+    """The process and its descendants."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its descendants."""
+    ticks = 0
+    for each in process_tree(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class StageFailedError(AssertionError):
+    """A process ended before it was ready; the message has its log's end."""
+
+
+@dataclass
+class Process:
+    """One started process; its output goes to a file."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout_s: float = STOP_DEADLINE_S) -> int:
+        return self.popen.wait(timeout_s)
+
+    def kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.popen.wait(STOP_DEADLINE_S)
+
+
+def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Process:
+    with log.open("wb") as output:
+        popen = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=child_environment(env),
+            start_new_session=True,
+        )
+    return Process(name, popen, log)
+
+
+@dataclass
+class Ring:
+    """Stages on this machine, one port each; a context manager.
+
+    Args:
+        model: checkpoint folder.
+        ranges: one per stage, as typed.
+        extra: arguments of every stage.
+        env: environment of every stage.
+    """
+
+    model: Path
+    ranges: Sequence[str]
+    extra: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sw-")))
+    stages: list[Process] = field(default_factory=list)
+    events: list[StatusEvent] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_stages = len(self.ranges)
+        self.api_port, *self.ports = free_ports(self.num_stages + 1)
+        self._receiver = StatusReceiver(str(self.folder / "status"))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.api_port}"
+
+    def command(self, stage: int) -> list[str]:
+        predecessor = f"127.0.0.1:{self.ports[stage - 1]}"
+        own = (
+            ["--pipeline-prev-stage-addr", predecessor, "--port", str(self.api_port)]
+            if stage == 0
+            else ["--pipeline-prev-stage-service-addr", predecessor, "--external-pp-worker"]
+        )
+        return [
+            *(VLLM, "serve", str(self.model), "--pipeline-stage-mode", "external"),
+            *("--pipeline-stage-idx", str(stage), "--pipeline-total-stages", str(self.num_stages)),
+            *("--pipeline-layer-range", self.ranges[stage], "--pipeline-local-bind-port", str(self.ports[stage])),
+            *own,
+            *self.extra,
+        ]
+
+    def start_stage(self, stage: int, command: Sequence[str] | None = None) -> Process:
+        env = {**self.env, LAUNCHER_SOCKET_ENV: self._receiver.path}
+        log = self.folder / f"stage_{stage}.{len(self.stages)}.log"
+        process = start(f"stage {stage}", command or self.command(stage), log, env)
+        self.stages.append(process)
+        return process
+
+    def __enter__(self) -> Ring:
+        for stage in range(self.num_stages):
+            self.start_stage(stage)
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def wait_ready(self, deadline_s: float = START_DEADLINE_S) -> None:
+        """Until every stage has said that it is ready and the head listens."""
+        self.wait_for(lambda: self._ready() == set(range(self.num_stages)), deadline_s)
+        self.wait_for(lambda: "Application startup complete" in self.stages[0].text(), deadline_s)
+
+    def _ready(self) -> set[int]:
+        return {event.stage for event in self.events if event.phase is Phase.READY}
+
+    def wait_for(self, is_true: object, deadline_s: float) -> None:
+        """Takes status events until ``is_true()``; fails when a process ends or the deadline passes."""
+        assert callable(is_true)
+        ends_at = time.monotonic() + deadline_s
+        while not is_true():
+            left = ends_at - time.monotonic()
+            dead = [stage for stage in self.stages if stage.popen.poll() is not None]
+            if dead or left <= 0:
+                raise StageFailedError(self._describe(dead or self.stages))
+            select.select([self._receiver], [], [], min(left, 0.3))
+            self.events += self._receiver.receive()
+
+    def _describe(self, stages: Sequence[Process]) -> str:
+        return "\n".join(f"--- {s.name}, exit code {s.popen.poll()}:\n{s.text()[-3000:]}" for s in stages)
+
+    def stop(self) -> None:
+        """SIGTERM to the head, which takes the others along; what is left after the deadline is killed."""
+        if self.stages and self.stages[0].popen.poll() is None:
+            self.stages[0].popen.terminate()
+        ends_at = time.monotonic() + STOP_DEADLINE_S
+        for stage in self.stages:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stage.wait(max(0.1, ends_at - time.monotonic()))
+            stage.kill_group()
+        self._receiver.close()
+        if os.environ.get("STAGEWIRE_KEEP_LOGS") is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def cpu_seconds(self) -> list[float]:
+        return [cpu_seconds(stage.pid) for stage in self.stages]
+
+
+@dataclass
+class SingleProcess:
+    """Stock `vllm serve`, without any of our flags: what every answer is compared with."""
+
+    model: Path
+    extra: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sw-")))
+
+    def __enter__(self) -> SingleProcess:
+        (self.port,) = free_ports(1)
+        command = [VLLM, "serve", str(self.model), "--port", str(self.port), *self.extra]
+        self.process = start("reference", command, self.folder / "reference.log", self.env)
+        descriptor = os.pidfd_open(self.process.pid)
+        try:
+            ends_at = time.monotonic() + START_DEADLINE_S
+            while not re.search("Application startup complete", self.process.text()):
+                if select.select([descriptor], [], [], 0.3)[0] or time.monotonic() > ends_at:
+                    raise StageFailedError(self.process.text()[-3000:])
+        except BaseException:
+            self.process.kill_group()
+            raise
+        finally:
+            os.close(descriptor)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.popen.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait()
+        self.process.kill_group()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"

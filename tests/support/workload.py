@@ -1,0 +1,129 @@
+"""Requests of different lengths on real text, and the comparison of two sets of answers, token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+LOGPROB_TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: str
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``logprobs``: of the chosen tokens; ``top``: per position, token id to log-probability of the likeliest."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[dict[int, float], ...]
+
+
+def requests(count: int, seed: int, text: str, longest_words: int = 420) -> list[Request]:
+    """Windows of ``text``, most short, every eighth long; some share a prefix, so that prefix caching has hits."""
+    rng = random.Random(seed)
+    words = text.split()
+    made: list[Request] = []
+    for index in range(count):
+        num_words = rng.randrange(longest_words // 2, longest_words) if index % 8 == 7 else rng.randrange(3, 60)
+        begin = 0 if index % 5 == 4 else rng.randrange(len(words) - num_words)
+        made.append(Request(" ".join(words[begin : begin + num_words]), rng.randrange(8, 33)))
+    return made
+
+
+def license_text() -> str:
+    return (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+async def complete(client: httpx.AsyncClient, model: str, request: Request, **options: Any) -> Answer:
+    body = {
+        "model": model,
+        "prompt": request.prompt,
+        "max_tokens": request.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 5,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        **options,
+    }
+    response = await client.post("/v1/completions", json=body)
+    response.raise_for_status()
+    choice = response.json()["choices"][0]
+    logprobs = choice["logprobs"]
+    return Answer(
+        tuple(choice["token_ids"]),
+        tuple(logprobs["token_logprobs"]),
+        tuple({int(name.partition(":")[2]): value for name, value in top.items()} for top in logprobs["top_logprobs"]),
+    )
+
+
+def run(url: str, model: Path, work: Sequence[Request], concurrency: int, **options: Any) -> list[Answer]:
+    """All answers, in order, with ``concurrency`` requests open at a time."""
+
+    async def everything() -> list[Answer]:
+        gate = asyncio.Semaphore(concurrency)
+        limits = httpx.Limits(max_connections=concurrency + 4)
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+
+            async def one(request: Request) -> Answer:
+                async with gate:
+                    return await complete(client, str(model), request, **options)
+
+            return list(await asyncio.gather(*(one(request) for request in work)))
+
+    return asyncio.run(everything())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    num_tokens: int
+    ties: list[str]  # where an id differs and the reference itself does, between two batch sizes
+    wrong: list[str]
+    worst_logprob: float
+
+
+def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -> Comparison:
+    """Compares answers with one process's.
+
+    Args:
+        answers: of the ring.
+        references: the same requests on one process, at several batch sizes; the first is the one to equal.
+
+    An id may differ only where the references themselves differ at that token after equal tokens before it; from there
+    on the two texts are different ones and are not compared further.
+    """
+    ties: list[str] = []
+    wrong: list[str] = []
+    num_tokens, worst = 0, 0.0
+    for index, answer in enumerate(answers):
+        own = [reference[index] for reference in references]
+        expected = own[0]
+        if len(answer.token_ids) != len(expected.token_ids):
+            wrong.append(f"request {index}: {len(answer.token_ids)} tokens, expected {len(expected.token_ids)}")
+            continue
+        for at, (found, wanted) in enumerate(zip(answer.token_ids, expected.token_ids, strict=True)):
+            num_tokens += 1
+            if found == wanted:
+                worst = max(worst, abs(answer.logprobs[at] - expected.logprobs[at]))
+                continue
+            rivals = {r.token_ids[at] for r in own if r.token_ids[:at] == answer.token_ids[:at]}
+            logits = f"{_logit(expected, at, wanted)} / {_logit(answer, at, found)}"
+            line = f"request {index} token {at}: {found}, expected {wanted}; log-probabilities {logits}"
+            (ties if len(rivals) > 1 else wrong).append(line)
+            break
+    return Comparison(num_tokens, ties, wrong, worst)
+
+
+def _logit(answer: Answer, at: int, token: int) -> str:
+    return " ".join(f"{each}: {value:.5f}" for each, value in sorted(answer.top[at].items(), key=lambda p: -p[1])[:2])
