@@ -103,7 +103,10 @@ class _Stage:
         tail = _read_tail(self.log)
         returncode = self.process.returncode
         how = "failed" if returncode is None else describe_exit(returncode)
-        reason = self.failure.text if self.failure and self.failure.text else last_error(tail)
+        reason = self.failure.text if self.failure else ""
+        # Whoever is killed from outside had no time for last words: the end of its log would mislead.
+        if not reason and returncode not in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGILL):
+            reason = last_error(tail)
         advice = hint(self.exit_code, f"{reason}\n{tail}")
         parts = [f"stage {self.spec.index} {how}: {reason}" if reason else f"stage {self.spec.index} {how}"]
         parts += [f"  hint: {advice}"] if advice else []
