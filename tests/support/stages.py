@@ -204,6 +204,15 @@ class Ring:
         if os.environ.get("STAGEWIRE_KEEP_LOGS") is None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def worker_pid(self, stage: int) -> int:
+        """The process that runs the layers: on the head that is EngineCore, a child of the API server."""
+        if stage > 0:
+            return self.stages[stage].pid
+        for pid in process_tree(self.stages[0].pid):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("VLLM::EngineCor"):
+                return pid
+        raise AssertionError("the head has no EngineCore")
+
     def cpu_seconds(self) -> list[float]:
         return [cpu_seconds(stage.pid) for stage in self.stages]
 

@@ -7,6 +7,7 @@ the process that a person started.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -43,15 +44,20 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
     )
     if is_chosen:
         return
-    budget = int(psutil.virtual_memory().available * KV_SHARE / config.num_stages)
-    engine_args.kv_cache_memory_bytes = min(budget, MAX_KV_BYTES)
-    init_logger("vllm.stagewire").info(
+    engine_args.kv_cache_memory_bytes = _kv_budget(config.num_stages)
+    init_logger("vllm.stagewire").info_once(
         "Stage %d: KV cache of %.2f GB (%.0f %% of the available memory over %d stages; --kv-cache-memory-bytes changes it)",
         config.stage,
         engine_args.kv_cache_memory_bytes / 1e9,
         KV_SHARE * 100,
         config.num_stages,
     )
+
+
+@functools.cache
+def _kv_budget(num_stages: int) -> int:
+    """Bytes; one answer per process, because a head resolves its arguments twice."""
+    return min(int(psutil.virtual_memory().available * KV_SHARE / num_stages), MAX_KV_BYTES)
 
 
 def set_threads(config: StageConfig) -> None:

@@ -136,7 +136,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
         cpu.set_threads(config)
         if not config.is_head:
             cpu.reexec_with_libraries()
-    elif config.is_head or not config.is_head:
+    else:
         sys.stdout.write(f"Stage {config.stage}: async scheduling and the V2 model runner are off in external mode\n")
     text = announce_load(config, vllm_config.model_config.model)
     status.send(Phase.LOADING, text)
@@ -189,7 +189,15 @@ def _resolve(args: argparse.Namespace) -> Any:
     except (ValueError, NotImplementedError, OSError) as error:
         if isinstance(error, StagewireError):
             raise
-        raise ConfigError(f"vLLM does not accept these settings: {error}") from error
+        raise ConfigError(f"vLLM does not accept these settings: {_first_reason(error)}") from error
+
+
+def _first_reason(error: Exception) -> str:
+    """One line; pydantic's own text has several, with a link to its documentation."""
+    from pydantic import ValidationError
+
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return " ".join(text.split())
 
 
 def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:

@@ -29,11 +29,11 @@ LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"
 logger = logging.getLogger("vllm.stagewire")
 
 
-def as_stagewire_error(error: BaseException) -> StagewireError:
-    """Anything that is not ours is our bug until shown otherwise."""
+def as_stagewire_error(stage: int, error: BaseException) -> StagewireError:
+    """Anything that is not ours is our bug until shown otherwise; its message names the stage."""
     if isinstance(error, StagewireError):
         return error
-    return InternalError(f"{type(error).__name__}: {error}")
+    return InternalError(f"stage {stage} failed: {type(error).__name__}: {error}")
 
 
 def report(stage: int, error: StagewireError) -> str:
@@ -90,7 +90,7 @@ class RingProcess(Observer):
 
     def fail_from(self, error: BaseException) -> None:
         """The main thread hit ``error``: the other stages and the listeners learn it. Ends a stage's process."""
-        self.ring.fail(as_stagewire_error(error))
+        self.ring.fail(as_stagewire_error(self._config.stage, error))
 
     # ---- from the ring's thread ------------------------------------------------------------------------------------
 

@@ -1,0 +1,222 @@
+"""Every wrong setting that a stage can know alone: one clear line, exit code 2, before anything is loaded.
+
+Runs vLLM's real parser and our serve command in this process. What stages only find out together is in
+tests/unit/test_ring_*.py (all of it, in memory) and tests/vllm/test_bad_rings.py (real processes).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.models import make_llama
+
+pytestmark = pytest.mark.vllm
+
+HEAD = {
+    "--pipeline-stage-mode": "external",
+    "--pipeline-stage-idx": "0",
+    "--pipeline-total-stages": "4",
+    "--pipeline-layer-range": "0-8",
+    "--pipeline-local-bind-port": "15550",
+    "--pipeline-prev-stage-addr": "127.0.0.1:15554",
+}
+WORKER = {
+    "--pipeline-stage-mode": "external",
+    "--pipeline-stage-idx": "1",
+    "--pipeline-total-stages": "4",
+    "--pipeline-layer-range": "8-16",
+    "--pipeline-local-bind-port": "15550",
+    "--pipeline-prev-stage-service-addr": "127.0.0.1:15550",
+    "--external-pp-worker": None,
+}
+TAIL = WORKER | {"--pipeline-stage-idx": "3", "--pipeline-layer-range": "24-32"}
+DROP = object()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama32"), model_dir)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the command sets for its own process must not reach the other tests."""
+    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROC_METHOD", "OMP_NUM_THREADS", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+
+
+class StartedError(Exception):
+    """Nothing was refused: the stage would have started now."""
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, model: object, flags: dict[str, object]) -> None:
+    import vllm.entrypoints.cli.serve
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from stagewire.vllm_plugin import cpu, head, stage_host
+    from stagewire.vllm_plugin.compat import install_flag_patches
+
+    def started(*_: object) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(head, "serve_head", started)
+    monkeypatch.setattr(stage_host, "serve_stage", started)
+    monkeypatch.setattr(cpu, "reexec_with_libraries", lambda: None)
+    given = {name: value for name, value in flags.items() if value is not DROP}
+    argv = ["serve", str(model), "--enforce-eager"]
+    argv += [word for name, value in given.items() for word in ([name] if value is None else [name, str(value)])]
+    monkeypatch.setattr(sys, "argv", ["vllm", *argv])
+    parser = FlexibleArgumentParser()
+    subparsers = parser.add_subparsers(dest="subparser")
+    command = ServeSubcommand()
+    command.subparser_init(subparsers)
+    install_flag_patches()
+    args = parser.parse_args(argv)
+    command.cmd(args)
+
+
+CASES: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
+    "index outside the total": (WORKER, {"--pipeline-stage-idx": "4"}, "--pipeline-stage-idx 4"),
+    "negative index": (WORKER, {"--pipeline-stage-idx": "-1"}, "--pipeline-stage-idx -1"),
+    "no index": (WORKER, {"--pipeline-stage-idx": DROP}, "--pipeline-stage-idx"),
+    "no total": (WORKER, {"--pipeline-total-stages": DROP}, "--pipeline-total-stages"),
+    "one stage": (HEAD, {"--pipeline-total-stages": "1"}, "at least 2 stages"),
+    "no range": (WORKER, {"--pipeline-layer-range": DROP}, "no --pipeline-layer-range"),
+    "reversed range": (WORKER, {"--pipeline-layer-range": "16-8"}, "16-8"),
+    "empty range": (WORKER, {"--pipeline-layer-range": "8-8"}, "8-8"),
+    "malformed range": (WORKER, {"--pipeline-layer-range": "8:16"}, "8:16"),
+    "range beyond the model": (TAIL, {"--pipeline-layer-range": "24-33"}, "32"),
+    "head not at 0": (HEAD, {"--pipeline-layer-range": "1-8"}, "must start at layer 0"),
+    "tail not at the end": (TAIL, {"--pipeline-layer-range": "24-31"}, "32"),
+    "worker flag on the head": (HEAD, {"--external-pp-worker": None}, "--external-pp-worker on stage 0"),
+    "worker flag missing": (WORKER, {"--external-pp-worker": DROP}, "needs --external-pp-worker"),
+    "port on a worker": (WORKER, {"--port": "8001"}, "--port on stage 1"),
+    "host on a worker": (WORKER, {"--host": "0.0.0.0"}, "--host on stage 1"),
+    "uds on a worker": (WORKER, {"--uds": "x.sock"}, "--uds on stage 1"),
+    "ssl on a worker": (WORKER, {"--ssl-keyfile": "key.pem"}, "--ssl-keyfile on stage 1"),
+    "no predecessor": (WORKER, {"--pipeline-prev-stage-service-addr": DROP}, "no predecessor's address"),
+    "no predecessor of the head": (HEAD, {"--pipeline-prev-stage-addr": DROP}, "--pipeline-prev-stage-addr"),
+    "address without port": (WORKER, {"--pipeline-prev-stage-service-addr": "127.0.0.1"}, "HOST:PORT"),
+    "address with a scheme": (WORKER, {"--pipeline-prev-stage-service-addr": "tcp://h:1"}, "HOST:PORT"),
+    "bare IPv6": (WORKER, {"--pipeline-prev-stage-service-addr": "::1:15550"}, "brackets"),
+    "port 0": (WORKER, {"--pipeline-prev-stage-service-addr": "127.0.0.1:0"}, "1 to 65535"),
+    "two predecessors": (WORKER, {"--pipeline-prev-stage-addr": "127.0.0.1:9"}, "one predecessor"),
+    "unresolvable predecessor": (WORKER, {"--pipeline-prev-stage-service-addr": "no.such.host.invalid:1"}, "reached"),
+    "no bind port": (WORKER, {"--pipeline-local-bind-port": DROP}, "--pipeline-local-bind-port"),
+    "bind port out of range": (WORKER, {"--pipeline-local-bind-port": "70000"}, "1 to 65535"),
+    "zero start timeout": (WORKER, {"--pipeline-start-timeout": "0"}, "--pipeline-start-timeout"),
+    "flags without the mode": (HEAD, {"--pipeline-stage-mode": DROP}, "without --pipeline-stage-mode external"),
+    "data parallel": (HEAD, {"--data-parallel-size": "2"}, "--data-parallel-size"),
+    "async scheduling": (HEAD, {"--async-scheduling": None}, "--async-scheduling"),
+    "tensor parallel": (WORKER, {"--tensor-parallel-size": "2"}, "--tensor-parallel-size"),
+    "pipeline parallel": (HEAD, {"--pipeline-parallel-size": "4"}, "--pipeline-parallel-size"),
+    "nnodes": (HEAD, {"--nnodes": "2"}, "--nnodes"),
+    "headless": (HEAD, {"--headless": None}, "--headless"),
+    "executor backend": (HEAD, {"--distributed-executor-backend": "mp"}, "--distributed-executor-backend"),
+    "kv transfer": (
+        HEAD,
+        {"--kv-transfer-config": '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}'},
+        "--kv-transfer-config",
+    ),
+    "expert parallel": (HEAD, {"--enable-expert-parallel": None}, "--enable-expert-parallel"),
+    "speculation": (
+        HEAD,
+        {"--speculative-config": '{"method":"ngram","num_speculative_tokens":2}'},
+        "--speculative-config",
+    ),
+    "lora": (HEAD, {"--enable-lora": None}, "--enable-lora"),
+    "pooling": (HEAD, {"--runner": "pooling"}, "generation"),
+    "grpc": (HEAD, {"--grpc": None}, "--grpc"),
+    "two API servers": (HEAD, {"--api-server-count": "2"}, "--api-server-count"),
+    "too long for the model": (HEAD, {"--max-model-len": "999999"}, "max_model_len"),
+}
+
+
+@pytest.mark.parametrize(("base", "change", "expected"), CASES.values(), ids=CASES)
+def test_refused(
+    base: dict[str, object],
+    change: dict[str, object],
+    expected: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, model, base | change)
+    assert exit_info.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert expected in line, line
+    assert line.startswith(("Stage ", "Stagewire: ")), line
+
+
+@pytest.mark.parametrize("flags", [HEAD, WORKER, TAIL], ids=["head", "worker", "tail"])
+def test_right_settings_start(flags: dict[str, object], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartedError):
+        serve(monkeypatch, model, flags)
+
+
+@pytest.mark.parametrize("flag", ["--pipeline-prev-stage-addr", "--pipeline-prev-stage-service-addr"])
+def test_either_predecessor_flag_works(flag: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = {name: value for name, value in WORKER.items() if "prev-stage" not in name}
+    with pytest.raises(StartedError):
+        serve(monkeypatch, model, worker | {flag: "127.0.0.1:15550"})
+
+
+def test_missing_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, tmp_path / "nothing", HEAD)
+    assert exit_info.value.code == 2
+    assert "no model folder" in capsys.readouterr().err
+
+
+def test_other_api_flags_on_a_worker_are_mentioned_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StartedError):
+        serve(monkeypatch, model, WORKER | {"--api-key": "secret", "--disable-fastapi-docs": None})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ignored" in line]
+    assert len(lines) == 1
+    assert "--api-key" in lines[0]
+    assert "--disable-fastapi-docs" in lines[0]
+    assert "secret" not in lines[0]
+
+
+def test_load_line_has_the_bytes_of_the_index(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StartedError):
+        serve(monkeypatch, model, WORKER)
+    assert "Stage 1: Loading layers 8-15... (0." in capsys.readouterr().out
+
+
+def test_unsupported_version_is_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import vllm.version
+
+    monkeypatch.setattr(vllm.version, "__version__", "0.28.1")
+    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 28, 1))
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, model, HEAD)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert "0.28.1" in error
+    assert "vllm>=0.32,<0.33" in error
+
+
+def test_yaml_config_gives_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All flags from a --config file; API flags in it do not stop a worker."""
+    lines = [f"{name[2:]}: {'true' if value is None else value}" for name, value in WORKER.items()]
+    config = tmp_path / "stage.yaml"
+    config.write_text("\n".join([*lines, "port: 8123"]) + "\n")
+    with pytest.raises(StartedError):
+        serve(monkeypatch, model, {"--config": str(config)})
+    assert "--port" in capsys.readouterr().out

@@ -1,0 +1,268 @@
+"""What a running ring does: one ring of four stages of the real model, shared by all tests of this file.
+
+The last test kills a stage, so the order of the file matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.stages import Ring
+from support.workload import Request, complete, license_text, requests, run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+RANGES = ("0-7", "7-15", "15-23", "23-30")
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", "64"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "300M", "--block-size", "32"),
+]
+
+
+@pytest.fixture(scope="module")
+def trace_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trace") / "steps.jsonl"
+
+
+@pytest.fixture(scope="module")
+def ring(model_dir: Path, trace_path: Path) -> Iterator[Ring]:
+    # The development mode of vLLM's API opens /collective_rpc, through which the tests ask stages for their state.
+    env = {"VLLM_SERVER_DEV_MODE": "1", "STAGEWIRE_STEP_TRACE": str(trace_path)}
+    with Ring(model_dir, RANGES, SETTINGS, env) as running:
+        yield running
+
+
+def client(ring: Ring) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=ring.url, timeout=120, trust_env=False)
+
+
+async def lines(ring: Ring, prompt: str, max_tokens: int) -> AsyncIterator[str]:
+    """The data of a streamed completion's events."""
+    body = {
+        "model": str(ring.model),
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    async with client(ring) as http, http.stream("POST", "/v1/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                yield line.removeprefix("data: ")
+
+
+def states(ring: Ring) -> list[dict[str, Any]]:
+    response = httpx.post(f"{ring.url}/collective_rpc", json={"method": "get_stage_state"}, trust_env=False)
+    response.raise_for_status()
+    results: list[dict[str, Any]] = response.json()["results"]
+    return [json.loads(each.replace("'", '"')) if isinstance(each, str) else each for each in results]
+
+
+def kv_usage(ring: Ring) -> float:
+    text = httpx.get(f"{ring.url}/metrics", trust_env=False).text
+    (line,) = [each for each in text.splitlines() if each.startswith("vllm:kv_cache_usage_perc{")]
+    return float(line.split()[-1])
+
+
+def until_idle(ring: Ring, deadline_s: float = 20.0) -> list[dict[str, Any]]:
+    """The stages' states once the head holds nothing any more; asking is what makes the time pass."""
+    ends_at = time.monotonic() + deadline_s
+    while True:
+        found = states(ring)
+        if kv_usage(ring) == 0 and not any(state["cached_requests"] for state in found):
+            return found
+        assert time.monotonic() < ends_at, f"requests left behind: {found}, KV usage {kv_usage(ring)}"
+
+
+def test_health_and_model_are_served(ring: Ring) -> None:
+    for path in ("/live", "/health", "/ready", "/v1/models", "/metrics"):
+        assert httpx.get(ring.url + path, trust_env=False).status_code == 200, path
+
+
+def test_every_stage_has_the_same_number_of_kv_blocks(ring: Ring) -> None:
+    blocks = {state["num_kv_blocks"] for state in states(ring)}
+    assert len(blocks) == 1
+    assert blocks.pop() > 0
+
+
+def test_several_steps_are_in_flight(ring: Ring, trace_path: Path) -> None:
+    """Measured at the head: a step is in flight from when it was sent until its result came back."""
+    run(ring.url, ring.model, [Request(f"Chapter {i}. Once upon a time", 48) for i in range(32)], 32)
+    steps = [json.loads(line) for line in trace_path.read_text().splitlines()]
+    decode = [step for step in steps if step["tokens"] == step["requests"] and step["requests"] > 1]
+    spans = [(step["stages"][0][4], step["returned_ns"]) for step in decode]
+    depth = [sum(sent <= begin < back for sent, back in spans) for begin, _ in spans]
+    mean = sum(depth) / len(depth)
+    print(f"{len(decode)} decode steps of 4 stages: {mean:.2f} in flight on average, {max(depth)} at most")
+    assert max(depth) == len(RANGES)
+    assert mean > 2.5
+    for step in decode:
+        assert [stage[0] for stage in step["stages"]] == [0, 1, 2, 3]
+        for _, received, started, finished, sent, _ in step["stages"]:
+            assert received <= started <= finished <= sent
+    sizes = sorted(step["requests"] for step in decode)
+    assert sizes[len(sizes) // 2] <= 32 // len(RANGES) + 1, f"micro-batches are lopsided: {sizes}"
+
+
+def test_200_requests_leave_nothing_behind(ring: Ring) -> None:
+    work = requests(200, seed=3, text=license_text(), longest_words=60)
+    answers = run(ring.url, ring.model, work, 8)
+    assert [len(answer.token_ids) for answer in answers] == [request.max_tokens for request in work]
+    print("state of the stages:", until_idle(ring))
+
+
+def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:
+    """Clients that hang up while queued, in prefill and in decode, among others that stay."""
+    long_prompt = " ".join(license_text().split()[:400])
+
+    async def hang_up_after(prompt: str, num_events: int) -> None:
+        seen = 0
+        async for _ in lines(ring, prompt, 200):
+            seen += 1
+            if seen >= num_events:
+                return
+
+    async def hang_up_at_once(prompt: str) -> None:
+        body = {"model": str(ring.model), "prompt": prompt, "max_tokens": 200, "ignore_eos": True}
+        async with client(ring) as http:
+            with pytest.raises(httpx.TimeoutException):
+                await http.post("/v1/completions", json=body, timeout=httpx.Timeout(120, read=0.05))
+
+    async def everything() -> list[int]:
+        async with client(ring) as http:
+            stay = [complete(http, str(ring.model), Request(f"Story {i}:", 24)) for i in range(8)]
+            leave = [hang_up_after(f"{i} {long_prompt}", i % 4 + 1) for i in range(24)]
+            vanish = [hang_up_at_once(f"{i} {long_prompt}") for i in range(24)]
+            answers = await asyncio.gather(*stay, *leave, *vanish)
+            return [len(answer.token_ids) for answer in answers if answer is not None]
+
+    assert asyncio.run(everything()) == [24] * 8
+    until_idle(ring)
+
+
+def test_preemption_gives_the_same_tokens(ring: Ring, model_dir: Path) -> None:
+    """A KV cache far too small for the load on one stage: vLLM preempts, every stage follows, tokens stay the same."""
+    work = [Request(" ".join(license_text().split()[i * 20 : i * 20 + 100]), 96) for i in range(12)]
+    expected = run(ring.url, ring.model, work, 1)
+    until_idle(ring)
+    settings = [*SETTINGS, "--num-gpu-blocks-override", "36"]
+    with Ring(model_dir, ("0-20", "20-30"), settings) as small:
+        answers = run(small.url, small.model, work, 12)
+        metrics = httpx.get(f"{small.url}/metrics", trust_env=False).text
+    (line,) = [each for each in metrics.splitlines() if each.startswith("vllm:num_preemptions_total{")]
+    assert float(line.split()[-1]) > 0, "the load did not cause a preemption"
+    assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
+
+
+def test_structured_output_under_concurrency(ring: Ring) -> None:
+    """The bitmask reaches the tail after its step: every answer obeys its own choice list."""
+    choices = [[f"yes-{i}", f"no-{i}"] for i in range(16)]
+
+    async def ask(http: httpx.AsyncClient, choice: list[str]) -> str:
+        body = {
+            "model": str(ring.model),
+            "prompt": "Answer yes or no:",
+            "max_tokens": 12,
+            "temperature": 0,
+            "structured_outputs": {"choice": choice},
+        }
+        response = await http.post("/v1/completions", json=body)
+        response.raise_for_status()
+        return str(response.json()["choices"][0]["text"])
+
+    async def everything() -> list[str]:
+        async with client(ring) as http:
+            return list(await asyncio.gather(*(ask(http, choice) for choice in choices)))
+
+    for answer, choice in zip(asyncio.run(everything()), choices, strict=True):
+        assert answer in choice
+
+
+def test_prompt_logprobs_come_from_the_tail(ring: Ring) -> None:
+    body = {"model": str(ring.model), "prompt": "The capital of France is", "max_tokens": 2, "prompt_logprobs": 2}
+    response = httpx.post(f"{ring.url}/v1/completions", json=body, trust_env=False, timeout=60)
+    response.raise_for_status()
+    found = response.json()["choices"][0]["prompt_logprobs"]
+    assert found[0] is None
+    assert all(len(each) >= 2 for each in found[1:])
+
+
+@pytest.mark.parametrize("stage", range(len(RANGES)))
+def test_a_stopped_stage_stops_the_tokens(ring: Ring, stage: int) -> None:
+    """No stage is a bystander: frozen for less than a heartbeat's patience, no token comes; then all the rest does."""
+
+    async def watch() -> tuple[int, list[float]]:
+        times: list[float] = []
+        pid = ring.worker_pid(stage)
+        stopped_at = 0.0
+        async for _ in lines(ring, "A long story begins", 150):
+            times.append(time.monotonic())
+            if len(times) == 20:
+                os.kill(pid, signal.SIGSTOP)
+                stopped_at = time.monotonic()
+                asyncio.get_running_loop().call_later(1.2, os.kill, pid, signal.SIGCONT)
+        return len(times), [at - stopped_at for at in times if at > stopped_at > 0]
+
+    count, after = asyncio.run(watch())
+    in_between = [at for at in after if 0.3 < at < 1.1]
+    assert not in_between, f"tokens came while stage {stage} was stopped: {in_between}"
+    assert count == 150 + 1  # and [DONE]
+
+
+def test_a_call_outside_the_closed_list_is_refused(ring: Ring) -> None:
+    response = httpx.post(f"{ring.url}/collective_rpc", json={"method": "save_sharded_state"}, trust_env=False)
+    assert response.status_code >= 400
+    assert httpx.get(f"{ring.url}/ready", trust_env=False).status_code == 200
+
+
+def test_a_lost_stage_ends_open_requests_with_its_name(ring: Ring) -> None:
+    """Last in this file: the ring is gone afterwards."""
+
+    async def everything() -> tuple[float, list[Any]]:
+        killed_at = 0.0
+
+        async def stream() -> str:
+            nonlocal killed_at
+            last, count = "", 0
+            async for line in lines(ring, "And then", 800):
+                count += 1
+                if count == 10 and not killed_at:
+                    killed_at = time.monotonic()
+                    os.kill(ring.stages[2].pid, signal.SIGKILL)
+                if line != "[DONE]":
+                    last = line
+            return last
+
+        async def plain() -> str:
+            async with client(ring) as http:
+                body = {"model": str(ring.model), "prompt": "So", "max_tokens": 800, "ignore_eos": True}
+                response = await http.post("/v1/completions", json=body)
+                assert response.status_code == 503
+                return response.text
+
+        found = await asyncio.gather(stream(), stream(), plain(), plain())
+        return time.monotonic() - killed_at, list(found)
+
+    took_s, texts = asyncio.run(everything())
+    assert took_s < 5
+    for text in texts:
+        assert "stage 2 is lost" in json.loads(text)["error"]["message"]
+    for path, status in (("/ready", 503), ("/health", 503), ("/live", 200)):
+        response = httpx.get(ring.url + path, trust_env=False)
+        assert response.status_code == status, path
+    assert "stage 2" in httpx.get(ring.url + "/ready", trust_env=False).text
+    for stage in (1, 3):
+        assert ring.stages[stage].wait(10) == 3
+        assert "stage 2 is lost" in ring.stages[stage].text()
+    ring.stages[0].popen.terminate()
+    assert ring.stages[0].wait(20) == 3
