@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="minutes long: run with --slow"))
+
+
+@pytest.fixture
+def say(capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints a measured figure to the terminal, past pytest's capture."""
+
+    def tell(text: str) -> None:
+        with capfd.disabled():
+            print(f"\n  {text}", flush=True)
+
+    return tell
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ The reference is stock vLLM in one process, without our flags, at the same and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from support.stages import Ring, SingleProcess
 from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, license_text, requests, run
 
@@ -51,7 +52,10 @@ def reference(model_dir: Path) -> Iterator[dict[int, list[list[Answer]]]]:
 
 @pytest.mark.parametrize("ranges", RINGS, ids=" ".join)
 def test_tokens_equal_one_process(
-    ranges: tuple[str, ...], model_dir: Path, reference: dict[int, list[list[Answer]]]
+    ranges: tuple[str, ...],
+    model_dir: Path,
+    reference: dict[int, list[list[Answer]]],
+    say: Callable[[str], None],
 ) -> None:
     with ExitStack() as stack:
         ring = stack.enter_context(Ring(model_dir, ranges, SETTINGS))
@@ -59,15 +63,16 @@ def test_tokens_equal_one_process(
         for concurrency in CONCURRENCIES:
             answers = run(ring.url, model_dir, work_for(concurrency), concurrency)
             result = compare(answers, reference[concurrency])
-            print(
+            say(
                 f"{len(ranges)} stages, {concurrency} concurrent: {result.num_tokens} tokens equal but for "
-                f"{len(result.ties)} ties, log-probabilities within {result.worst_logprob:.1e}",
-                *result.ties,
-                sep="\n  ",
+                f"{len(result.ties)} ties, log-probabilities within {result.worst_logprob:.1e}"
             )
+            for tie in result.ties:
+                say(tie)
             assert not result.wrong, "\n".join(result.wrong)
             assert result.worst_logprob <= LOGPROB_TOLERANCE
         used = [after - start for after, start in zip(ring.cpu_seconds(), before, strict=True)]
         shares = [each / sum(used) for each in used]
-        print("CPU seconds of each stage:", " ".join(f"{s:.1f} ({share:.0%})" for s, share in zip(used, shares, strict=True)))
+        each_used = " ".join(f"{s:.1f} ({share:.0%})" for s, share in zip(used, shares, strict=True))
+        say(f"CPU seconds of each stage: {each_used}")
         assert min(shares) >= 0.05, f"a stage did not take part: {shares}"

@@ -7,15 +7,15 @@ tests/unit/test_ring_*.py (all of it, in memory) and tests/vllm/test_bad_rings.p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.models import make_llama
 
 pytestmark = pytest.mark.vllm
 
-HEAD = {
+HEAD: dict[str, object] = {
     "--pipeline-stage-mode": "external",
     "--pipeline-stage-idx": "0",
     "--pipeline-total-stages": "4",
@@ -23,7 +23,7 @@ HEAD = {
     "--pipeline-local-bind-port": "15550",
     "--pipeline-prev-stage-addr": "127.0.0.1:15554",
 }
-WORKER = {
+WORKER: dict[str, object] = {
     "--pipeline-stage-mode": "external",
     "--pipeline-stage-idx": "1",
     "--pipeline-total-stages": "4",
@@ -42,12 +42,11 @@ def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the command sets for its own process must not reach the other tests."""
     for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROC_METHOD", "OMP_NUM_THREADS", "LD_PRELOAD"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    yield
 
 
 class StartedError(Exception):
@@ -55,7 +54,6 @@ class StartedError(Exception):
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, model: object, flags: dict[str, object]) -> None:
-    import vllm.entrypoints.cli.serve
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -10,12 +10,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
 from support.stages import Ring
 from support.workload import Request, complete, license_text, requests, run
 
@@ -95,7 +96,7 @@ def test_every_stage_has_the_same_number_of_kv_blocks(ring: Ring) -> None:
     assert blocks.pop() > 0
 
 
-def test_several_steps_are_in_flight(ring: Ring, trace_path: Path) -> None:
+def test_several_steps_are_in_flight(ring: Ring, trace_path: Path, say: Callable[[str], None]) -> None:
     """Measured at the head: a step is in flight from when it was sent until its result came back."""
     run(ring.url, ring.model, [Request(f"Chapter {i}. Once upon a time", 48) for i in range(32)], 32)
     steps = [json.loads(line) for line in trace_path.read_text().splitlines()]
@@ -103,7 +104,7 @@ def test_several_steps_are_in_flight(ring: Ring, trace_path: Path) -> None:
     spans = [(step["stages"][0][4], step["returned_ns"]) for step in decode]
     depth = [sum(sent <= begin < back for sent, back in spans) for begin, _ in spans]
     mean = sum(depth) / len(depth)
-    print(f"{len(decode)} decode steps of 4 stages: {mean:.2f} in flight on average, {max(depth)} at most")
+    say(f"{len(decode)} decode steps of 4 stages: {mean:.2f} in flight on average, {max(depth)} at most")
     assert max(depth) == len(RANGES)
     assert mean > 2.5
     for step in decode:
@@ -114,11 +115,11 @@ def test_several_steps_are_in_flight(ring: Ring, trace_path: Path) -> None:
     assert sizes[len(sizes) // 2] <= 32 // len(RANGES) + 1, f"micro-batches are lopsided: {sizes}"
 
 
-def test_200_requests_leave_nothing_behind(ring: Ring) -> None:
+def test_200_requests_leave_nothing_behind(ring: Ring, say: Callable[[str], None]) -> None:
     work = requests(200, seed=3, text=license_text(), longest_words=60)
     answers = run(ring.url, ring.model, work, 8)
     assert [len(answer.token_ids) for answer in answers] == [request.max_tokens for request in work]
-    print("state of the stages:", until_idle(ring))
+    say(f"state of the stages: {until_idle(ring)}")
 
 
 def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:

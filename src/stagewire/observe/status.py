@@ -14,7 +14,7 @@ import json
 import os
 import socket
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 
 __all__ = ["HEAD_SOCKET_ENV", "LAUNCHER_SOCKET_ENV", "Phase", "StatusEvent", "StatusReceiver", "StatusSender"]
 
@@ -24,7 +24,7 @@ HEAD_SOCKET_ENV = "STAGEWIRE_HEAD_SOCKET"
 _MAX_DATAGRAM_BYTES = 32768
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Where a stage is in its life. The order is the order in which a healthy stage passes them."""
 
     IMPORTING = "importing"  # the process runs; Python and vLLM are being imported

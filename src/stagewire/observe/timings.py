@@ -45,7 +45,7 @@ class StepLog:
     @classmethod
     def from_environment(cls) -> StepLog:
         path = os.environ.get(STEP_TRACE_ENV)
-        return cls(open(path, "a", buffering=1) if path else None)  # noqa: SIM115  lives as long as the process
+        return cls(open(path, "a", buffering=1) if path else None)
 
     def __repr__(self) -> str:
         return f"StepLog({self._file.name if self._file else None})"

@@ -84,9 +84,7 @@ CALLS: dict[str, CallSpec] = {
     "get_model_inspection": CallSpec((), _is_a(str)),
 }
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
-}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in vars(kv).values()
@@ -144,7 +142,8 @@ def _pack(value: Any) -> Any:
     if isinstance(value, dict):
         return ["dict", *([_pack(key), _pack(item)] for key, item in value.items())]
     if _CLASSES.get(type(value).__name__) is type(value):
-        fields = {field.name: _pack(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        names = [field.name for field in dataclasses.fields(_CLASSES[type(value).__name__]) if field.init]
+        fields = {name: _pack(getattr(value, name)) for name in names}
         return ["object", type(value).__name__, fields]
     raise TypeError(
         f"{type(value).__module__}.{type(value).__qualname__} is not a type that may travel the ring "

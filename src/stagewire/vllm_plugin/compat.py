@@ -54,8 +54,8 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.engine.utils:get_engine_process_shutdown_timeout",
-        "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a head's "
-        "process, where it gets the grace that ROCm gets",
+        "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a "
+        "head's process, where it gets the grace that ROCm gets",
         "the grace is not for ROCm alone",
     ),
 )

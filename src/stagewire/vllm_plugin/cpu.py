@@ -46,7 +46,7 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
         return
     engine_args.kv_cache_memory_bytes = _kv_budget(config.num_stages)
     init_logger("vllm.stagewire").info_once(
-        "Stage %d: KV cache of %.2f GB (%.0f %% of the available memory over %d stages; --kv-cache-memory-bytes changes it)",
+        "Stage %d: KV cache of %.2f GB (%.0f %% of free memory over %d stages; --kv-cache-memory-bytes changes it)",
         config.stage,
         engine_args.kv_cache_memory_bytes / 1e9,
         KV_SHARE * 100,

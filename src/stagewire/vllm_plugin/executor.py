@@ -86,9 +86,9 @@ class RingExecutor(Executor):
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
-    def execute_model(  # type: ignore[override]
+    def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
-    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+    ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
         """Runs the head's layers and sends the step on. The result belongs to `sample_tokens`, as in stock vLLM."""
         if is_nothing(scheduler_output):
             self._current = None
@@ -129,7 +129,7 @@ class RingExecutor(Executor):
         )
         return _resolved(None) if non_block else None
 
-    def sample_tokens(  # type: ignore[override]
+    def sample_tokens(
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
         """The future of the step that `execute_model` just sent; a grammar bitmask follows it to the tail."""
@@ -183,7 +183,7 @@ class RingExecutor(Executor):
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: str | Callable[..., Any],
         timeout: float | None = None,
@@ -260,7 +260,7 @@ class RingExecutor(Executor):
         self._process.mark_ready()
 
     @property
-    def supported_tasks(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def supported_tasks(self) -> tuple[Any, ...]:
         return tuple(self._worker._wrapper.get_supported_tasks())
 
     def get_stage_states(self) -> list[dict[str, Any]]:
@@ -287,4 +287,3 @@ def _resolved(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
-

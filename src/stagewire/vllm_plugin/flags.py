@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -171,7 +170,9 @@ def _check_checkpoint(config: StageConfig, model: str) -> None:
     path = Path(model)
     if not path.is_dir():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ConfigError(f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name")
+            raise ConfigError(
+                f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name"
+            )
         return
     shape = read_model_shape(path)
     check_own_range(config.stage, config.num_stages, config.layers, shape.num_layers)
@@ -180,8 +181,9 @@ def _check_checkpoint(config: StageConfig, model: str) -> None:
 
 def _resolve(args: argparse.Namespace) -> Any:
     """vLLM's whole configuration, so that everything a stage can know alone is refused before anything starts."""
-    from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
+
+    from vllm import AsyncEngineArgs
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
     try:
@@ -223,7 +225,7 @@ def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
     ignored = []
-    for field in dataclasses.fields(FrontendArgs):  # type: ignore[arg-type]
+    for field in dataclasses.fields(FrontendArgs):
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
@@ -231,5 +233,3 @@ def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
             ignored.append("--" + field.name.replace("_", "-"))
     if ignored:
         sys.stdout.write(f"Stage {config.stage}: ignored, because only stage 0 serves HTTP: {', '.join(ignored)}\n")
-
-

@@ -52,7 +52,8 @@ class RingScheduler(Scheduler):
         vLLM copies the tokens of every request that the previous step did not hold; with micro-batches that is all of
         them, every step.
         """
-        previous, self.prev_step_scheduled_req_ids = self.prev_step_scheduled_req_ids, _Everything()
+        previous: set[str] = self.prev_step_scheduled_req_ids
+        self.prev_step_scheduled_req_ids = _Everything()
         try:
             return super()._make_cached_request_data(*args, **kwargs)
         finally:

@@ -7,6 +7,7 @@ vLLM's worker and no socket.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.utils.network_utils import get_file_store_init_method
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -84,27 +84,28 @@ class StageWorker:
         # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
         os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
         self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=config.stage)
-        init_method = get_file_store_init_method()
-        self._wrapper.init_worker(
-            all_kwargs=[
-                {
-                    "vllm_config": vllm_config,
-                    "local_rank": 0,
-                    "rank": config.stage,
-                    "distributed_init_method": init_method,
-                    "is_driver_worker": config.is_tail,
-                }
-            ]
-        )
-        with set_current_vllm_config(vllm_config):
-            self.group = pipeline_group.install(config.stage, config.num_stages, init_method)
-        self._wrapper.init_device()
+        with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
+            self._init_device(f"file://{folder}/world")
         self._wrapper.load_model()
         current_platform.update_block_size_for_backend(vllm_config)
         self.plan = self._plan_tensors()
 
     def __repr__(self) -> str:
         return f"StageWorker(stage={self.config.stage}, layers={self.config.layers})"
+
+    def _init_device(self, init_method: str) -> None:
+        """A torch.distributed world of one, our group in it, then the worker's own initialisation."""
+        arguments = {
+            "vllm_config": self.vllm_config,
+            "local_rank": 0,
+            "rank": self.config.stage,
+            "distributed_init_method": init_method,
+            "is_driver_worker": self.config.is_tail,
+        }
+        self._wrapper.init_worker(all_kwargs=[arguments])
+        with set_current_vllm_config(self.vllm_config):
+            self.group = pipeline_group.install(self.config.stage, self.config.num_stages, init_method)
+        self._wrapper.init_device()
 
     @property
     def runner(self) -> Any:
@@ -154,7 +155,7 @@ class StageWorker:
     def _check_rows(self, schedule: SchedulerOutput, digest: int) -> None:
         if self._digest(schedule) != digest:
             raise PeerError(
-                f"stage {self.config.stage} orders its {len(schedule.num_scheduled_tokens)} rows otherwise than stage 0: "
+                f"stage {self.config.stage} orders {len(schedule.num_scheduled_tokens)} rows otherwise than stage 0: "
                 "its answer would be wrong, so the step is failed"
             )
 
@@ -168,9 +169,10 @@ class StageWorker:
         return dict(buffers)
 
     def _send(self, num_rows: int, tensors: dict[str, torch.Tensor]) -> tuple[list[TensorSpec], list[Frame]]:
-        """Unpadded rows as bytes. A tensor that lives in the runner's buffers is copied: the next step overwrites it."""
+        """Unpadded rows as bytes. A tensor in the runner's own buffers is copied: the next step overwrites it."""
         persistent = {tensor.untyped_storage().data_ptr() for tensor in self._buffers()}
-        specs, frames = [], []
+        specs: list[TensorSpec] = []
+        frames: list[Frame] = []
         for name, tensor in tensors.items():
             rows = tensor[:num_rows].contiguous().cpu()  # [num_rows, ...]
             if rows.untyped_storage().data_ptr() in persistent:
@@ -212,7 +214,9 @@ class StageWorker:
         """
         spec = CALLS.get(method)
         if spec is None:
-            raise ConfigError(f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)")
+            raise ConfigError(
+                f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)"
+            )
         if len(args) != len(spec.args) or not all(check(arg) for check, arg in zip(spec.args, args, strict=True)):
             raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")
         own = _OWN_CALLS.get(method)

@@ -203,9 +203,7 @@ def _new_request(request: NewRequestData) -> _NewRequest:
         # Read by the API server and the scheduler only; the grammar arrives as a bitmask.
         params.structured_outputs = None
         params.stop = None
-    return _NewRequest(
-        request.req_id, request.prompt_token_ids, params, request.block_ids, request.num_computed_tokens
-    )
+    return _NewRequest(request.req_id, request.prompt_token_ids, params, request.block_ids, request.num_computed_tokens)
 
 
 def _pairs(copies: list[KVCacheBlockCopy] | None) -> list[tuple[int, int]] | None:
@@ -269,9 +267,7 @@ def _arrays(item: _Logprobs) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
 
 def encode_grammar(grammar: GrammarOutput) -> bytes:
     return _ENCODER.encode(
-        _Grammar(
-            grammar.structured_output_request_ids, _array(grammar.grammar_bitmask), grammar.num_acceptable_drafts
-        )
+        _Grammar(grammar.structured_output_request_ids, _array(grammar.grammar_bitmask), grammar.num_acceptable_drafts)
     )
 
 
