@@ -17,7 +17,6 @@ from stagewire.launch.spec import (
     StageSpec,
     VllmCommand,
     assign_resources,
-    has_compiler,
     place_stages,
     preload_libraries,
     stage_environment,
@@ -139,11 +138,6 @@ def test_the_reason_is_found_in_a_log(log: str, expected: str) -> None:
     assert last_error(log) == expected
 
 
-def test_the_compiler_that_torch_would_use() -> None:
-    assert not has_compiler({"PATH": "/nonexistent"})
-    assert has_compiler({"PATH": "/nonexistent", "CXX": "/bin/sh"})
-
-
 @pytest.mark.parametrize(
     ("host", "url"),
     [
@@ -186,16 +180,6 @@ def test_ranges_or_a_number_of_stages() -> None:
         up._choose_ranges(["0-7", "7-15", "15-30"], 2, 30)
     with pytest.raises(ConfigError):
         up._choose_ranges(["0-7", "8-30"], None, 30)
-
-
-def test_eager_without_a_compiler_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.delenv("CXX", raising=False)
-    extra, notes = up._complete_extra(["--dtype", "float32"], True, 600.0)
-    assert extra == ["--dtype", "float32", "--enforce-eager"]
-    assert len(notes) == 1
-    assert up._complete_extra(["-O0"], True, 600.0) == (["-O0"], [])
-    assert up._complete_extra([], False, 30.0) == (["--pipeline-start-timeout", "30"], [])
 
 
 def test_a_spec_is_comparable() -> None:

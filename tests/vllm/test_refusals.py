@@ -60,14 +60,14 @@ def serve(monkeypatch: pytest.MonkeyPatch, model: object, flags: dict[str, objec
     from stagewire.vllm_plugin import cpu, head, stage_host
     from stagewire.vllm_plugin.compat import install_flag_patches
 
-    def started(*_: object) -> None:
-        raise StartedError
+    def started(*args: object) -> None:
+        raise StartedError(*args)
 
     monkeypatch.setattr(head, "serve_head", started)
     monkeypatch.setattr(stage_host, "serve_stage", started)
     monkeypatch.setattr(cpu, "reexec_with_libraries", lambda: None)
     given = {name: value for name, value in flags.items() if value is not DROP}
-    argv = ["serve", str(model), "--enforce-eager"]
+    argv = ["serve", str(model)]
     argv += [word for name, value in given.items() for word in ([name] if value is None else [name, str(value)])]
     monkeypatch.setattr(sys, "argv", ["vllm", *argv])
     parser = FlexibleArgumentParser()
@@ -191,6 +191,29 @@ def test_load_line_has_the_bytes_of_the_index(
     with pytest.raises(StartedError):
         serve(monkeypatch, model, WORKER)
     assert "Stage 1: Loading layers 8-15... (0." in capsys.readouterr().out
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_without_a_compiler_a_stage_runs_eagerly(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartedError) as started:
+        serve(monkeypatch, model, WORKER)
+    assert started.value.args[1].model_config.enforce_eager
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_compilation_asked_for_without_a_compiler(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, model, WORKER | {"--optimization-level": "3"})
+    assert exit_info.value.code == 2
+    assert "no C++ compiler" in capsys.readouterr().err
 
 
 def test_unsupported_version_is_named(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,6 @@ __all__ = [
     "VllmCommand",
     "assign_resources",
     "find_vllm",
-    "has_compiler",
     "is_cpu_build",
     "place_stages",
     "stage_environment",
@@ -112,11 +110,6 @@ def is_cpu_build() -> bool:
         return "cpu" in importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         return True
-
-
-def has_compiler(environ: Mapping[str, str]) -> bool:
-    """What torch.compile looks for on Linux (`cpp.cxx` in torch/_inductor/config.py): $CXX, else g++."""
-    return shutil.which(environ.get("CXX") or "g++", path=environ.get("PATH")) is not None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from stagewire.launch.spec import (
     VllmCommand,
     assign_resources,
     find_vllm,
-    has_compiler,
     is_cpu_build,
     place_stages,
 )
@@ -44,7 +43,6 @@ _OWN_FLAGS = (
     "--pipeline-prev-stage-addr",
     "--pipeline-prev-stage-service-addr",
 )
-_COMPILATION_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc")
 
 EPILOG = """\
 Everything after `--` goes to every stage's `vllm serve`, for instance: stagewire up --model DIR -- --dtype float32
@@ -88,7 +86,8 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     specs = place_stages(ranges, args.base_port)
     is_cpu = is_cpu_build()
     resources = assign_resources(len(specs), os.environ, is_cpu)
-    extra, notes = _complete_extra(extra, is_cpu, args.start_timeout)
+    if args.start_timeout != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
+        extra = [*extra, "--pipeline-start-timeout", f"{args.start_timeout:g}"]
     command = VllmCommand(find_vllm(), str(model_dir), args.host, args.port, tuple(extra))
     api = Api(
         args.host,
@@ -104,8 +103,6 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     screen = open_screen(specs)
     screen.say(f"{model_dir}: layers {', '.join(map(str, ranges))} on {len(specs)} stages; logs in {log_dir}")
-    for note in notes:
-        screen.say(note)
     with private_dir() as folder:
         supervisor = Supervisor(
             specs, command, resources, api, screen, folder, log_dir, serving, Timeouts(start=args.start_timeout)
@@ -130,18 +127,6 @@ def _check_extra(extra: Sequence[str]) -> None:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag in _OWN_FLAGS:
             raise ConfigError(f"{flag} after `--`: `stagewire up` sets it for each stage; see `stagewire up --help`")
-
-
-def _complete_extra(extra: Sequence[str], is_cpu: bool, start_timeout_s: float) -> tuple[list[str], list[str]]:
-    """The arguments with what this machine makes necessary, and a line about each that a person should know."""
-    completed, notes = list(extra), []
-    if start_timeout_s != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
-        completed += ["--pipeline-start-timeout", f"{start_timeout_s:g}"]
-    said = any(argument.startswith(_COMPILATION_FLAGS) for argument in extra)
-    if is_cpu and not said and not has_compiler(os.environ):
-        completed.append("--enforce-eager")
-        notes.append("no C++ compiler found (g++, or $CXX): serving with --enforce-eager")
-    return completed, notes
 
 
 def _make_log_dir(path: Path, num_stages: int) -> Path:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 from typing import Any
 
 import psutil
 
 from stagewire.config import StageConfig
+from stagewire.errors import ConfigError
 
-__all__ = ["apply_kv_budget", "reexec_with_libraries", "set_threads"]
+__all__ = ["apply_compiler", "apply_kv_budget", "reexec_with_libraries", "set_threads"]
 
 # Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
 KV_SHARE = 0.25
@@ -52,6 +54,34 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
         KV_SHARE * 100,
         config.num_stages,
     )
+
+
+def apply_compiler(engine_args: Any, config: StageConfig) -> None:
+    """Runs eagerly where vLLM would compile and there is nothing to compile with.
+
+    Stock vLLM on CPU dies of this at its first forward pass (torch's InvalidCxxCompiler).
+
+    Raises:
+        ConfigError: compilation was asked for explicitly.
+    """
+    if engine_args.enforce_eager or _has_compiler():
+        return
+    from vllm.logger import init_logger
+
+    defaults = type(engine_args)
+    asked = engine_args.optimization_level != defaults.optimization_level or engine_args.compilation_config.mode
+    if asked:
+        raise ConfigError(
+            f"stage {config.stage} is to compile its model but there is no C++ compiler: install g++, "
+            "name one in CXX, or give --enforce-eager"
+        )
+    engine_args.enforce_eager = True
+    init_logger("vllm.stagewire").info_once("Stage %d: no C++ compiler here: --enforce-eager", config.stage)
+
+
+def _has_compiler() -> bool:
+    """What torch's inductor looks for on Linux (`cpp.cxx` in torch/_inductor/config.py)."""
+    return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
 @functools.cache

@@ -102,9 +102,10 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
         is_cpu = current_platform.is_cpu()
         engine_args.max_num_seqs = DEFAULT_MAX_NUM_SEQS_CPU if is_cpu else DEFAULT_MAX_NUM_SEQS
     if current_platform.is_cpu():
-        from stagewire.vllm_plugin.cpu import apply_kv_budget
+        from stagewire.vllm_plugin import cpu
 
-        apply_kv_budget(engine_args, config)
+        cpu.apply_kv_budget(engine_args, config)
+        cpu.apply_compiler(engine_args, config)
 
 
 def set_process_environment() -> None:

@@ -52,9 +52,10 @@ class RingScheduler(Scheduler):
         vLLM copies the tokens of every request that the previous step did not hold; with micro-batches that is all of
         them, every step.
         """
-        previous: set[str] = self.prev_step_scheduled_req_ids
-        self.prev_step_scheduled_req_ids = _Everything()
+        scheduler: Any = self
+        previous = scheduler.prev_step_scheduled_req_ids
+        scheduler.prev_step_scheduled_req_ids = _Everything()
         try:
             return super()._make_cached_request_data(*args, **kwargs)
         finally:
-            self.prev_step_scheduled_req_ids = previous
+            scheduler.prev_step_scheduled_req_ids = previous
