@@ -46,7 +46,7 @@ class Address:
             raise ConfigError(f"{expected}; an IPv6 address goes in brackets: [{host}]:{port_text}")
         if not separator or not host or any(c.isspace() for c in host) or not port_text.isascii():
             raise ConfigError(expected)
-        if not port_text.isdigit() or not 0 < int(port_text) < 65536:
+        if not port_text.isdigit() or len(port_text) > 5 or not 0 < int(port_text) < 65536:
             raise ConfigError(f"{flag} {text!r}: the port must be a number from 1 to 65535")
         return cls(host, int(port_text))
 
@@ -105,10 +105,15 @@ def is_external(flags: Mapping[str, Any]) -> bool:
     """Whether these arguments ask for a stage. Raises ConfigError for stage flags without the stage mode."""
     if flags.get("pipeline_stage_mode") == "external":
         return True
-    given = [name for key, name in _FLAGS.items() if flags.get(key) not in (None, False)]
+    given = [name for key, name in _FLAGS.items() if _is_given(flags.get(key))]
     if given:
         raise ConfigError(f"{', '.join(given)} given without --pipeline-stage-mode external: add it, or drop the rest")
     return False
+
+
+def _is_given(value: Any) -> bool:
+    """Stage 0 is given, and equal to False."""
+    return value is not None and value is not False
 
 
 def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
@@ -153,7 +158,7 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
 
 def _check_worker_flag(stage: int, is_worker: bool) -> None:
     if stage == 0 and is_worker:
-        raise ConfigError("--external-pp-worker on stage 0: the head serves the API, so only stages 1 and up are workers")
+        raise ConfigError("--external-pp-worker on stage 0: the head serves the API; only stages 1 and up are workers")
     if stage > 0 and not is_worker:
         raise ConfigError(f"stage {stage} needs --external-pp-worker: only stage 0 serves the API")
 
@@ -191,8 +196,10 @@ def _required_int(flags: Mapping[str, Any], key: str, meaning: str) -> int:
     if value is None:
         raise ConfigError(f"--pipeline-stage-mode external needs {_FLAGS[key]}: {meaning}")
     try:
+        if isinstance(value, (bool, float)):
+            raise ValueError  # from a YAML file; int() would round
         return int(value)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ConfigError(f"{_FLAGS[key]} {value!r} is not a whole number") from None
 
 
@@ -202,7 +209,7 @@ def _seconds(flags: Mapping[str, Any], key: str, default: float) -> float:
         return default
     try:
         seconds = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ConfigError(f"{_FLAGS[key]} {value!r} is not a number of seconds") from None
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"{_FLAGS[key]} {value}: must be more than 0 seconds, every wait ends")

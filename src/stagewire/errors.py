@@ -5,6 +5,7 @@
     ├── PeerError        another stage, or the network to it                              exit code 3
     │   ├── StageLost    a stage that was part of the running pipeline is gone
     │   └── ProtocolError  a peer sent bytes that are not a valid message
+    │       └── WireVersionError  they are a message of another wire version
     └── InternalError    a bug of ours; also what any other exception counts as           exit code 1
 
 A message says what was expected, what was found, where, and what to try next.
@@ -12,7 +13,15 @@ A message says what was expected, what was found, where, and what to try next.
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "InternalError", "PeerError", "ProtocolError", "StageLost", "StagewireError"]
+__all__ = [
+    "ConfigError",
+    "InternalError",
+    "PeerError",
+    "ProtocolError",
+    "StageLost",
+    "StagewireError",
+    "WireVersionError",
+]
 
 
 class StagewireError(Exception):
@@ -43,6 +52,10 @@ class StageLost(PeerError):
 
 class ProtocolError(PeerError):
     """Bytes from a peer that do not decode to a message we allow."""
+
+
+class WireVersionError(ProtocolError):
+    """A Stagewire message of another wire version: a stage, but not one to talk with."""
 
 
 class InternalError(StagewireError):

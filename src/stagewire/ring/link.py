@@ -79,7 +79,7 @@ class Transport(Protocol):
         """
 
     def connect(self, side: Side, address: Address) -> None:
-        """Starts a new connection and forgets the old one of that side; the outcome is an event."""
+        """Starts a new connection and forgets the old one of that side, with its events; the outcome is an event."""
 
     def send(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> None:
         """Queues frames, without blocking; ``peer`` chooses the connection on the successor side.
@@ -92,10 +92,10 @@ class Transport(Protocol):
         """What happened, oldest first; waits up to ``timeout_s`` for the first event or a `wake`."""
 
     def wake(self) -> None:
-        """Makes a `poll` that is waiting return."""
+        """Makes a `poll` that is waiting return; safe in a signal handler, harmless after `close`."""
 
     def close(self, linger_s: float = 1.0) -> None:
-        """Ends all connections; frames already queued have ``linger_s`` to leave."""
+        """Once or more often: ends all connections; frames already queued have ``linger_s`` to leave."""
 
 
 @dataclass
@@ -103,6 +103,7 @@ class MemoryNetwork:
     """The wires between memory transports: who listens where. Deterministic, single-threaded but for `wake`."""
 
     listeners: dict[int, MemoryTransport] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)  # by programs that are no transports and refuse connections
     next_port: int = 50000
     next_peer: int = 0
 
@@ -128,7 +129,7 @@ class MemoryTransport:
 
     def bind(self, port: int) -> int:
         port = port or self._network.free_port()
-        if port in self._network.listeners:
+        if port in self._network.listeners or port in self._network.taken:
             raise PortTakenError(port)
         self._network.listeners[port] = self
         self._ports.append(port)
@@ -178,7 +179,7 @@ class MemoryTransport:
         for side in list(self._outgoing):
             self._drop(side)
         for receiver, side in list(self._incoming.values()):
-            del receiver._outgoing[side]
+            receiver._outgoing.pop(side, None)
             receiver._push(Disconnected(side, "connection closed"))
         self._incoming.clear()
 
@@ -187,6 +188,8 @@ class MemoryTransport:
         self._woken.set()
 
     def _drop(self, side: Side) -> None:
+        if side is not Side.SUCCESSOR:
+            self._events = deque(event for event in self._events if event.side is not side)
         if side in self._outgoing:
             listener, peer = self._outgoing.pop(side)
             listener._incoming.pop(peer, None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import ProtocolError, StagewireError, StageLost
+from stagewire.errors import ProtocolError, StagewireError
 from stagewire.ring.link import BadHandshake, Connected, Disconnected, Event, PortTakenError, Received, Transport
 from stagewire.ring.link import UnreachableError as Unreachable
 from stagewire.ring.state import (
@@ -25,7 +25,6 @@ from stagewire.ring.state import (
     Deliver,
     Fail,
     Log,
-    Phase,
     RingState,
     Send,
     SetOpen,
@@ -97,6 +96,7 @@ class RingNode:
         self._observer = observer
         self._bind_host = bind_host
         self._started = False
+        self._replaced: set[Side] = set()  # within one turn: what its old connection still reported counts no more
 
     def __repr__(self) -> str:
         return f"RingNode({self.state!r}, {self.transport!r})"
@@ -104,7 +104,7 @@ class RingNode:
     # ---- from any thread -------------------------------------------------------------------------------------------
 
     def send(self, message: Data, payloads: Sequence[Frame] = ()) -> None:
-        """To the successor, in order; waits in the outbox until the ring is open. The epoch is stamped when it leaves."""
+        """To the successor, in order; waits until the ring is open, whose epoch is stamped on it when it leaves."""
         self._outbox.append((message, payloads))
         self.transport.wake()
 
@@ -123,11 +123,13 @@ class RingNode:
         if not self._started:
             self._started = True
             self._perform(self.state.start(self._now()))
+        self._replaced.clear()
         for event in self.transport.poll(timeout_s):
-            self._perform(self._handle(event))
+            if event.side not in self._replaced:
+                self._perform(self._handle(event))
+        self._flush_outbox()  # before a stop: what was sent before it leaves before it
         while self._requests:
             self._perform(self._requests.popleft()())
-        self._flush_outbox()
         self._perform(self.state.tick(self._now()))
         return not self.state.is_over
 
@@ -143,13 +145,14 @@ class RingNode:
                 return self.state.disconnected(side, note, now)
             case BadHandshake(side):
                 if side is Side.SUCCESSOR:
-                    return self.state.bad_message(side, b"", "a connection that does not speak ZeroMQ")
-                return self.state.bad_handshake(side, now)
+                    error = ProtocolError("a connection that does not speak ZeroMQ")
+                    return self.state.bad_message(side, b"", error, now)
+                return self.state.bad_handshake(side)
             case Received(side, peer, frames):
                 try:
                     message, payloads = decode(frames)
                 except ProtocolError as error:
-                    return self.state.bad_message(side, peer, str(error))
+                    return self.state.bad_message(side, peer, error, now)
                 return self.state.received(side, peer, message, payloads, now)
 
     def _perform(self, actions: list[Action]) -> None:
@@ -166,8 +169,10 @@ class RingNode:
                 self.inbox.put(Delivery(message, payloads, self._clock_ns()))
             case Connect(port):
                 target = self.config.predecessor
+                self._replaced.add(Side.PREDECESSOR)
                 self.transport.connect(Side.PREDECESSOR, target if port is None else Address(target.host, port))
             case ConnectOwner():
+                self._replaced.add(Side.OWNER)
                 self.transport.connect(Side.OWNER, Address(self._bind_host, self.config.bind_port))
             case Bind(public):
                 return self._bind(public)
@@ -187,7 +192,7 @@ class RingNode:
         try:
             port = self.transport.bind(self.config.bind_port if public else 0)
         except PortTakenError:
-            return self.state.port_taken(self._now())
+            return self.state.port_taken()
         except StagewireError as error:
             return self.state.fail(error)
         self._observer.on_bound(str(Address(self._bind_host, port)))
@@ -198,19 +203,18 @@ class RingNode:
             self.transport.send(side, peer, frames)
         except Unreachable:
             if side is Side.SUCCESSOR and peer == self.state.successor_peer:
-                return self.state.successor_unreachable()
+                return self.state.successor_unreachable(self._now())
         return []
 
     def _flush_outbox(self) -> None:
-        while self._outbox and self.state.is_open:
-            message, payloads = self._outbox.popleft()
-            peer = self.state.successor_peer
-            if self.state.phase is Phase.OPEN:
-                self.state.began_serving()
-            if peer is None:
-                lost = self.config.successor_stage
-                text = f"stage {lost} is lost: its connection to stage {self.config.stage} is gone"
-                self._perform(self.state.fail(StageLost(lost, text)))
+        """Sends what waits, while there is somebody to send it to; what finds nobody stays for the next epoch."""
+        while self._outbox and self.state.is_open and self.state.successor_peer is not None:
+            message, payloads = self._outbox[0]
+            frames = encode(msgspec.structs.replace(message, epoch=self.state.epoch), payloads)
+            try:
+                self.transport.send(Side.SUCCESSOR, self.state.successor_peer, frames)
+            except Unreachable:
+                self._perform(self.state.successor_unreachable(self._now()))
                 return
-            stamped = msgspec.structs.replace(message, epoch=self.state.epoch)
-            self._perform(self._transmit(Side.SUCCESSOR, peer, encode(stamped, payloads)))
+            self._outbox.popleft()
+            self.state.began_serving()

@@ -6,7 +6,6 @@ blocked send delays no forward pass.
 
 from __future__ import annotations
 
-import queue
 import secrets
 import threading
 import time
@@ -101,12 +100,16 @@ class RingRuntime(Observer):
     def stop(self, text: str, linger_s: float = 2.0) -> None:
         """Ends the ring in order: tells the others, flushes, closes. Returns when the thread has ended."""
         self.node.request_stop(text)
-        self._thread.join(linger_s + 3)
+        self._join(linger_s + 3)
 
     def fail(self, error: StagewireError) -> None:
         """Ends the ring because this stage cannot go on; the others learn why."""
         self.node.request_fail(error)
-        self._thread.join(5)
+        self._join(5)
+
+    def _join(self, timeout_s: float) -> None:
+        if self._thread.ident is not None:  # a ring that was never started has ended
+            self._thread.join(timeout_s)
 
     @property
     def hop_ns(self) -> int:
@@ -149,5 +152,3 @@ class RingRuntime(Observer):
         self.error = self.error or PeerError(f"the ring was stopped: {text}")
         self._settled.set()
         self._observer.on_stopped(text)
-
-

@@ -1,28 +1,38 @@
 """The ring as one stage sees it: a pure state machine.
 
-Events go in (`handle`, `tick`), actions come out, in order; ring/node.py performs them. It knows stages, links,
-epochs and failures, and no socket, clock, thread, torch or vLLM: the time is an argument.
+Events go in (one method each: `connected`, `received`, `tick`, ...), actions come out, in order; ring/node.py performs
+them. It knows stages, links, epochs and failures, and no socket, clock, thread, torch or vLLM: the time is an argument.
 
     link to the predecessor    IDLE ──connected──> GREETING ──Welcome──> LINKED
-                                 ^ disconnected / Redirect     │
-                                 └─────────────────────────────┘
-    stage                      LINKING ──Roll came round──> OPENING ──Open came round──> OPEN ──first call──> SERVING
-                               (only the head passes OPENING)         any ──Fault, refusal, deadline──> FAILED
-                                                                      any ──Bye, stop──> STOPPED
+                                 ^                     │                    │
+                                 └──── disconnected, Redirect, no stage ────┘
+
+    the head        LINKING ──its Roll came round──> OPENING ──its Open came round──> OPEN ──first call sent──> SERVING
+    other stages    LINKING ─────────────Open came from the predecessor─────────────> OPEN ──first call came──> SERVING
+
+    back to LINKING      from OPENING or OPEN, never from SERVING: a neighbour's connection ended or was made anew, a
+                         Fault came, a new Roll came (at the head it leads to OPENING of the next epoch)
+    any ──> FAILED       a refusal or a deadline; from SERVING also a Fault, or the predecessor's loss
+    any ──> STOPPED      `stop` here, or the head's Bye
 
 Who is wrong when two stages differ: between neighbours the higher index (order, gap, overlap); in shared settings
-whoever differs from the head, which is why those are compared when the head's identity arrives with the Roll.
-A loss before SERVING only unlinks: the others wait for the corrected stage until their start deadline.
+whoever differs from the head, which is why those are compared when the head's identity arrives with the Roll. A stage
+judges a caller's total or pipeline id only once it knows the head; until then it says "ask again".
+
+A loss before SERVING only unlinks: the others wait for the corrected stage until their start deadline. Whoever leaves
+OPEN because its predecessor is gone sends a Fault forward, which reaches the head before the Roll that repairs the
+ring can, so that a head that has just begun to serve fails instead of waiting for an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from stagewire.config import StageConfig
-from stagewire.errors import ConfigError, InternalError, PeerError, StageLost, StagewireError
+from stagewire.errors import ConfigError, PeerError, ProtocolError, StageLost, StagewireError, WireVersionError
 from stagewire.plan.ranges import LayerRange, check_adjacent
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import (
@@ -66,14 +76,21 @@ __all__ = [
 
 HELLO_INTERVAL_S = 1.0
 WAIT_LINE_INTERVAL_S = 10.0
-# A newcomer with a connected index is refused while the first has been heard within this time.
+# A stage that says nothing for this time may be replaced by a newcomer with its index.
 ALIVE_S = 5.0
+# With a successor gone while serving, word of it comes round the ring (Fault or Bye); without, we fail by ourselves.
+LOST_SUCCESSOR_S = 2.0
 # Something that accepts connections but never answers like a stage is not one, after this time.
 MUTE_PEER_S = 30.0
 # The owner of a shared port answers at once unless it is no stage at all; Python may hold it up while it imports.
 MUTE_OWNER_S = 10.0
 # Handshakes that ZeroMQ itself gives up on, in a row, before an address counts as another program's.
 MAX_BAD_HANDSHAKES = 3
+# Bounds on what strangers can make us remember, and on how much text one message carries.
+MAX_REMEMBERED = 1000
+MAX_CLAIMS = 16
+MAX_UNREPORTED = 16
+MAX_TEXT = 2000
 
 
 class Side(Enum):
@@ -162,21 +179,45 @@ class Log:
 
 Action = Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | Fail | Stop | Log
 
-_DATA = (Call, Reply, Step, Sample, Result)
+_FOR_HEAD = (Reply, Result)
+_FOR_WORKER = (Call, Reply, Step, Sample)
+
+
+class _Verdict(Enum):
+    """About a newcomer with an index that somebody else holds."""
+
+    REFUSED = "the holder answers"
+    WAITS = "too early to tell"
+    TAKES_OVER = "the holder is silent"
 
 
 @dataclass
-class _Registration:
+class _Holder:
+    """Who has an index so far, and since when which incarnations claim it too."""
+
     identity: StageIdentity
+    heard_at: float
+    claims: dict[str, float] = field(default_factory=dict, kw_only=True)
+
+    def judge(self, claimant: str, now: float) -> _Verdict:
+        """Refused as soon as the holder has been heard after the claim; takes over after `ALIVE_S` of silence."""
+        if len(self.claims) >= MAX_CLAIMS:
+            self.claims.clear()
+        since = self.claims.setdefault(claimant, now)
+        if self.heard_at > since:
+            del self.claims[claimant]
+            return _Verdict.REFUSED
+        return _Verdict.TAKES_OVER if now - since >= ALIVE_S else _Verdict.WAITS
+
+
+@dataclass
+class _Registration(_Holder):
     port: int
-    heard_at: float
 
 
 @dataclass
-class _Successor:
+class _Successor(_Holder):
     peer: bytes
-    identity: StageIdentity
-    heard_at: float
 
 
 @dataclass
@@ -186,7 +227,7 @@ class RingState:
     Args:
         config: this stage's place.
         identity: what it tells the others.
-        started_at: when the start deadline begins.
+        started_at: when the start deadline begins; it begins anew when an open ring falls apart before serving.
         first_epoch: the head counts epochs from here; random, so that a restarted head never repeats one.
     """
 
@@ -203,10 +244,12 @@ class RingState:
 
     _link: Link = Link.IDLE
     _link_note: str = "not tried yet"
-    _connected_at: float = 0.0
+    _heard_predecessor_at: float = 0.0
     _redirected: bool = False
     _bad_handshakes: int = 0
+    _ping_ns: int = -1
     _successor: _Successor | None = None
+    _successor_lost_at: float = 0.0
     _roll: tuple[StageIdentity, ...] | None = None
     _owns_port: bool = False
     _private_port: int | None = None
@@ -214,10 +257,11 @@ class RingState:
     _owner_since: float = 0.0
     _owner_tries: int = 0
     _registry: dict[int, _Registration] = field(default_factory=dict)
+    _unreported: list[Refused] = field(default_factory=list)
     _next_hello_at: float = 0.0
     _next_register_at: float = 0.0
     _next_line_at: float = 0.0
-    _warned_peers: set[bytes] = field(default_factory=set)
+    _told: set[Hashable] = field(default_factory=set)
 
     def __repr__(self) -> str:
         return (
@@ -266,7 +310,7 @@ class RingState:
         self._owner_since = now
         return [ConnectOwner()]
 
-    def port_taken(self, now: float) -> list[Action]:
+    def port_taken(self) -> list[Action]:
         """Bind(public=True) found the port in use: by a stage of this pipeline on this host, or by something else."""
         if self._private_port is None:
             return [Bind(public=False)]
@@ -276,7 +320,9 @@ class RingState:
         """This stage was asked to stop. The head takes the others along; a worker tells them that it is gone."""
         if self.is_over:
             return []
-        message: Message = Bye(text) if self.config.is_head else Fault(self.config.stage, 3, text)
+        stage = self.config.stage
+        text = _clip(text)
+        message: Message = Bye(text) if self.config.is_head else Fault(stage, 3, f"stage {stage} stopped: {text}")
         self.phase = Phase.STOPPED
         return [*self._to_successor(message), Stop(text)]
 
@@ -285,8 +331,12 @@ class RingState:
         if self.is_over:
             return []
         self.phase = Phase.FAILED
-        stage = error.stage if isinstance(error, StageLost) else self.config.stage
-        return [*self._to_successor(Fault(stage, error.exit_code, str(error))), Fail(error)]
+        if isinstance(error, StageLost):
+            fault = Fault(error.stage, error.exit_code, _clip(str(error)))
+        else:
+            text = f"stage {self.config.stage} failed: {_clip(str(error))}"
+            fault = Fault(self.config.stage, error.exit_code, text)
+        return [*self._to_successor(fault), Fail(error)]
 
     def tick(self, now: float) -> list[Action]:
         """Call it a few times a second: repeats what may have been lost and checks deadlines."""
@@ -297,9 +347,14 @@ class RingState:
             actions += self._say_hello(now)
         if self._link is Link.LINKED and now >= self._next_hello_at:
             self._next_hello_at = now + HELLO_INTERVAL_S
-            actions.append(Send(Side.PREDECESSOR, Ping(int(now * 1e9))))
+            self._ping_ns = int(now * 1e9)
+            actions.append(Send(Side.PREDECESSOR, Ping(self._ping_ns)))
         actions += self._tick_owner(now)
-        if not self.is_open:
+        if self.is_over:
+            return actions
+        if self.phase is Phase.SERVING:
+            actions += self._tick_serving(now)
+        elif not self.is_open:
             actions += self._tick_waiting(now)
         return actions
 
@@ -308,21 +363,27 @@ class RingState:
         limit = self.config.start_timeout_s
         if waited >= limit:
             return self.fail(PeerError(f"stage {self.config.stage} waited {limit:.0f} s for {self.waits_for()}"))
-        if self._link is Link.GREETING and now - self._connected_at >= MUTE_PEER_S:
+        if self._link is Link.GREETING and now - self._heard_predecessor_at >= MUTE_PEER_S:
             return self.fail(self._not_a_stage("answers nothing a stage would answer"))
         if now >= self._next_line_at:
             self._next_line_at = now + WAIT_LINE_INTERVAL_S
             return [Log(f"Stage {self.config.stage}: waiting for {self.waits_for()}, {waited:.0f} of {limit:.0f} s")]
         return []
 
+    def _tick_serving(self, now: float) -> list[Action]:
+        if self._successor is not None or now - self._successor_lost_at < LOST_SUCCESSOR_S:
+            return []
+        lost = self.config.successor_stage
+        text = f"stage {lost} is lost: its connection to stage {self.config.stage} is gone"
+        return self.fail(StageLost(lost, text))
+
     def _tick_owner(self, now: float) -> list[Action]:
         if self._owns_port or self._private_port is None or now < self._next_register_at:
             return []
         self._next_register_at = now + HELLO_INTERVAL_S
-        actions: list[Action] = [Send(Side.OWNER, Register(self.identity, self._private_port))]
-        if not self._owner_registered and now - self._owner_since >= MUTE_OWNER_S:
+        if not self._owner_registered and not self.is_open and now - self._owner_since >= MUTE_OWNER_S:
             return self.fail(self._port_is_foreign())
-        return actions
+        return [Send(Side.OWNER, Register(self.identity, self._private_port))]
 
     # ---- connections -----------------------------------------------------------------------------------------------
 
@@ -334,59 +395,89 @@ class RingState:
             return self._tick_owner(now)
         self._link = Link.GREETING
         self._link_note = "connected, no answer yet"
-        self._connected_at = now
+        self._heard_predecessor_at = now
         return self._say_hello(now)
 
     def disconnected(self, side: Side, note: str, now: float) -> list[Action]:
-        """``note`` says why, for people. The node reconnects by itself when the state asks for it."""
+        """``note`` says why, for people. Whether and where to connect again is among the actions."""
         if self.is_over:
             return []
         if side is Side.OWNER:
+            if self._owner_registered:
+                self._owner_since = now
             self._owner_registered = False
-            self._owner_since = now
             return [Bind(public=True)]
-        was_linked = self._link is Link.LINKED
         self._link = Link.IDLE
         self._link_note = note
-        if self.phase is Phase.SERVING and was_linked:
-            return self.fail(self._lost_predecessor(note))
+        lost = self._lost_predecessor(note)
+        if self.phase is Phase.SERVING:
+            return self.fail(lost)
         self._redirected = False
         self._roll = None
-        return [*self._unopen(str(self._lost_predecessor(note))), Connect()]
+        was_open = self.is_open
+        self._unopen(now)
+        fault = Fault(lost.stage, lost.exit_code, _clip(str(lost)))
+        # Not from the tail of a ring that was never open, and not from the head: it is the one who must know.
+        notice = self._to_successor(fault) if was_open and not self.config.is_head else []
+        return [*notice, Connect()]
 
-    def bad_handshake(self, side: Side, now: float) -> list[Action]:
-        """Something accepted the connection and then did not speak ZeroMQ."""
+    def bad_handshake(self, side: Side) -> list[Action]:
+        """Something accepted the connection and then did not speak our protocol."""
         if self.is_over or side is Side.SUCCESSOR:
             return []
         if side is Side.OWNER:
             self._owner_tries += 1
-            if self._owner_tries >= MAX_BAD_HANDSHAKES:
+            if self._owner_tries >= MAX_BAD_HANDSHAKES and not self.is_open:
                 return self.fail(self._port_is_foreign())
             return [Bind(public=True)]
-        self._bad_handshakes += 1
         self._link = Link.IDLE
+        if self._redirected:  # the private port has another owner now; the shared one knows better
+            self._redirected = False
+            return [Connect()]
+        self._bad_handshakes += 1
         self._link_note = "something answers there, but not a Stagewire stage"
-        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and self.phase is Phase.LINKING:
+        if self._bad_handshakes >= MAX_BAD_HANDSHAKES:
             return self.fail(self._not_a_stage("does not speak Stagewire's protocol"))
         return [Connect()]
 
-    def successor_unreachable(self) -> list[Action]:
-        """A send found nobody: the successor's connection is gone. The stage after it sees that first; we only unlink."""
+    def successor_unreachable(self, now: float) -> list[Action]:
+        """A send found nobody. The stage after it sees the loss first and tells; we unlink and, if serving, wait for
+        that word: after the head's Bye it is no loss at all."""
         self._successor = None
+        self._successor_lost_at = now
+        if self.phase in (Phase.OPENING, Phase.OPEN):
+            self._unopen(now)
         return []
 
-    def bad_message(self, side: Side, peer: bytes, reason: str) -> list[Action]:
+    def bad_message(self, side: Side, peer: bytes, error: ProtocolError, now: float) -> list[Action]:
         """Undecodable bytes. From a stranger: logged once, dropped. From the linked predecessor: the ring is broken."""
-        self.num_bad_messages += 1
-        if side is Side.PREDECESSOR and self._link is Link.LINKED and self.phase is Phase.SERVING:
-            return self.fail(PeerError(f"stage {self.config.predecessor_stage} sent an invalid message: {reason}"))
-        if side is Side.PREDECESSOR and "wire version" in reason:
-            return self.fail(ConfigError(f"stage {self.config.predecessor_stage} at {self.config.predecessor}: {reason}"))
-        if peer in self._warned_peers:
+        if self.is_over:
             return []
-        if len(self._warned_peers) < 1000:
-            self._warned_peers.add(peer)
-        return [Log(f"Stage {self.config.stage}: dropped an invalid message on its port: {reason}", is_warning=True)]
+        self.num_bad_messages += 1
+        if side is Side.SUCCESSOR:
+            return self._bad_stranger(peer, error)
+        is_version = isinstance(error, WireVersionError)
+        if side is Side.OWNER:
+            is_mine = is_version and not self.is_open
+            return self.fail(ConfigError(f"port {self.config.bind_port}: {error}")) if is_mine else []
+        predecessor = f"stage {self.config.predecessor_stage} at {self.config.predecessor}"
+        if self.phase is Phase.SERVING:
+            return self.fail(PeerError(f"{predecessor} sent an invalid message: {error}"))
+        if is_version and not self.config.is_head:
+            return self.fail(ConfigError(f"{predecessor}: {error}"))
+        if not is_version and self._link is Link.GREETING:
+            return self.bad_handshake(side)
+        self._heard_predecessor_at = now
+        self._link_note = str(error)
+        return self._tell_once(side, Log(f"Stage {self.config.stage}: {predecessor}: {error}", is_warning=True))
+
+    def _bad_stranger(self, peer: bytes, error: ProtocolError) -> list[Action]:
+        text = f"Stage {self.config.stage}: dropped an invalid message on its port: {error}"
+        actions = self._tell_once((Side.SUCCESSOR, peer), Log(text, is_warning=True))
+        if isinstance(error, WireVersionError) and self._head is not None:
+            # Any answer of ours shows a stage of another version that it differs from the head.
+            actions.append(Send(Side.SUCCESSOR, NotHere(self.config.stage), peer))
+        return actions
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -397,69 +488,83 @@ class RingState:
         if self.is_over:
             return []
         if side is Side.PREDECESSOR:
+            self._heard_predecessor_at = now
             return self._from_predecessor(message, payloads, now)
         if side is Side.OWNER:
-            return self._from_owner(message)
+            return self._from_owner(message, now)
         return self._from_successor(peer, message, now)
 
     def _from_predecessor(self, message: Message, payloads: Sequence[Frame], now: float) -> list[Action]:
-        if isinstance(message, _DATA):
-            return self._data(message, payloads)
-        if isinstance(message, Pong):
-            self.hop_ns = max(0, int(now * 1e9) - message.sent_ns) // 2
-            return []
-        if isinstance(message, Welcome):
-            return self._welcomed(message.identity)
-        if isinstance(message, Redirect):
-            return self._redirect(message.port)
-        if isinstance(message, NotHere):
-            self._connected_at = now
-            self._link_note = f"the port is up, stage {message.stage} has not registered there yet"
-            return self._redirect(None) if self._redirected else []
-        if isinstance(message, Refused):
-            return self._refused(message)
+        match message:
+            case Welcome(identity):
+                return self._welcomed(identity)
+            case Redirect(_, port):
+                return self._redirect(port)
+            case NotHere(stage):
+                self._link_note = f"the port is up, stage {stage} has not registered there yet"
+                return self._redirect(None) if self._redirected else []
+            case Refused():
+                return self._refused(message)
+            case Call() | Reply() | Step() | Sample() | Result():
+                return self._data(message, payloads)
         if self._link is not Link.LINKED:
             return []
-        if isinstance(message, Roll):
-            return self._rolled(tuple(message.identities))
-        if isinstance(message, Open):
-            return self._opened(message.epoch)
-        if isinstance(message, Fault):
-            return self._faulted(message)
-        if isinstance(message, Bye):
-            self.phase = Phase.STOPPED
-            return [*self._to_successor(message, stop_at_head=True), Stop(message.text)]
-        return self._unexpected(message)
+        match message:
+            case Pong(sent_ns):
+                if sent_ns == self._ping_ns:
+                    self.hop_ns = max(0, int(now * 1e9) - sent_ns) // 2
+                return []
+            case Roll(identities):
+                return self._rolled(tuple(identities), now)
+            case Open(epoch):
+                return self._opened(epoch)
+            case Fault():
+                return self._faulted(message, now)
+            case Bye(text) if not self.config.is_head:
+                self.phase = Phase.STOPPED
+                onward = [] if self.config.is_tail else self._to_successor(message)
+                return [*onward, Stop(text)]
+        return self._unexpected()
 
-    def _from_owner(self, message: Message) -> list[Action]:
-        if isinstance(message, Registered):
-            self._owner_registered = True
-            self._owner_tries = 0
-            return []
-        if isinstance(message, Refused):
-            return self._refused(message)
-        return self._unexpected(message)
+    def _from_owner(self, message: Message, now: float) -> list[Action]:
+        match message:
+            case Registered():
+                self._owner_registered = True
+                self._owner_tries = 0
+                return []
+            case NotHere():
+                self._owner_since = now
+                return []
+            case Refused():
+                return self._refused(message)
+        return self._unexpected()
 
     def _from_successor(self, peer: bytes, message: Message, now: float) -> list[Action]:
         if self._successor is not None and self._successor.peer == peer:
             self._successor.heard_at = now
-        if isinstance(message, Hello):
-            return self._hello(peer, message, now)
-        if isinstance(message, Register):
-            return self._register(peer, message, now)
-        if isinstance(message, Ping):
-            return [Send(Side.SUCCESSOR, Pong(message.sent_ns), peer)]
-        if isinstance(message, Refused) and self.successor_peer == peer:
-            text = f"Stage {self.config.stage}: stage {message.stage} was refused: {message.text}"
-            relay = [] if self.config.is_head else [Send(Side.PREDECESSOR, message)]
-            return [Log(text, is_warning=True), *relay]
-        return self._unexpected(message)
+        match message:
+            case Hello():
+                return self._hello(peer, message, now)
+            case Register():
+                return self._register(peer, message, now)
+            case Ping(sent_ns):
+                return [Send(Side.SUCCESSOR, Pong(sent_ns), peer)]
+            case Refused() if self.successor_peer == peer:
+                return self._report(message)
+        return self._unexpected()
 
-    def _unexpected(self, message: Message) -> list[Action]:
+    def _unexpected(self) -> list[Action]:
         self.num_bad_messages += 1
         return []
 
     # ---- linking ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _head(self) -> StageIdentity | None:
+        """The head's identity, once it is known here."""
+        if self.config.is_head:
+            return self.identity
+        return self._roll[0] if self._roll else None
 
     def _say_hello(self, now: float) -> list[Action]:
         self._next_hello_at = now + HELLO_INTERVAL_S
@@ -474,124 +579,135 @@ class RingState:
         return [Connect(port if self._redirected else None)]
 
     def _welcomed(self, predecessor: StageIdentity) -> list[Action]:
-        if self._link is Link.LINKED:
+        if self._link is not Link.GREETING:
             return []
+        if predecessor.stage != self.config.predecessor_stage:
+            return self._unexpected()
         self._link = Link.LINKED
         self._link_note = "linked"
         self._bad_handshakes = 0
+        reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
+        self._unreported.clear()
         if self.config.is_head:
             return []  # the tail's end and our start are each checked against the model, by their own stage
-        problem = check_adjacent(
-            predecessor.stage,
-            LayerRange(predecessor.layer_start, predecessor.layer_end),
-            self.config.stage,
-            self.config.layers,
-        )
+        problem = check_adjacent(predecessor.stage, _layers(predecessor), self.config.stage, self.config.layers)
         if problem is None:
-            return []
+            return reports
         wanted = f"a range that starts at {predecessor.layer_end}"
-        return self._refuse_myself("--pipeline-layer-range", wanted, str(self.config.layers), problem)
+        refusal = Refused(self.config.stage, "--pipeline-layer-range", wanted, str(self.config.layers), problem)
+        return [*reports, *self._refuse_myself(refusal)]
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> list[Action]:
         caller = hello.identity
+        ask_again: list[Action] = [Send(Side.SUCCESSOR, NotHere(hello.want), peer)]
         if hello.want != self.config.stage:
             entry = self._registry.get(hello.want)
             if entry is None or now - entry.heard_at >= ALIVE_S:
-                return [Send(Side.SUCCESSOR, NotHere(hello.want), peer)]
+                return ask_again
             return [Send(Side.SUCCESSOR, Redirect(hello.want, entry.port), peer)]
-        if caller.stage != self.config.successor_stage:
-            # Another number of stages: the Roll tells whichever differs from the head; until then it waits.
-            return [Send(Side.SUCCESSOR, NotHere(hello.want), peer)]
-        foreign = self._other_pipeline(caller)
-        if foreign:
-            return [Send(Side.SUCCESSOR, foreign, peer)]
+        if self._head is not None and caller.stage != 0:
+            refusal = _misplaced(self._head, caller)
+            if refusal:
+                return self._refuse(peer, caller, refusal)
+        if caller.stage != self.config.successor_stage or caller.pipeline_id != self.identity.pipeline_id:
+            return ask_again
+        return self._claim_succession(peer, caller, now) or ask_again
+
+    def _claim_succession(self, peer: bytes, caller: StageIdentity, now: float) -> list[Action]:
+        """Who comes after us: the caller, unless another process with its index answers. Nothing: too early to tell."""
         current = self._successor
+        farewell: list[Action] = []
         if current is not None and current.identity.incarnation != caller.incarnation:
-            if now - current.heard_at < ALIVE_S:
-                return [Send(Side.SUCCESSOR, self._duplicate(caller.stage), peer)]
-            if self.phase is Phase.SERVING:
-                return []
-        is_new = current is None or current.identity.incarnation != caller.incarnation or current.peer != peer
-        self._successor = _Successor(peer, caller, now)
-        actions: list[Action] = [Send(Side.SUCCESSOR, Welcome(self.identity), peer)]
+            verdict = current.judge(caller.incarnation, now)
+            if verdict is _Verdict.REFUSED:
+                return self._refuse(peer, caller, _duplicate(caller.stage))
+            if verdict is _Verdict.WAITS or self.phase is Phase.SERVING:
+                # Finds out whether the first one's connection still is: an answer would be ignored.
+                return [Send(Side.SUCCESSOR, Pong(0), current.peer), Send(Side.SUCCESSOR, NotHere(caller.stage), peer)]
+            farewell = [Send(Side.SUCCESSOR, _duplicate(caller.stage), current.peer)]
+        is_new = current is None or current.peer != peer
+        claims = current.claims if current is not None and not farewell else {}
+        self._successor = _Successor(caller, now, peer, claims=claims)
+        actions: list[Action] = [*farewell, Send(Side.SUCCESSOR, Welcome(self.identity), peer)]
         if is_new and self.phase is not Phase.SERVING:
+            self._unopen(now)
             actions += self._pass_roll()
         return actions
 
     def _register(self, peer: bytes, register: Register, now: float) -> list[Action]:
         caller = register.identity
-        foreign = self._other_pipeline(caller)
-        if foreign:
-            return [Send(Side.SUCCESSOR, foreign, peer)]
+        refusal = self._other_pipeline(caller)
+        if refusal:
+            return self._refuse(peer, caller, refusal)
+        if caller.stage == self.config.stage:
+            return self._refuse(peer, caller, _duplicate(caller.stage))
         entry = self._registry.get(caller.stage)
-        is_mine = caller.stage == self.config.stage and caller.incarnation != self.identity.incarnation
-        is_taken = (
-            entry is not None
-            and entry.identity.incarnation != caller.incarnation
-            and now - entry.heard_at < ALIVE_S
-        )
-        if is_mine or is_taken:
-            return [Send(Side.SUCCESSOR, self._duplicate(caller.stage), peer)]
-        self._registry[caller.stage] = _Registration(caller, register.port, now)
+        if entry is not None and entry.identity.incarnation != caller.incarnation:
+            verdict = entry.judge(caller.incarnation, now)
+            if verdict is _Verdict.REFUSED:
+                return self._refuse(peer, caller, _duplicate(caller.stage))
+            if verdict is _Verdict.WAITS:
+                return [Send(Side.SUCCESSOR, NotHere(caller.stage), peer)]
+        claims = entry.claims if entry else {}
+        self._registry[caller.stage] = _Registration(caller, now, register.port, claims=claims)
         return [Send(Side.SUCCESSOR, Registered(self.config.stage), peer)]
 
-    def _rolled(self, roll: tuple[StageIdentity, ...]) -> list[Action]:
+    def _rolled(self, roll: tuple[StageIdentity, ...], now: float) -> list[Action]:
         if self.phase is Phase.SERVING:
             return []
-        expected = list(range(self.config.num_stages if self.config.is_head else self.config.stage))
-        if [identity.stage for identity in roll] != expected:
-            return [] if roll and roll[0].num_stages == self.config.num_stages else self._compare_with_head(roll[:1])
-        mismatch = self._compare_with_head(roll[:1])
-        if mismatch:
-            return mismatch
+        if not roll or roll[0].stage != 0:
+            return self._unexpected()
+        if self.config.is_head and roll[0].incarnation != self.identity.incarnation:
+            return []  # from before our restart; ours is on its way
+        difference = _difference(roll[0], self.identity)
+        if difference:
+            return self._refuse_myself(difference)
+        expected = range(self.config.num_stages if self.config.is_head else self.config.stage)
+        if [identity.stage for identity in roll] != list(expected):
+            return self._unexpected()
         self._roll = roll
-        if not self.config.is_head:
-            if self.phase is Phase.OPEN:
-                self.phase = Phase.LINKING
-            return self._pass_roll()
-        return self._check_and_open(roll)
+        if self.config.is_head:
+            return self._check_and_open(roll)
+        self._unopen(now)
+        return self._pass_roll()
 
     def _check_and_open(self, roll: tuple[StageIdentity, ...]) -> list[Action]:
         """At the head: the whole pipeline is known. Every stage has checked itself; this is the last gate."""
-        for earlier, later in zip(roll, roll[1:], strict=False):
-            problem = check_adjacent(
-                earlier.stage,
-                LayerRange(earlier.layer_start, earlier.layer_end),
-                later.stage,
-                LayerRange(later.layer_start, later.layer_end),
-            )
+        for earlier, later in itertools.pairwise(roll):
+            problem = check_adjacent(earlier.stage, _layers(earlier), later.stage, _layers(later))
             if problem:
                 return [Log(f"Stage 0: the ring is linked but not right, waiting: {problem}", is_warning=True)]
-        for identity in roll:
-            if identity.shared != self.identity.shared or identity.num_stages != self.config.num_stages:
-                return []  # it has refused itself and is leaving
+        if any(_difference(self.identity, identity) for identity in roll):
+            return []  # it has refused itself and is leaving
         self.epoch = max(self.epoch + 1, self.first_epoch)
-        self.first_epoch = self.epoch
         self.phase = Phase.OPENING
         return self._to_successor(Open(self.epoch))
 
     def _opened(self, epoch: int) -> list[Action]:
-        if self.phase is Phase.SERVING:
-            return []
+        if self.phase is Phase.SERVING or self._successor is None or self._roll is None:
+            return []  # a neighbour went away meanwhile; its return brings a new Roll and a new epoch
         if self.config.is_head:
-            if self.phase is not Phase.OPENING or epoch != self.epoch or self._roll is None:
+            if self.phase is not Phase.OPENING or epoch != self.epoch:
                 return []
             self.phase = Phase.OPEN
             return [SetOpen(epoch, self._roll)]
-        if self._successor is None or self._roll is None:
-            return []  # our successor went away meanwhile; its return brings a new Roll and a new epoch
         self.epoch = epoch
         self.phase = Phase.OPEN
         return [*self._to_successor(Open(epoch)), SetOpen(epoch, ())]
 
     def _pass_roll(self) -> list[Action]:
         if self.config.is_head:
-            if self.phase is Phase.OPENING:
-                self.phase = Phase.LINKING
             return self._to_successor(Roll([self.identity]))
         if self._roll is None:
             return []
         return self._to_successor(Roll([*self._roll, self.identity]))
+
+    def _unopen(self, now: float) -> None:
+        """Back to linking from OPENING or OPEN: the ring is not whole, and nothing has run."""
+        if self.is_open:
+            self.started_at = now
+            self._next_line_at = now + WAIT_LINE_INTERVAL_S
+        self.phase = Phase.LINKING
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
@@ -599,6 +715,8 @@ class RingState:
         if not self.is_open or message.epoch != self.epoch or self._link is not Link.LINKED:
             self.num_stale_frames += 1
             return []
+        if not isinstance(message, _FOR_HEAD if self.config.is_head else _FOR_WORKER):
+            return self._unexpected()
         self.phase = Phase.SERVING
         actions: list[Action] = []
         if isinstance(message, Call) and not self.config.is_tail:
@@ -607,28 +725,18 @@ class RingState:
         return [*actions, Deliver(message, payloads)]
 
     def began_serving(self) -> None:
-        """The head sent its first call."""
-        if self.phase is not Phase.OPEN:
-            raise InternalError(f"a call in phase {self.phase.value}")
+        """A message of this stage's own has left on the open ring."""
         self.phase = Phase.SERVING
 
-    def _unopen(self, text: str) -> list[Action]:
-        """The ring was open and nothing had run: back to linking, and the head must know before it begins."""
-        if not self.is_open:
-            return []
-        self.phase = Phase.LINKING
-        self.epoch = 0
-        return self._to_successor(Fault(self.config.predecessor_stage, 3, text), stop_at_head=True)
-
-    def _faulted(self, fault: Fault) -> list[Action]:
-        if self.phase is not Phase.SERVING:
-            if self.is_open or self.phase is Phase.OPENING:
-                self.phase = Phase.LINKING
-            line = Log(f"Stage {self.config.stage}: stage {fault.stage} failed: {fault.text}", is_warning=True)
-            relay = [] if self.config.is_head else self._to_successor(fault)
-            return [line, *relay]
-        self.phase = Phase.FAILED
-        return [*self._to_successor(fault), Fail(StageLost(fault.stage, fault.text))]
+    def _faulted(self, fault: Fault, now: float) -> list[Action]:
+        """Once round: whoever is serving fails with it; before that it is news for the head, where it ends."""
+        if self.phase is Phase.SERVING:
+            self.phase = Phase.FAILED
+            return [*self._to_successor(fault), Fail(StageLost(fault.stage, fault.text))]
+        self._unopen(now)
+        line = Log(f"Stage {self.config.stage}: {fault.text}", is_warning=True)
+        relay = [] if self.config.is_head else self._to_successor(fault)
+        return [line, *relay]
 
     def _lost_predecessor(self, note: str) -> StageLost:
         lost = self.config.predecessor_stage
@@ -636,48 +744,41 @@ class RingState:
 
     # ---- refusals --------------------------------------------------------------------------------------------------
 
-    def _compare_with_head(self, roll: Sequence[StageIdentity]) -> list[Action]:
-        """Whoever differs from the head is wrong; at the head itself there is nothing to compare."""
-        if self.config.is_head or not roll:
-            return []
-        head = roll[0]
-        pairs = [("--pipeline-total-stages", str(head.num_stages), str(self.config.num_stages))]
-        names = [*head.shared, *(name for name in self.identity.shared if name not in head.shared)]
-        pairs += [
-            (name, head.shared.get(name, "(not set)"), self.identity.shared.get(name, "(not set)")) for name in names
-        ]
-        for name, expected, found in pairs:
-            if expected != found:
-                text = (
-                    f"{name} is {found} on stage {self.config.stage} but {expected} on stage 0: "
-                    f"all stages need the same; start stage {self.config.stage} with stage 0's value"
-                )
-                return self._refuse_myself(name, expected, found, text)
-        return []
+    def _refuse(self, peer: bytes, caller: StageIdentity, refusal: Refused) -> list[Action]:
+        """The caller cannot take part: it is told, and so is everyone from here to the head, once."""
+        answer = Send(Side.SUCCESSOR, refusal, peer)
+        return [answer, *(self._report(refusal) if self._is_news(caller.incarnation) else [])]
 
-    def _refuse_myself(self, name: str, expected: str, found: str, text: str) -> list[Action]:
+    def _refuse_myself(self, refusal: Refused) -> list[Action]:
         self.phase = Phase.FAILED
-        notice = Refused(self.config.stage, name, expected, found, text)
-        return [Send(Side.PREDECESSOR, notice), Fail(ConfigError(text))]
+        return [Send(Side.PREDECESSOR, refusal), Fail(ConfigError(refusal.text))]
+
+    def _report(self, refusal: Refused) -> list[Action]:
+        """A refusal on its way to the head, so that both ends say why; it waits here until there is a way."""
+        text = f"Stage {self.config.stage}: stage {refusal.stage} was refused: {_clip(refusal.text)}"
+        line = Log(text, is_warning=True)
+        if self.config.is_head:
+            return [line]
+        if self._link is Link.LINKED:
+            return [line, Send(Side.PREDECESSOR, refusal)]
+        if len(self._unreported) < MAX_UNREPORTED:
+            self._unreported.append(refusal)
+        return [line]
 
     def _refused(self, refusal: Refused) -> list[Action]:
+        """Whoever we asked says that we cannot take part. A serving ring does not end because of that."""
+        if self.phase is Phase.SERVING:
+            return self._unexpected()
         self.phase = Phase.FAILED
         return [Fail(ConfigError(refusal.text))]
-
-    def _duplicate(self, stage: int) -> Refused:
-        text = (
-            f"there is already a stage {stage} in this pipeline and it answers: "
-            f"give this one another --pipeline-stage-idx, or stop the other"
-        )
-        return Refused(stage, "--pipeline-stage-idx", "one process per index", str(stage), text)
 
     def _other_pipeline(self, caller: StageIdentity) -> Refused | None:
         mine, theirs = self.identity.pipeline_id, caller.pipeline_id
         if mine == theirs:
             return None
         text = (
-            f"port {self.config.bind_port} belongs to pipeline {mine!r} (stage {self.config.stage}), not to {theirs!r}: "
-            "use another port, or the same --pipeline-id on all stages"
+            f"port {self.config.bind_port} belongs to pipeline {mine!r} (stage {self.config.stage}), "
+            f"not to {_clip(theirs)!r}: use another port, or the same --pipeline-id on all stages"
         )
         return Refused(caller.stage, "--pipeline-id", mine, theirs, text)
 
@@ -697,10 +798,63 @@ class RingState:
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 
-    def _to_successor(
-        self, message: Message, payloads: Sequence[Frame] = (), stop_at_head: bool = False
-    ) -> list[Action]:
-        if self._successor is None or (stop_at_head and self.config.is_tail):
+    def _to_successor(self, message: Message, payloads: Sequence[Frame] = ()) -> list[Action]:
+        if self._successor is None:
             return []
         return [Send(Side.SUCCESSOR, message, self._successor.peer, payloads)]
 
+    def _is_news(self, what: Hashable) -> bool:
+        """Whether this was not said before; a stranger cannot make us remember, or say, any number of things."""
+        if what in self._told or len(self._told) >= MAX_REMEMBERED:
+            return False
+        self._told.add(what)
+        return True
+
+    def _tell_once(self, what: Hashable, line: Log) -> list[Action]:
+        return [line] if self._is_news(what) else []
+
+
+def _layers(identity: StageIdentity) -> LayerRange:
+    return LayerRange(identity.layer_start, identity.layer_end)
+
+
+def _misplaced(head: StageIdentity, other: StageIdentity) -> Refused | None:
+    """A stage of another pipeline than the head's: another number of stages, another id."""
+    return _first_difference(
+        other.stage,
+        [
+            ("--pipeline-total-stages", str(head.num_stages), str(other.num_stages)),
+            ("--pipeline-id", head.pipeline_id or "(not set)", other.pipeline_id or "(not set)"),
+        ],
+    )
+
+
+def _difference(head: StageIdentity, other: StageIdentity) -> Refused | None:
+    """The first thing in which a stage differs from the head, which is right by definition."""
+    names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
+    pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
+    return _misplaced(head, other) or _first_difference(other.stage, pairs)
+
+
+def _first_difference(stage: int, pairs: Sequence[tuple[str, str, str]]) -> Refused | None:
+    for name, expected, found in pairs:
+        if expected != found:
+            text = (
+                f"{name} is {_clip(found)} on stage {stage} but {_clip(expected)} on stage 0: "
+                f"all stages need the same; start stage {stage} with stage 0's value"
+            )
+            return Refused(stage, name, expected, found, text)
+    return None
+
+
+def _duplicate(stage: int) -> Refused:
+    text = (
+        f"there is already a stage {stage} in this pipeline and it answers: "
+        f"give this one another --pipeline-stage-idx, or stop the other"
+    )
+    return Refused(stage, "--pipeline-stage-idx", "one process per index", str(stage), text)
+
+
+def _clip(text: str) -> str:
+    """Text that always fits into a message: bounded, and without what UTF-8 cannot carry."""
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode("utf-8")

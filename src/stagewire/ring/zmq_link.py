@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import math
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 
 import zmq
-import zmq.utils.monitor
+from zmq.utils.monitor import recv_monitor_message
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError
@@ -45,8 +48,14 @@ HEARTBEAT_TIMEOUT_MS = 2500
 HANDSHAKE_TIMEOUT_MS = 5000
 CONNECT_TIMEOUT_MS = 5000
 RECONNECT_DELAY_S = 0.2
+# ZeroMQ must not reconnect by itself. Its own "never" (-1) ends the pipe with the connection and drops what was not
+# read yet, which is where the last words of a stage are (libzmq 4.3.5: term_endpoint does not wait for the reader).
+NEVER_MS = 24 * 3600 * 1000
+PROBE_TIMEOUT_S = 0.3
 # Frames below this size are copied, which is cheaper than keeping a Python buffer alive across threads.
 COPY_THRESHOLD_BYTES = 65536
+# A peer that never stops sending does not keep the ring from its other work.
+MAX_MESSAGES_PER_READ = 64
 
 _CONNECT_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -65,7 +74,10 @@ _BAD_HANDSHAKES = (
 
 def resolve(address: Address) -> str:
     """The numeric form of a host, IPv4 first. Raises OSError when the name does not resolve."""
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # an empty or overlong label; the codec's own message names no host
+        raise OSError(f"{address.host!r} is not a host name") from error
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     return str(found[0][4][0])
 
@@ -91,6 +103,18 @@ def local_host_towards(address: Address) -> str:
         ) from error
 
 
+def is_other_program(host: str, port: int) -> bool:
+    """Whether what listens there answers a ZeroMQ greeting with something else. Hanging up or silence is no answer."""
+    try:
+        with socket.create_connection((host, port), PROBE_TIMEOUT_S) as probe:
+            probe.settimeout(PROBE_TIMEOUT_S)
+            probe.sendall(b"\xff" + bytes(8) + b"\x7f")
+            answer = probe.recv(1)
+    except OSError:
+        return False
+    return answer not in (b"", b"\xff")
+
+
 def endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
@@ -101,10 +125,12 @@ class _Dealer:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, max_frame_bytes: int) -> None:
         self.socket = context.socket(zmq.DEALER)
         _set_common(self.socket, max_frame_bytes)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
         self.socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
         self.monitor = self.socket.get_monitor_socket(_CONNECT_EVENTS)
+        self.host, self.port = host, port
         self.is_up = False
+        self.began_at = time.monotonic()
         if ":" in host:
             self.socket.setsockopt(zmq.IPV6, 1)
         self.socket.connect(endpoint(host, port))
@@ -152,6 +178,7 @@ class ZmqTransport:
         self._poller.register(self._wake_fd, zmq.POLLIN)
         self._attempted: set[Side] = set()
         self._closed = False
+        self._wake_lock = threading.RLock()  # a signal handler may interrupt `wake` and call it again
 
     def __repr__(self) -> str:
         return f"ZmqTransport(host={self._bind_host}, connections={[side.value for side in self._dealers]})"
@@ -199,21 +226,25 @@ class ZmqTransport:
                 timeout_s = min(timeout_s, when - now)
         if self._events:
             timeout_s = 0
-        for item, _ in self._poller.poll(timeout_s * 1000):
+        for item, _ in self._poller.poll(math.ceil(timeout_s * 1000)):
             self._read(item)
+        self._give_up_late(time.monotonic())
         events = list(self._events)
         self._events.clear()
         return events
 
     def wake(self) -> None:
-        if not self._closed:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_write(self._wake_fd, 1)
+        with self._wake_lock:
+            if not self._closed:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self._wake_fd, 1)
 
     def close(self, linger_s: float = 1.0) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._wake_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._wake_fd)
         linger_ms = int(linger_s * 1000)
         for side in list(self._dealers):
             self._drop(side, linger_ms)
@@ -221,7 +252,6 @@ class ZmqTransport:
         self._router_monitor.close(0)
         self._router.close(linger_ms)
         self._context.term()
-        os.close(self._wake_fd)
 
     def _dealer_socket(self, side: Side) -> zmq.Socket[bytes]:
         dealer = self._dealers.get(side)
@@ -240,6 +270,14 @@ class ZmqTransport:
         self._poller.register(dealer.socket, zmq.POLLIN)
         self._poller.register(dealer.monitor, zmq.POLLIN)
 
+    def _give_up_late(self, now: float) -> None:
+        """The monitor reports every end of an attempt; this is for the one that it might not."""
+        limit_s = (CONNECT_TIMEOUT_MS + HANDSHAKE_TIMEOUT_MS) / 1000 + 1
+        for side, dealer in list(self._dealers.items()):
+            if not dealer.is_up and now - dealer.began_at > limit_s:
+                self._drop(side, linger_ms=0)
+                self._events.append(Disconnected(side, "no answer"))
+
     def _drop(self, side: Side, linger_ms: int) -> None:
         self._pending.pop(side, None)
         dealer = self._dealers.pop(side, None)
@@ -251,22 +289,22 @@ class ZmqTransport:
 
     def _read(self, item: object) -> None:
         if item is self._router:
-            self._read_frames(self._router, Side.SUCCESSOR)
+            self._read_frames(self._router, Side.SUCCESSOR, MAX_MESSAGES_PER_READ)
         elif item == self._wake_fd:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         elif item is self._router_monitor:
-            zmq.utils.monitor.recv_monitor_message(self._router_monitor)
+            recv_monitor_message(self._router_monitor)
             self._events.append(BadHandshake(Side.SUCCESSOR))
         else:
             for side, dealer in list(self._dealers.items()):
                 if item is dealer.socket:
-                    self._read_frames(dealer.socket, side)
+                    self._read_frames(dealer.socket, side, MAX_MESSAGES_PER_READ)
                 elif item is dealer.monitor:
                     self._read_monitor(side, dealer)
 
-    def _read_frames(self, sock: zmq.Socket[bytes], side: Side) -> None:
-        while True:
+    def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int | None = None) -> None:
+        for _ in itertools.count() if most is None else range(most):
             try:
                 frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -278,7 +316,7 @@ class ZmqTransport:
             self._events.append(Received(side, peer, buffers))
 
     def _read_monitor(self, side: Side, dealer: _Dealer) -> None:
-        event = zmq.utils.monitor.recv_monitor_message(dealer.monitor)["event"]
+        event = recv_monitor_message(dealer.monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             dealer.is_up = True
             self._events.append(Connected(side))
@@ -287,8 +325,17 @@ class ZmqTransport:
         if was_up:
             self._read_frames(dealer.socket, side)  # what arrived before the end still counts
         self._drop(side, linger_ms=0)
-        if event in _BAD_HANDSHAKES:
+        if event in _BAD_HANDSHAKES and self._is_certain(event, dealer):
             self._events.append(BadHandshake(side))
-        else:
-            note = "the connection was lost" if was_up else "nothing listens there yet"
-            self._events.append(Disconnected(side, note))
+            return
+        note = "the connection was lost" if was_up else "nothing listens there yet"
+        if event in _BAD_HANDSHAKES:
+            note = "something accepts connections there and ends them at once: a proxy, or a stage that is not up yet"
+        self._events.append(Disconnected(side, note))
+
+    def _is_certain(self, event: int, dealer: _Dealer) -> bool:
+        """A proxy whose stage is not up yet accepts and hangs up; that is not yet another program."""
+        if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            return True
+        was_mute = time.monotonic() - dealer.began_at >= HANDSHAKE_TIMEOUT_MS / 1000 * 0.9
+        return was_mute or is_other_program(dealer.host, dealer.port)

@@ -14,15 +14,22 @@ from typing import Any
 
 import msgspec
 
-from stagewire.errors import ProtocolError
-from stagewire.wire.messages import KINDS, Call, Message, Reply, Result, Sample, Step
+from stagewire.errors import ProtocolError, WireVersionError
+from stagewire.wire.messages import KINDS, MAX_STAGES, Call, Message, Reply, Result, Sample, Step
 
-__all__ = ["MAX_HEADER_BYTES", "MAX_STAGES", "MAX_TENSORS", "WIRE_VERSION", "Frame", "decode", "encode"]
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "MAX_STAGES",
+    "MAX_TENSORS",
+    "WIRE_VERSION",
+    "Frame",
+    "decode",
+    "encode",
+]
 
 WIRE_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 64
-MAX_STAGES = 1024
 
 Frame = bytes | bytearray | memoryview
 
@@ -52,7 +59,8 @@ def decode(frames: Sequence[Frame]) -> tuple[Message, Sequence[Frame]]:
     """The message and its payload frames, uncopied.
 
     Raises:
-        ProtocolError: not a message of this wire version, with the reason.
+        WireVersionError: a message of another wire version.
+        ProtocolError: not a message at all, with the reason.
     """
     if not frames:
         raise ProtocolError("an empty message")
@@ -63,14 +71,14 @@ def decode(frames: Sequence[Frame]) -> tuple[Message, Sequence[Frame]]:
     if magic != _MAGIC:
         raise ProtocolError("not a Stagewire message")
     if version != WIRE_VERSION:
-        raise ProtocolError(
+        raise WireVersionError(
             f"wire version {version}, this stage speaks {WIRE_VERSION}: install the same Stagewire on all stages"
         )
     if number not in _DECODERS:
         raise ProtocolError(f"unknown kind of message: {number}")
     try:
         message: Message = _DECODERS[number].decode(memoryview(header)[_PREAMBLE.size :])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"malformed {KINDS[number].__name__}: {error}") from error
     _check_payload_count(message, len(payloads))
     return message, payloads
@@ -79,8 +87,8 @@ def decode(frames: Sequence[Frame]) -> tuple[Message, Sequence[Frame]]:
 def _check_payload_count(message: Message, count: int) -> None:
     least, most = _PAYLOADS.get(type(message), (0, 0))
     if isinstance(message, Step):
-        least = most = 1 + len(message.tensors)
+        least, most = 1 + len(message.tensors), min(most, 1 + len(message.tensors))
     elif isinstance(message, Reply):
-        least = most = len(message.results)
-    if not least <= count <= most or count > 1 + max(MAX_TENSORS, MAX_STAGES):
+        least, most = len(message.results), min(most, len(message.results))
+    if not least <= count <= most:
         raise ProtocolError(f"{type(message).__name__} with {count} payload frames: expected {least} to {most}")

@@ -6,10 +6,13 @@ arguments and tensors are payload frames whose bytes are opaque here. docs/wire.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 __all__ = [
     "KINDS",
+    "MAX_STAGES",
     "Bye",
     "Call",
     "CallResult",
@@ -36,6 +39,11 @@ __all__ = [
 ]
 
 
+MAX_STAGES = 1024
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
 class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Positional on the wire; a field more or less than ours is an error, not a guess."""
 
@@ -44,7 +52,8 @@ class StageIdentity(_Struct, frozen=True):
     """Who a stage is and what it must agree on with the others.
 
     ``shared`` holds the resolved settings that must equal the head's, by name, as text. ``incarnation`` is random per
-    process: two processes with one index are told apart by it.
+    process: two processes with one index are told apart by it. One that no stage can have (an index outside its total,
+    no layers) does not decode, so nobody who receives an identity need doubt it.
     """
 
     stage: int
@@ -54,6 +63,12 @@ class StageIdentity(_Struct, frozen=True):
     incarnation: str
     pipeline_id: str
     shared: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stage < self.num_stages <= MAX_STAGES:
+            raise ValueError(f"stage {self.stage} of {self.num_stages}")
+        if not 0 <= self.layer_start < self.layer_end:
+            raise ValueError(f"layers from {self.layer_start} to {self.layer_end}")
 
 
 class Hello(_Struct, frozen=True):
@@ -73,11 +88,13 @@ class Redirect(_Struct, frozen=True):
     """Answer to Hello: stage ``stage`` listens on ``port`` of the address that you asked."""
 
     stage: int
-    port: int
+    port: Port
 
 
 class NotHere(_Struct, frozen=True):
-    """Answer to Hello: no stage ``stage`` is known on this port so far; ask again."""
+    """Answer to Hello or Register: not now, ask again. Stage ``stage``, the one looked for, is not known on this port
+    so far, or cannot say yet whether the caller belongs to its pipeline or may take another one's place.
+    """
 
     stage: int
 
@@ -86,7 +103,7 @@ class Register(_Struct, frozen=True):
     """To the owner of a shared port: I am ``identity`` and listen on ``port`` of the same address."""
 
     identity: StageIdentity
-    port: int
+    port: Port
 
 
 class Registered(_Struct, frozen=True):

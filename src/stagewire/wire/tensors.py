@@ -59,6 +59,8 @@ def check_tensors(
     found = {spec.name: spec for spec in specs}
     if found.keys() != expected.keys() or len(found) != len(specs):
         raise ProtocolError(f"tensors {[spec.name for spec in specs]}: expected {sorted(expected)}")
+    if len(frames) != len(specs):
+        raise ProtocolError(f"{len(specs)} tensors in {len(frames)} frames: expected one each")
     for spec, frame in zip(specs, frames, strict=True):
         tensor = expected[spec.name]
         if spec != tensor.spec(num_rows):

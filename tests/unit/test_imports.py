@@ -1,0 +1,99 @@
+"""The layering of the package, read from its source: who may import whom, and what nobody may use."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "stagewire"
+# Imports point downward: to a later entry, or within the same one.
+LAYERS = ["cli", "launch", "vllm_plugin", "checkpoint", "ring", "wire", "observe", "config", "plan", "errors"]
+# At the level of cli: what users of the package touch.
+ENTRANCES = {"__init__": "cli", "offline": "cli"}
+MODULES = sorted(SOURCE.rglob("*.py"))
+IDS = [str(path.relative_to(SOURCE)) for path in MODULES]
+
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "marshal", "dill", "shelve", "joblib"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def layer(module: str) -> str:
+    """``stagewire.ring.state`` -> ``ring``."""
+    parts = module.split(".")
+    name = parts[1] if len(parts) > 1 else "__init__"
+    return ENTRANCES.get(name, name)
+
+
+def module_name(path: Path) -> str:
+    parts = ("stagewire", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it; ``from stagewire import x`` counts as ``stagewire.x``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            assert node.module is not None
+            if node.module == "stagewire":
+                yield from (f"stagewire.{alias.name}" for alias in node.names if not alias.name.startswith("__"))
+            else:
+                yield node.module
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=IDS)
+def test_imports_point_downward(path: Path) -> None:
+    own = LAYERS.index(layer(module_name(path)))
+    for name in imports(path):
+        if name.split(".")[0] == "stagewire" and name != "stagewire":
+            assert LAYERS.index(layer(name)) >= own, f"{module_name(path)} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=IDS)
+def test_who_may_import_what(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    if layer(module_name(path)) != "vllm_plugin":
+        assert "vllm" not in roots
+    if module_name(path) != "stagewire.ring.zmq_link":
+        assert "zmq" not in roots
+    if layer(module_name(path)) == "plan":
+        assert roots <= {*sys.stdlib_module_names, "stagewire"}
+        assert {name for name in imports(path) if name.startswith("stagewire")} <= {
+            "stagewire.errors",
+            "stagewire.plan.ranges",
+        }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=IDS)
+def test_nothing_is_executed_because_a_peer_said_so(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & FORBIDDEN_MODULES
+    used = set(calls(path))
+    assert not used & FORBIDDEN_CALLS
+    assert not {name for name in used if name.endswith("torch.load") or "pickle" in name.lower()}
+
+
+@pytest.mark.parametrize("name", ["ring.runtime", "ring.zmq_link", "wire.codec", "wire.tensors", "plan", "config"])
+def test_light_modules_stay_light(name: str) -> None:
+    self_check = f"import sys, stagewire.{name}; sys.exit(bool({{'torch', 'vllm'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", self_check], check=False, timeout=60).returncode == 0
+
+
+def test_the_status_channel_is_light() -> None:
+    self_check = (
+        "import sys, stagewire.observe.status, stagewire.observe.timings, stagewire.vllm_plugin;"
+        "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", self_check], check=False, timeout=60).returncode == 0

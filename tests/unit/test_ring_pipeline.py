@@ -1,0 +1,703 @@
+"""The ring as people meet it: four stages on one in-memory network, whole processes coming and going."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from stagewire.config import Address
+from stagewire.errors import ConfigError, PeerError, StageLost
+from stagewire.ring.link import MemoryTransport
+from stagewire.ring.state import Phase, Side
+from stagewire.wire.codec import encode
+from stagewire.wire.messages import Call, CallResult, Hello, Reply, Result, Sample, Step
+from unit.ring_harness import (
+    OWN_PORTS,
+    QUICKSTART_PORTS,
+    Ring,
+    Stage,
+    assert_whole,
+    make_config,
+    make_identity,
+)
+
+ORDERS = list(itertools.permutations(range(4)))
+LAYOUTS = pytest.mark.parametrize("ports", [QUICKSTART_PORTS, OWN_PORTS], ids=["one port", "own ports"])
+
+
+class TestStart:
+    @LAYOUTS
+    @pytest.mark.parametrize("order", ORDERS, ids=["".join(map(str, order)) for order in ORDERS])
+    def test_any_order(self, order: tuple[int, ...], ports: tuple[tuple[int, int], ...]) -> None:
+        stages = Ring(ports).start_all(order)
+        assert_whole(stages)
+
+    @LAYOUTS
+    def test_all_at_once(self, ports: tuple[tuple[int, int], ...]) -> None:
+        ring = Ring(ports)
+        stages = [ring.start(index) for index in range(4)]
+        ring.wait(3)
+        assert_whole(stages)
+
+    @pytest.mark.parametrize("num_stages", [2, 3, 5])
+    def test_other_numbers_of_stages(self, num_stages: int) -> None:
+        ring = Ring()
+        configs = [
+            make_config(
+                stage,
+                layers=(stage, stage + 1),
+                num_stages=num_stages,
+                bind_port=16000 + stage,
+                predecessor_port=16000 + (stage - 1) % num_stages,
+            )
+            for stage in range(num_stages)
+        ]
+        stages = [ring.start(config) for config in configs]
+        ring.wait(2)
+        assert_whole(stages)
+
+    def test_binds_once_in_public_and_says_where(self) -> None:
+        stages = Ring(QUICKSTART_PORTS).start_all()
+        assert [stage.record.bound[0] for stage in stages][::3] == ["127.0.0.1:15550", "127.0.0.1:15554"]
+        assert not {stage.record.bound[0] for stage in stages[1:3]} & {"127.0.0.1:15550", "127.0.0.1:15554"}
+
+
+class TestTraffic:
+    def test_steps_calls_and_replies_go_round(self) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        head, one, two, tail = ring.start_all()
+        head.node.send(Call(0, 7, "check_health"), [b"args"])
+        ring.settle()
+        epoch = head.node.state.epoch
+        for worker in (one, two, tail):  # passed on by the ring: nobody has run anything yet
+            assert worker.deliveries() == [Call(epoch, 7, "check_health")]
+        results: list[CallResult] = []
+        for worker in (one, two, tail):
+            results.append(CallResult(worker.index, "", ""))
+            worker.node.send(Reply(0, 7, list(results)), [b"r"] * len(results))
+            ring.settle()
+        assert two.deliveries() == [Reply(epoch, 7, results[:1])]
+        assert head.deliveries() == [Reply(epoch, 7, results)]
+
+        step = Step(0, 1, 4, 99, True, [], [])
+        head.node.send(step, [b"schedule"])
+        head.node.send(Sample(0, 1), [b"mask"])
+        ring.settle()
+        assert [type(message) for message in one.deliveries()] == [Step, Sample]
+        assert two.deliveries() == []  # steps are passed on by the model's thread, not by the ring
+        tail.node.send(Result(0, 1, []), [b"tokens"])
+        ring.settle()
+        assert head.deliveries() == [Result(epoch, 1, [])]
+        assert {stage.phase for stage in ring.stages} == {Phase.SERVING}
+
+    def test_what_is_sent_before_the_ring_is_whole_waits(self) -> None:
+        ring = Ring()
+        head = ring.start(0)
+        head.node.send(Call(0, 1, "check_health"), [b""])
+        ring.settle()
+        others = [ring.start(index) for index in (3, 2, 1)]
+        ring.wait(2)
+        assert all(stage.deliveries() == [Call(head.node.state.epoch, 1, "check_health")] for stage in others)
+
+    def test_frames_of_another_epoch_are_dropped_and_counted(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        head, one = stages[:2]
+        peer = head.node.state.successor_peer
+        assert peer is not None
+        for epoch in (head.node.state.epoch - 1, head.node.state.epoch + 1):
+            head.transport.send(Side.SUCCESSOR, peer, encode(Sample(epoch, 1)))
+        ring.settle()
+        assert one.deliveries() == []
+        assert one.node.state.num_stale_frames == 2
+        assert one.phase is Phase.SERVING
+
+    def test_a_message_for_the_other_end_is_not_delivered(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        epoch = stages[0].node.state.epoch
+        for sender, receiver, message in (
+            (stages[3], stages[0], Call(epoch, 2, "check_health")),
+            (stages[0], stages[1], Result(epoch, 2, [])),
+        ):
+            peer = sender.node.state.successor_peer
+            assert peer is not None
+            sender.transport.send(Side.SUCCESSOR, peer, encode(message, [b""]))
+            ring.settle()
+            assert receiver.deliveries() == []
+            assert receiver.node.state.num_bad_messages == 1
+
+    def test_hop_time_is_half_a_ping(self) -> None:
+        ring = Ring()
+        one = ring.start_all()[1]
+        head = ring.stages[0]
+        head.is_frozen = True
+        ring.wait(1.5)
+        ring.clock.seconds = 200.0
+        one.node.turn(0)  # sends the ping
+        ring.clock.seconds += 0.25
+        head.is_frozen = False
+        head.node.turn(0)
+        one.node.turn(0)
+        assert one.node.state.hop_ns == pytest.approx(125_000_000)
+
+
+class TestLossWhileServing:
+    @LAYOUTS
+    @pytest.mark.parametrize("lost", range(4))
+    def test_every_other_stage_fails_once_and_names_it(self, lost: int, ports: tuple[tuple[int, int], ...]) -> None:
+        ring = Ring()
+        stages = ring.start_serving(ports)
+        ring.kill(stages[lost])
+        ring.wait(6)
+        for stage in stages:
+            if stage.index == lost:
+                continue
+            (error,) = stage.record.errors
+            assert isinstance(error, StageLost)
+            assert error.stage == lost
+            assert f"stage {lost} is lost" in str(error)
+            assert not stage.is_running
+
+    @pytest.mark.parametrize("lost", list(itertools.combinations(range(4), 2)))
+    def test_two_at_once(self, lost: tuple[int, int]) -> None:
+        ring = Ring()
+        stages = ring.start_serving(QUICKSTART_PORTS)
+        for index in lost:
+            ring.kill(stages[index])
+        ring.wait(6)
+        for stage in stages:
+            if stage.index not in lost:
+                (error,) = stage.record.errors
+                assert isinstance(error, StageLost)
+                assert error.stage in lost
+
+    def test_a_failed_step_reaches_everybody_in_words(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stages[2].node.request_fail(PeerError("RuntimeError: out of memory"))
+        ring.wait(3)
+        for stage in (stages[3], stages[0], stages[1]):
+            assert stage.error == "stage 2 failed: RuntimeError: out of memory"
+
+    def test_a_stopped_worker_is_named(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stages[1].node.request_stop("was told to stop")
+        ring.wait(3)
+        assert stages[1].record.stops == ["was told to stop"]
+        assert not stages[1].record.errors
+        for stage in (stages[2], stages[3], stages[0]):
+            assert stage.error == "stage 1 stopped: was told to stop"
+
+    def test_a_fault_goes_round_once(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        for stage in stages:  # nobody leaves: a Fault that comes back must end where it began
+            stage.transport.close = lambda linger_s=1.0: None  # type: ignore[method-assign]
+        stages[1].node.request_fail(PeerError("bad step"))
+        ring.wait(3)
+        assert [len(stage.record.errors) for stage in stages] == [1, 1, 1, 1]
+
+    def test_text_that_cannot_be_encoded_does_not_stop_the_notice(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stages[2].node.request_fail(PeerError("file \udc80 " + "x" * 2_000_000))
+        ring.wait(3)
+        assert stages[0].error.startswith("stage 2 failed: file ? xxx")
+
+    def test_a_gone_successor_of_which_nobody_tells(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        for stage in stages[1:]:
+            stage.is_frozen = True
+        stages[1].transport.close()
+        stages[0].node.send(Call(0, 2, "check_health"), [b""])
+        ring.wait(1)
+        assert stages[0].phase is Phase.SERVING  # the word may be on its way
+        ring.wait(3)
+        assert stages[0].error == "stage 1 is lost: its connection to stage 0 is gone"
+
+
+class TestLossBeforeServing:
+    @LAYOUTS
+    @pytest.mark.parametrize("lost", range(4))
+    def test_the_others_wait_and_its_return_completes_the_ring(
+        self, lost: int, ports: tuple[tuple[int, int], ...]
+    ) -> None:
+        ring = Ring(ports)
+        stages = ring.start_all()
+        old_epoch = stages[0].node.state.epoch
+        ring.kill(stages[lost])
+        ring.wait(7)
+        survivors = [stage for stage in stages if stage.index != lost]
+        assert all(stage.is_running for stage in survivors)
+        assert all(stage.phase is not Phase.OPEN for stage in survivors if stage.index == 0)
+        stages[lost] = ring.start(lost)
+        ring.wait(8)
+        assert_whole(stages)
+        assert stages[0].node.state.epoch != old_epoch
+        ring.call(stages)
+        assert stages[0].deliveries()
+
+    @LAYOUTS
+    @pytest.mark.parametrize("lost", range(4))
+    def test_back_within_the_second(self, lost: int, ports: tuple[tuple[int, int], ...]) -> None:
+        ring = Ring(ports)
+        stages = ring.start_all()
+        ring.kill(stages[lost])
+        stages[lost] = ring.start(lost)
+        ring.wait(8)
+        assert_whole(stages)
+
+    @pytest.mark.parametrize("lost", range(1, 4))
+    def test_a_head_that_has_just_begun_fails_and_does_not_wait(self, lost: int) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        ring.kill(stages[lost])
+        stages[0].node.send(Call(0, 1, "check_health"), [b""])
+        ring.wait(4)
+        head = stages[0]
+        if head.phase is Phase.FAILED:
+            assert f"stage {lost} is lost" in head.error
+            return
+        # It heard in time: the call waits for the corrected stage.
+        assert head.phase is Phase.LINKING
+        stages[lost] = ring.start(lost)
+        ring.wait(8)
+        assert stages[lost].deliveries() == [Call(head.node.state.epoch, 1, "check_health")]
+
+    def test_every_epoch_is_new(self) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        epochs = [stages[0].node.state.epoch]
+        for lost in (1, 2, 3, 1):
+            ring.kill(stages[lost])
+            ring.wait(2)
+            stages[lost] = ring.start(lost)
+            ring.wait(4)
+            assert_whole(stages)
+            epochs.append(stages[0].node.state.epoch)
+        assert len(set(epochs)) == len(epochs) == 5
+
+    def test_the_start_deadline_begins_anew(self) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        ring.wait(100)
+        assert_whole(stages)
+        ring.kill(stages[2])
+        ring.wait(50)
+        assert all(stages[index].is_running for index in (0, 1, 3))
+        ring.wait(20)
+        assert not stages[3].is_running
+        assert "waited 60 s for stage 2" in stages[3].error
+
+    def test_a_load_that_fails_is_news_for_the_head_but_not_its_end(self) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        stages[1].node.request_fail(ConfigError("no such file"))
+        ring.wait(2)
+        assert "stage 1 failed: no such file" in stages[0].record.log
+        assert [stage.is_running for stage in stages] == [True, False, True, True]
+
+
+class TestStop:
+    @LAYOUTS
+    @pytest.mark.parametrize("is_serving", [False, True])
+    def test_the_heads_bye_stops_all(self, is_serving: bool, ports: tuple[tuple[int, int], ...]) -> None:
+        ring = Ring(ports)
+        stages = ring.start_serving() if is_serving else ring.start_all()
+        stages[0].node.request_stop("the API server ended")
+        ring.wait(6)
+        for stage in stages:
+            assert stage.record.stops == ["the API server ended"]
+            assert not stage.record.errors
+            assert not stage.is_running
+
+    def test_a_tail_that_still_answers_a_stopping_head_has_not_failed(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        tail = stages[3]
+        for stage in stages[1:3]:
+            stage.is_frozen = True
+        stages[0].node.request_stop("done")
+        ring.turn()
+        for _ in range(3):
+            tail.node.send(Result(0, 1, []), [b""])
+            ring.turn()
+        for stage in stages[1:3]:
+            stage.is_frozen = False
+        ring.wait(1)
+        assert tail.record.stops == ["done"]
+        assert not tail.record.errors
+
+    def test_what_was_sent_before_leaves_before(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stages[0].node.send(Call(0, 9, "shutdown"), [b""])
+        stages[0].node.request_stop("done")
+        ring.settle()
+        assert stages[3].deliveries() == [Call(stages[0].node.state.epoch, 9, "shutdown")]
+
+    def test_twice_is_once(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        for _ in range(2):
+            stages[0].node.request_stop("done")
+        stages[0].node.request_fail(PeerError("too late"))
+        ring.wait(1)
+        assert stages[0].record.stops == ["done"]
+        assert not stages[0].record.errors
+
+
+class TestWaiting:
+    @pytest.mark.parametrize(
+        ("alone", "whom"),
+        [(0, "stage 3 at 127.0.0.1:15553 (connection refused)"), (2, "stage 1 at 127.0.0.1:15551")],
+    )
+    def test_alone_it_says_every_10_s_whom_it_waits_for_and_ends(self, alone: int, whom: str) -> None:
+        ring = Ring()
+        stage = ring.start(alone)
+        ring.wait(59)
+        lines = [line for line in stage.record.logs if "waiting for" in line]
+        assert [line.rpartition(", ")[2] for line in lines] == [f"{s} of 60 s" for s in (10, 20, 30, 40, 50)]
+        assert all(whom in line for line in lines)
+        assert stage.is_running
+        ring.wait(2)
+        assert f"stage {alone} waited 60 s for {whom}" in stage.error
+        assert isinstance(stage.record.errors[0], PeerError)
+
+    def test_for_the_successor(self) -> None:
+        ring = Ring()
+        ring.start(0)
+        one = ring.start(1)
+        ring.wait(11)
+        assert "waiting for stage 2 to connect to port 15551" in one.record.log
+
+    def test_on_a_shared_port_for_one_that_is_not_there(self) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        ring.start(0)
+        two = ring.start(2)
+        ring.wait(11)
+        assert "stage 1 at 127.0.0.1:15550 (the port is up, stage 1 has not registered there yet)" in two.record.log
+
+    def test_an_open_ring_waits_for_nobody(self) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        ring.wait(200)
+        assert_whole(stages)
+
+
+class TestDuplicates:
+    @LAYOUTS
+    @pytest.mark.parametrize("is_serving", [False, True])
+    @pytest.mark.parametrize("index", range(4))
+    def test_refused_while_the_first_answers(
+        self, index: int, is_serving: bool, ports: tuple[tuple[int, int], ...]
+    ) -> None:
+        ring = Ring(ports)
+        stages = ring.start_serving() if is_serving else ring.start_all()
+        config = make_config(index, ports, bind_port=17000)
+        second = ring.start(config)
+        ring.wait(10)
+        assert not second.is_running
+        assert f"there is already a stage {index} in this pipeline" in second.error
+        assert isinstance(second.record.errors[0], ConfigError)
+        assert all(stage.is_running for stage in stages)
+        if not is_serving:
+            assert_whole(stages)
+
+    def test_refused_on_the_shared_port(self) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        stages = ring.start_all()
+        seconds = [ring.start(index) for index in (0, 1, 2)]
+        ring.wait(10)
+        assert [second.error.split(" in ")[0] for second in seconds] == [
+            f"there is already a stage {index}" for index in (0, 1, 2)
+        ]
+        assert_whole(stages)
+
+    @pytest.mark.parametrize("index", range(4))
+    def test_takes_the_place_of_a_silent_one(self, index: int) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        first = stages[index]
+        first.is_frozen = True
+        ring.wait(1)
+        stages[index] = ring.start(make_config(index, bind_port=17000))
+        ring.wait(8)
+        if (
+            index == 3
+        ):  # the head looks for the tail at its old address, so only the link to the tail's predecessor moves
+            assert stages[2].node.state.successor_peer is not None
+        first.is_frozen = False
+        ring.wait(2)
+        assert "there is already a stage" in first.error
+        assert stages[index].is_running
+
+    def test_the_head_hears_of_it(self) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        ring.start(make_config(3, bind_port=17000))
+        ring.wait(5)
+        assert "stage 3 was refused: there is already a stage 3" in stages[0].record.log
+
+
+LATER_FIRST = [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    @pytest.mark.parametrize(
+        ("wrong", "layers", "says"),
+        [
+            (2, (17, 24), "layer 16"),
+            (1, (9, 16), "layer 8"),
+            (2, (14, 24), "layers 14"),
+            (2, (0, 8), "stage 2"),
+        ],
+        ids=["gap", "gap at 1", "overlap", "wrong order"],
+    )
+    def test_ranges(self, wrong: int, layers: tuple[int, int], says: str, order: tuple[int, ...]) -> None:
+        ring = Ring()
+        config = make_config(wrong, layers=layers)
+        for index in order:
+            ring.start(config if index == wrong else index)
+            ring.settle()
+        ring.wait(5)
+        by_index = {stage.index: stage for stage in ring.stages}
+        culprit = by_index.pop(wrong)
+        assert not culprit.is_running
+        assert says in culprit.error
+        assert f"stage {wrong} was refused" in by_index[0].record.log
+        # A wrong end is also a wrong start of the next one, which leaves too; the rest waits for the corrected stages.
+        assert all(by_index[index].is_running for index in range(wrong))
+        ring.wait(1)
+        stages = dict(by_index)
+        for index in range(4):
+            if index not in stages or not stages[index].is_running:
+                stages[index] = ring.start(index)
+        ring.wait(8)
+        assert_whole([stages[index] for index in range(4)])
+
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    @pytest.mark.parametrize("wrong", [1, 2, 3])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("model", "m2"), ("--dtype", "bfloat16"), ("--max-model-len", "8192"), ("vLLM version", "0.31.0")],
+    )
+    def test_whoever_differs_from_the_head_exits(
+        self, name: str, value: str, wrong: int, order: tuple[int, ...]
+    ) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        for index in order:
+            ring.start(index, shared={name: value} if index == wrong else {})
+            ring.settle()
+        ring.wait(5)
+        self._check_refused(ring, wrong, [name, value])
+
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    @pytest.mark.parametrize("wrong", [1, 2, 3])
+    def test_another_number_of_stages(self, wrong: int, order: tuple[int, ...]) -> None:
+        ring = Ring()
+        config = make_config(wrong, num_stages=5)
+        for index in order:
+            ring.start(config if index == wrong else index)
+            ring.settle()
+        ring.wait(5)
+        self._check_refused(ring, wrong, ["--pipeline-total-stages is 5", "4 on stage 0"])
+
+    def test_a_stage_beyond_the_heads_total(self) -> None:
+        ring = Ring()
+        stages = ring.start_all()
+        extra = ring.start(make_config(4, layers=(32, 40), num_stages=5, bind_port=15560, predecessor_port=15553))
+        ring.wait(5)
+        assert "--pipeline-total-stages is 5 on stage 4 but 4 on stage 0" in extra.error
+        assert_whole(stages)
+
+    def test_a_head_that_differs_ends_all_the_others(self) -> None:
+        ring = Ring()
+        head = ring.start(0, shared={"--dtype": "bfloat16"})
+        others = [ring.start(index) for index in (1, 2, 3)]
+        ring.wait(10)
+        assert head.is_running
+        assert "--dtype is float32 on stage 1 but bfloat16 on stage 0" in others[0].error
+        assert "stage 1 was refused" in head.record.log
+
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    @pytest.mark.parametrize("wrong", [1, 2, 3])
+    def test_another_pipeline_id(self, wrong: int, order: tuple[int, ...]) -> None:
+        ring = Ring()
+        for index in order:
+            config = make_config(index)
+            ring.start(config, make_identity(config, pipeline_id="b" if index == wrong else "a"))
+            ring.settle()
+        ring.wait(5)
+        self._check_refused(ring, wrong, ["--pipeline-id is b", "a on stage 0"], pipeline_id="a")
+
+    def test_another_pipeline_on_the_same_port(self) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        stages = ring.start_all()
+        config = make_config(1, QUICKSTART_PORTS)
+        stranger = ring.start(config, make_identity(config, pipeline_id="b"))
+        ring.wait(5)
+        assert "--pipeline-id" in stranger.error
+        assert_whole(stages)
+
+    def _check_refused(self, ring: Ring, wrong: int, says: list[str], pipeline_id: str = "") -> None:
+        """Only the wrong one left, both ends say why, and a corrected one completes the ring."""
+        stages = {stage.index: stage for stage in ring.stages}
+        assert [index for index in range(4) if not stages[index].is_running] == [wrong]
+        assert isinstance(stages[wrong].record.errors[0], ConfigError)
+        for text in says:
+            assert text in stages[wrong].error
+            assert text in stages[0].record.log
+        config = make_config(wrong, ring.ports)
+        stages[wrong] = ring.start(config, make_identity(config, pipeline_id=pipeline_id))
+        ring.wait(8)
+        assert_whole([stages[index] for index in range(4)])
+
+
+class Stranger:
+    """Not a stage: a transport that sends and answers what it likes."""
+
+    def __init__(self, ring: Ring, port: int = 0) -> None:
+        self.transport = MemoryTransport(ring.network)
+        if port:
+            self.transport.bind(port)
+
+    def throw(self, port: int, *frames: bytes) -> None:
+        self.transport.connect(Side.PREDECESSOR, Address("127.0.0.1", port))
+        self.transport.send(Side.PREDECESSOR, b"", frames)
+
+
+def in_other_version(frames: list[bytes | bytearray | memoryview]) -> list[bytes]:
+    return [bytes(frames[0])[:2] + b"\x00\x63" + bytes(frames[0])[4:]]
+
+
+class TestStrangers:
+    def test_garbage_is_logged_once_per_peer_and_the_ring_goes_on(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stranger = Stranger(ring)
+        stranger.throw(15551, b"GET / HTTP/1.1")
+        for _ in range(50):
+            stranger.transport.send(Side.PREDECESSOR, b"", [b"\x00" * 10])
+        ring.settle()
+        assert sum("dropped an invalid message" in line for line in stages[1].record.logs) == 1
+        ring.call(stages, call_id=2)
+        assert stages[0].deliveries()
+
+    def test_a_thousand_strangers_fill_neither_memory_nor_the_log(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stranger = Stranger(ring)
+        for _ in range(1500):
+            stranger.throw(15551, b"garbage")
+        ring.settle()
+        assert len(stages[1].record.logs) <= 1001
+        assert stages[1].node.state.num_bad_messages == 1500
+
+    def test_hellos_of_impossible_stages_are_dropped(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        hello = bytes(encode(Hello(make_identity(make_config(2)), 1))[0])
+        impossible = hello.replace(b"\x02\x04\x10\x18", b"\x02\x04\x18\x10")  # layers 24 to 16
+        assert impossible != hello
+        Stranger(ring).throw(15551, impossible)
+        ring.settle()
+        assert stages[1].is_running
+        assert "malformed Hello" in stages[1].record.log
+
+    def test_every_message_from_a_stranger_is_harmless(self) -> None:
+        from unit.test_wire_codec import EXAMPLES
+
+        ring = Ring()
+        stages = ring.start_serving()
+        stranger = Stranger(ring)
+        for port in (15550, 15551, 15552, 15553):
+            for message, payloads in EXAMPLES:
+                stranger.throw(port, *(bytes(frame) for frame in encode(message, payloads)))
+        ring.wait(3)
+        assert {stage.phase for stage in stages} == {Phase.SERVING}
+        ring.call(stages, call_id=2)
+        assert stages[0].deliveries()
+
+    def test_a_predecessor_that_is_something_else(self) -> None:
+        ring = Ring()
+        stranger = Stranger(ring, 15550)
+        one = ring.start(1)
+        ring.wait(35)
+        assert "something listens there but answers nothing" in one.error
+        assert "--pipeline-prev-stage-service-addr 127.0.0.1:15550" in one.error
+        assert stranger.transport.poll(0)
+
+    def test_a_predecessor_that_talks_nonsense(self) -> None:
+        ring = Ring()
+        stranger = Stranger(ring, 15550)
+        one = ring.start(1)
+        for _ in range(3):
+            ring.settle()
+            for event in stranger.transport.poll(0):
+                stranger.transport.send(Side.SUCCESSOR, event.peer, [b"220 ready"])  # type: ignore[union-attr]
+        ring.settle()
+        assert "does not speak Stagewire's protocol" in one.error
+
+    def test_a_shared_port_that_belongs_to_something_else(self) -> None:
+        ring = Ring()
+        Stranger(ring, 15551)
+        one = ring.start(1)
+        ring.wait(12)
+        assert "port 15551 is taken by another program" in one.error
+
+    def test_a_port_that_is_taken_and_refuses_connections(self) -> None:
+        ring = Ring()
+        one = ring.start(1)
+        ring.network.taken.add(15551)
+        ring.wait(12)
+        assert "port 15551 is taken by another program" in one.error
+
+
+class TestWireVersions:
+    @pytest.fixture
+    def ring(self) -> Ring:
+        return Ring()
+
+    def test_a_worker_of_another_version_than_its_predecessor_exits(self, ring: Ring) -> None:
+        stranger = Stranger(ring, 15550)
+        one = ring.start(1)
+        ring.settle()
+        answer = in_other_version(encode(Hello(make_identity(make_config(1)), 0)))
+        for event in stranger.transport.poll(0):
+            stranger.transport.send(Side.SUCCESSOR, event.peer, answer)  # type: ignore[union-attr]
+        ring.settle()
+        assert "stage 0 at 127.0.0.1:15550: wire version 99, this stage speaks 1" in one.error
+        assert isinstance(one.record.errors[0], ConfigError)
+
+    def test_the_head_is_right_and_waits(self, ring: Ring) -> None:
+        stranger = Stranger(ring, 15553)
+        head = ring.start(0)
+        answer = in_other_version(encode(Hello(make_identity(make_config(1)), 0)))
+        for _ in range(45):
+            ring.wait(1)
+            for event in stranger.transport.poll(0):
+                if hasattr(event, "peer"):
+                    stranger.transport.send(Side.SUCCESSOR, event.peer, answer)
+        assert head.is_running
+        assert sum("Stage 0: stage 3 at 127.0.0.1:15553: wire version 99" in line for line in head.record.logs) == 1
+
+    def test_whoever_knows_the_head_answers_so_that_the_other_learns_its_version(self, ring: Ring) -> None:
+        stages = ring.start_all()
+        ring.kill(stages[1])
+        ring.settle()
+        stranger = Stranger(ring)
+        stranger.throw(15550, *in_other_version(encode(Hello(make_identity(make_config(1)), 0))))
+        ring.settle()
+        assert "wire version 99" in stages[0].record.log
+        assert len(stranger.transport.poll(0)) == 2  # connected, and an answer that shows our version
+
+
+def test_repr_says_where_it_stands() -> None:
+    stage: Stage = Ring().start_all()[1]
+    assert "stage=1/4, phase=open" in repr(stage.node)
