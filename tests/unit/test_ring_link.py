@@ -231,6 +231,14 @@ class TestContract:
         network.until(lambda: after.of(Disconnected))
         assert [type(event) for event in after.events] == [Received] * 20 + [Disconnected]
 
+    def test_a_leaving_successors_last_words_arrive(self, network: Network) -> None:
+        before, after, _ = network.pair()
+        for number in range(20):
+            after.transport.send(P, b"", [b"refused", str(number).encode()])
+        after.transport.close()
+        network.ends.remove(after)
+        network.until(lambda: len(before.received) == 20)
+
     def test_sending_to_a_gone_successor(self, network: Network) -> None:
         before, after, _ = network.pair()
         after.transport.send(P, b"", [b"hello"])
