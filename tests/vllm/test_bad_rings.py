@@ -48,9 +48,9 @@ def test_wrong_stages_leave_and_the_corrected_one_completes_the_ring(model: Path
         assert "--dtype is bfloat16 on stage 1 but float32 on stage 0" in last_lines(other_dtype)
 
         gap = start("gap", changed(right, "--pipeline-layer-range", "5-8"), ring.folder / "gap.log")
-        length = start("length", changed(right, "--max-model-len", "256"), ring.folder / "length.log")
         assert gap.wait(90) == 2
         assert "layer 4 has no owner" in last_lines(gap)
+        length = start("length", changed(right, "--max-model-len", "256"), ring.folder / "length.log")
         assert length.wait(90) == 2
         assert "--max-model-len is 256 on stage 1 but 512 on stage 0" in last_lines(length)
         assert head.popen.poll() is None, "the head waits for the corrected stage"
@@ -96,7 +96,8 @@ def test_addresses_that_are_somebody_elses(model: Path, web_server: int, tmp_pat
             changed(right, "--pipeline-prev-stage-service-addr", f"127.0.0.1:{web_server}"),
             tmp_path / "a.log",
         )
-        alone = start("alone", [*right, "--pipeline-start-timeout", "12"], tmp_path / "b.log")
+        own_port = changed(right, "--pipeline-local-bind-port", str(free_ports(1)[0]))
+        alone = start("alone", [*own_port, "--pipeline-start-timeout", "12"], tmp_path / "b.log")
         assert no_stage.wait(120) == 2
         assert f"--pipeline-prev-stage-service-addr 127.0.0.1:{web_server}" in last_lines(no_stage)
         assert alone.wait(120) == 3

@@ -59,6 +59,7 @@ class StatusSender:
             paths = [p for p in (os.environ.get(LAUNCHER_SOCKET_ENV), os.environ.get(HEAD_SOCKET_ENV)) if p]
         self._stage = stage
         self._paths = paths
+        self._phase = Phase.LOADING
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
 
@@ -66,11 +67,16 @@ class StatusSender:
         return f"StatusSender(stage={self._stage}, paths={self._paths})"
 
     def send(self, phase: Phase, text: str = "", exit_code: int = 0) -> None:
+        self._phase = phase
         event = StatusEvent(self._stage, phase, text[: _MAX_DATAGRAM_BYTES // 4], exit_code, os.getpid())
         data = json.dumps(asdict(event)).encode()
         for path in self._paths:
             with contextlib.suppress(OSError):
                 self._socket.sendto(data, path)
+
+    def note(self, text: str) -> None:
+        """The same phase as before, with news: whom the stage waits for."""
+        self.send(self._phase, text)
 
     def close(self) -> None:
         self._socket.close()

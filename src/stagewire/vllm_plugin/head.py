@@ -40,6 +40,8 @@ def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: S
     with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
         receiver = StatusReceiver(str(Path(folder) / "head.sock"))
         os.environ[HEAD_SOCKET_ENV] = receiver.path
+        # vLLM leaves the sockets between its processes behind in the temporary folder.
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
         threading.Thread(target=_listen, args=(receiver,), name="stagewire-status", daemon=True).start()
         _patch_server(config, launcher_status)
         _run(original, args)

@@ -37,6 +37,7 @@ class HeadHealth:
 
     def __init__(self) -> None:
         self.phase = Phase.IMPORTING
+        self.news = ""
         self.is_serving = False
         self.failure: str | None = None
         self.exit_code = 0
@@ -53,6 +54,7 @@ class HeadHealth:
             for listener in list(self._listeners):
                 listener()
         self.phase = event.phase
+        self.news = event.text
 
     def wait_for_failure(self, timeout_s: float) -> str | None:
         self._failed.wait(timeout_s)
@@ -71,7 +73,8 @@ class HeadHealth:
         if self.failure is not None:
             return 503, self.failure
         if not self.is_serving:
-            return 503, f"the pipeline is not ready: stage 0 is at {self.phase.value.replace('_', ' ')}"
+            news = f", {self.news}" if self.news else ""
+            return 503, f"the pipeline is not ready: stage 0 is at {self.phase.value.replace('_', ' ')}{news}"
         if path == "/ready":
             return 200, "the whole ring answers"
         return None

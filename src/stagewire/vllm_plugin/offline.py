@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from stagewire.config import parse_stage
@@ -36,7 +37,8 @@ def head_arguments(
         "pipeline_prev_stage_addr": prev_stage_addr,
     }
     flags |= {flag: options.pop(name) for name, flag in _OPTIONS.items() if name in options}
-    given = EngineArgs(model="", **options)
+    # The model plays no part here, but a name that is not a path would be looked up on the hub.
+    given = EngineArgs(model=os.curdir, **options)
     apply_external_mode(given, parse_stage(flags))
     changed = (
         "additional_config",

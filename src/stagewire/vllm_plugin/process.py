@@ -103,6 +103,7 @@ class RingProcess(Observer):
 
     def on_log(self, text: str, is_warning: bool) -> None:
         logger.log(logging.WARNING if is_warning else logging.INFO, text)
+        self._status.note(text)
 
     def on_bound(self, host_port: str) -> None:
         wanted = Address(self._bind_host, self._config.bind_port)
