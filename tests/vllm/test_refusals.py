@@ -6,6 +6,7 @@ tests/unit/test_ring_*.py (all of it, in memory) and tests/vllm/test_bad_rings.p
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -214,6 +215,23 @@ def test_compilation_asked_for_without_a_compiler(
         serve(monkeypatch, model, WORKER | {"--optimization-level": "3"})
     assert exit_info.value.code == 2
     assert "no C++ compiler" in capsys.readouterr().err
+
+
+def test_libraries_are_preloaded_by_running_again_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from stagewire.vllm_plugin import cpu
+
+    library = tmp_path / "libtcmalloc.so"
+    library.touch()
+    runs: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: runs.append((path, argv)))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "vllm", "serve", "model"])
+    monkeypatch.setenv("STAGEWIRE_REEXECUTED", "")
+    cpu.reexec_with_libraries()
+    assert not runs, "nothing to preload"
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    cpu.reexec_with_libraries()
+    cpu.reexec_with_libraries()
+    assert runs == [(sys.executable, [sys.executable, "vllm", "serve", "model"])]
 
 
 def test_unsupported_version_is_named(

@@ -91,11 +91,18 @@ def _kv_budget(num_stages: int) -> int:
 
 
 def set_threads(config: StageConfig) -> None:
-    """OpenMP threads for a stage that a person started: its share of the cores when the predecessor is on this host."""
+    """OpenMP threads for a stage that a person started: its share of the cores when the predecessor is on this host.
+
+    The variable reaches the head's EngineCore, which is spawned; in this process OpenMP has read it already.
+    """
     if "OMP_NUM_THREADS" in os.environ:
         return
+    import torch
+
     cores = len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // config.num_stages) if shares_host(config) else cores)
+    threads = max(1, cores // config.num_stages) if shares_host(config) else cores
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 def reexec_with_libraries() -> None:

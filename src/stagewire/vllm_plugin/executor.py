@@ -261,12 +261,7 @@ class RingExecutor(Executor):
 
     @property
     def supported_tasks(self) -> tuple[Any, ...]:
-        return tuple(self._worker._wrapper.get_supported_tasks())
-
-    def get_stage_states(self) -> list[dict[str, Any]]:
-        """What each stage still remembers; for tests and status."""
-        states: list[dict[str, Any]] = self.collective_rpc("get_stage_state")
-        return states
+        return self._worker.supported_tasks()
 
     # ---- end -------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ from stagewire.vllm_plugin import compat
 __all__ = ["announce_load", "with_flags", "with_stages", "with_translation"]
 
 # On a worker's command line these are a mistake (it has no HTTP server); other API flags only do nothing there.
-_ADDRESS_FLAGS = ("--host", "--port", "--uds", "--ssl-")
+_ADDRESS_FLAGS = re.compile(r"--(host|port|uds|ssl-.*)")
 
 
 def add_flags(parser: Any) -> None:
@@ -142,7 +144,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     if config.is_head:
         from stagewire.vllm_plugin.head import serve_head
 
-        serve_head(original, args, config)
+        serve_head(original, args)
         return
     from stagewire.vllm_plugin.stage_host import serve_stage
 
@@ -211,7 +213,7 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
     if config.is_head:
         return
     typed = [arg.partition("=")[0].replace("_", "-") for arg in sys.argv[1:] if arg.startswith("--")]
-    wrong = [flag for flag in typed if flag.startswith(_ADDRESS_FLAGS) and flag != "--hosts"]
+    wrong = [flag for flag in typed if _ADDRESS_FLAGS.fullmatch(flag)]
     if wrong:
         raise ConfigError(
             f"{', '.join(wrong)} on stage {config.stage}: only stage 0 serves HTTP; drop it here, or give it to stage 0"
@@ -220,8 +222,6 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
 
 
 def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
-    import dataclasses
-
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
     ignored = []

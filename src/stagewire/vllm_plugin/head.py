@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stagewire.config import StageConfig
-from stagewire.observe.status import HEAD_SOCKET_ENV, Phase, StatusReceiver, StatusSender
+from stagewire.observe.status import HEAD_SOCKET_ENV, Phase, StatusReceiver
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.http import EarlyServer, HeadHealth
 
@@ -32,18 +31,17 @@ MIDDLEWARE = "stagewire.vllm_plugin.http.RingMiddleware"
 HEALTH = HeadHealth()
 
 
-def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: StageConfig) -> None:
+def serve_head(original: Callable[..., Any], args: argparse.Namespace) -> None:
     """Runs vLLM's own API server, with our health and exit codes. Raises SystemExit with the ring's reason."""
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
-    launcher_status = StatusSender(config.stage)
     with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
         receiver = StatusReceiver(str(Path(folder) / "head.sock"))
         os.environ[HEAD_SOCKET_ENV] = receiver.path
         # vLLM leaves the sockets between its processes behind in the temporary folder.
         os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
         threading.Thread(target=_listen, args=(receiver,), name="stagewire-status", daemon=True).start()
-        _patch_server(config, launcher_status)
+        _patch_server()
         _run(original, args)
     if HEALTH.failure is not None:
         sys.exit(HEALTH.exit_code)
@@ -58,7 +56,7 @@ def _run(original: Callable[..., Any], args: argparse.Namespace) -> None:
         sys.stderr.write(f"Stage 0: {HEALTH.failure}\n")
 
 
-def _patch_server(config: StageConfig, status: StatusSender) -> None:
+def _patch_server() -> None:
     """vLLM binds its socket before the engine starts and listens after: in between we answer."""
     from vllm.entrypoints.launchers.api_server import entry
 

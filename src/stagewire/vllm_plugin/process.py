@@ -90,6 +90,8 @@ class RingProcess(Observer):
 
     def fail_from(self, error: BaseException) -> None:
         """The main thread hit ``error``: the other stages and the listeners learn it. Ends a stage's process."""
+        if not isinstance(error, StagewireError):
+            logger.error("Stage %d failed", self._config.stage, exc_info=error)
         self.ring.fail(as_stagewire_error(self._config.stage, error))
 
     # ---- from the ring's thread ------------------------------------------------------------------------------------
@@ -124,8 +126,8 @@ class RingProcess(Observer):
     def on_stopped(self, text: str) -> None:
         logger.info("Stage %d: stopped (%s)", self._config.stage, text)
         self._status.send(Phase.STOPPED, text)
-        if not self._is_child or os.getppid() != self._parent or (self._launcher and not _is_alive(self._launcher)):
-            self._exit_code = 0
+        if not self._config.is_head or self._watch() is not None:
+            self._exit_code = 0  # a head that was asked to stop is ended by vLLM
 
     def on_ended(self) -> None:
         """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""

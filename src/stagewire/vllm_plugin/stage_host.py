@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from stagewire.config import StageConfig
-from stagewire.errors import PeerError, StagewireError
+from stagewire.errors import PeerError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.ring.node import Delivery
 from stagewire.vllm_plugin.call_codec import decode_value, encode_value
@@ -34,13 +34,7 @@ def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> 
         host = _StageHost(process, StageWorker(config, vllm_config))
         status.send(Phase.LOADED)
         host.run()
-    except StagewireError as error:
-        process.fail_from(error)
-        raise
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
         process.fail_from(error)
         raise
 

@@ -220,11 +220,11 @@ class StageWorker:
         if len(args) != len(spec.args) or not all(check(arg) for check, arg in zip(spec.args, args, strict=True)):
             raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")
         own = _OWN_CALLS.get(method)
-        result = own(self, *args) if own else getattr(self._wrapper, method)(*args)
-        if method == "compile_or_warm_up_model":
-            # vLLM's warm-up runs ended here; from now on every forward pass is one of the ring's.
-            self.group._outgoing = None
-        return result
+        return own(self, *args) if own else getattr(self._wrapper, method)(*args)
+
+    def supported_tasks(self) -> tuple[Any, ...]:
+        """What the model can do, as vLLM names it; the same on every stage, so the head answers alone."""
+        return tuple(self._wrapper.get_supported_tasks())
 
     def _get_threshold(self) -> int | None:
         return getattr(self.runner, "reorder_batch_threshold", None)
