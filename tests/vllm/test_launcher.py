@@ -1,0 +1,136 @@
+"""The launcher with real stages: the quick start's script, a client, the ordered stop, a stage killed while serving."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import openai
+import pytest
+
+from support.models import make_llama
+from support.stages import child_environment, free_ports
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "offline_pipelining" / "run_from_full_model.sh"
+START_DEADLINE_S = 240.0
+SETTINGS = ("--", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", "50M", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama8"), model_dir, num_layers=8)
+
+
+class Up:
+    """A running launcher and what it has printed."""
+
+    def __init__(self, command: Sequence[str], folder: Path, env: dict[str, str]) -> None:
+        environment = child_environment(env)
+        environment.pop("OMP_NUM_THREADS")  # the launcher divides the cores itself
+        self.popen = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.text = ""
+        self._selector = selectors.DefaultSelector()
+        assert self.popen.stdout is not None
+        self._selector.register(self.popen.stdout, selectors.EVENT_READ)
+
+    def read_until(self, text: str, deadline_s: float) -> None:
+        """Until the launcher has printed ``text``; its whole output when it ends before."""
+        ends_at = time.monotonic() + deadline_s
+        while text not in self.text:
+            assert self._selector.select(max(0.0, ends_at - time.monotonic())), f"{text!r} not in:\n{self.text}"
+            chunk = os.read(self._selector.get_map()[self.popen.stdout].fd, 65536)
+            assert chunk, f"the launcher ended without {text!r}:\n{self.text}"
+            self.text += chunk.decode()
+
+    def wait(self) -> int:
+        assert self.popen.stdout is not None
+        code = self.popen.wait(60)
+        self.text += self.popen.stdout.read().decode()
+        return code
+
+
+def stages_of(model: Path) -> dict[int, list[str]]:
+    """Command lines, by pid, of the processes that serve this model."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if str(model) in words and "serve" in words:
+            found[int(folder.name)] = words
+    return found
+
+
+@pytest.fixture
+def ports() -> tuple[int, int]:
+    """For the API, and the first of the ring's."""
+    api, base = free_ports(2)
+    return api, min(base, 60000)
+
+
+def script_environment(model: Path, api_port: int) -> dict[str, str]:
+    # The script looks for .venv, an active environment, and PATH; this is the environment that runs the tests.
+    bin_folder = Path(sys.executable).parent
+    return {
+        "FULL_MODEL_PATH": str(model),
+        "NUM_STAGES": "2",
+        "API_PORT": str(api_port),
+        "VIRTUAL_ENV": str(bin_folder.parent),
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+    }
+
+
+def test_the_quick_starts_script(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:
+    api_port, base_port = ports
+    up = Up(
+        ["bash", str(SCRIPT), "--base-port", str(base_port), *SETTINGS], tmp_path, script_environment(model, api_port)
+    )
+    try:
+        up.read_until("Ctrl-C stops everything", START_DEADLINE_S)
+        assert f"http://localhost:{api_port}" in up.text
+        for stage, layers in enumerate(("0-3", "4-7")):
+            log = (tmp_path / "zeromq_pp_full_model_logs" / f"stage_{stage}.log").read_text()
+            assert f"Stage {stage}: Loading layers {layers}..." in log
+            assert f"loading layers {layers} (0." in up.text.lower()
+        served = stages_of(model)
+        assert sorted(words[words.index("--pipeline-stage-idx") + 1] for words in served.values()) == ["0", "1"]
+        client = openai.OpenAI(base_url=f"http://localhost:{api_port}/v1", api_key="none")
+        answer = client.completions.create(model=str(model), prompt="San Francisco is a", max_tokens=50, temperature=0)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens > 0
+    finally:
+        up.popen.send_signal(signal.SIGTERM)
+        code = up.wait()
+    assert code == 0, up.text
+    assert not stages_of(model), "nothing is left behind"
+
+
+def test_a_stage_killed_while_serving_stops_the_rest(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:
+    api_port, base_port = ports
+    command = [str(Path(sys.executable).parent / "stagewire"), "up", "--model", str(model), "--num-stages", "3"]
+    up = Up([*command, "--port", str(api_port), "--base-port", str(base_port), *SETTINGS], tmp_path, {})
+    try:
+        up.read_until("Ctrl-C stops everything", START_DEADLINE_S)
+        (victim,) = [
+            pid for pid, words in stages_of(model).items() if words[words.index("--pipeline-stage-idx") + 1] == "1"
+        ]
+        os.kill(victim, signal.SIGKILL)
+        code = up.wait()
+    finally:
+        up.popen.kill()
+    assert code == 1, up.text
+    last_words = up.text.partition("Ctrl-C stops everything")[2]
+    assert "stage 1 " in last_words
+    assert "killed" in last_words
+    assert not stages_of(model)
