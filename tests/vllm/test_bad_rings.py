@@ -6,18 +6,18 @@ stands on the screen, and that a stage deep in loading still obeys a refusal.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
 from support.models import make_llama
-from support.stages import Process, Ring, free_ports, start
+from support.stages import Process, Ring, StageFailedError, free_ports, start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -66,7 +66,7 @@ def test_wrong_stages_leave_and_the_corrected_one_completes_the_ring(model: Path
         assert twin.wait(90) == 2
         assert "already a stage 1" in last_lines(twin)
 
-        with closing(socket.create_connection(("127.0.0.1", ring.ports[1]))) as stranger:
+        with contextlib.closing(socket.create_connection(("127.0.0.1", ring.ports[1]))) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(100_000))
         body = {"model": str(model), "prompt": "The ring goes on", "max_tokens": 4}
         assert httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False).status_code == 200
@@ -106,6 +106,25 @@ def test_addresses_that_are_somebody_elses(model: Path, web_server: int, tmp_pat
         taken = start("port taken", changed(right, "--pipeline-local-bind-port", str(web_server)), tmp_path / "c.log")
         assert taken.wait(120) == 2
         assert f"port {web_server} is taken by another program" in last_lines(taken)
+    finally:
+        ring.stop()
+
+
+def test_a_step_past_its_deadline_fails_by_name(model: Path) -> None:
+    """No stage is lost here: they answer heartbeats, but a step takes longer than it may."""
+    ring = Ring(model, ("0-4", "4-8"), [*SETTINGS, "--pipeline-step-timeout", "0.002"])
+    try:
+        for stage in range(2):
+            ring.start_stage(stage)
+        with contextlib.suppress(StageFailedError):  # a call may already be too slow for this limit
+            ring.wait_ready()
+            body = {"model": str(model), "prompt": "word " * 300, "max_tokens": 4}
+            response = httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False)
+            assert response.status_code == 503
+            assert "did not come back in time" in response.json()["error"]["message"]
+        assert ring.stages[1].wait(60) == 3
+        assert "did not come back in time" in ring.stages[0].text()
+        assert "did not come back in time" in last_lines(ring.stages[1])
     finally:
         ring.stop()
 

@@ -1,0 +1,176 @@
+"""One middle stage's worker in this process: what it accepts as a step, and what it refuses.
+
+A wrong step must never become an answer: rows in another order, a tensor that is missing, renamed or of another shape.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stagewire.errors import ConfigError, PeerError, ProtocolError
+from stagewire.wire.messages import TensorSpec
+from support.models import make_llama
+
+pytestmark = pytest.mark.vllm
+
+HIDDEN_SIZE = 128
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Any]:
+    """Layers 2-4 of 8, stage 1 of 3, with a KV cache."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    from stagewire.config import Address, StageConfig
+    from stagewire.plan.ranges import LayerRange
+    from stagewire.vllm_plugin.engine_args import apply_external_mode
+    from stagewire.vllm_plugin.stage_worker import StageWorker
+    from vllm import AsyncEngineArgs
+
+    model = make_llama(tmp_path_factory.mktemp("llama8"), model_dir, num_layers=8)
+    before = dict(os.environ)
+    config = StageConfig(1, 3, LayerRange(2, 4), 15550, Address("127.0.0.1", 15549))
+    arguments = AsyncEngineArgs(
+        model=str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=20_000_000,
+    )
+    apply_external_mode(arguments, config)
+    vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    made = StageWorker(config, vllm_config)
+    specs = made.call("get_kv_cache_spec", ())
+    made.call("set_kv_cache_layout", (made.call("get_supported_kv_cache_layouts", ())[0],))
+    (kv_config,) = get_kv_cache_configs(vllm_config, [specs], [made.call("determine_available_memory", ())])
+    made.call("initialize_from_config", ([kv_config] * 3,))
+    made.call("compile_or_warm_up_model", ())
+    yield made
+    made.shutdown()
+    cleanup_dist_env_and_memory()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def schedule(num_tokens: int, names: tuple[str, ...] = ("a", "b"), finished: tuple[str, ...] = ()) -> Any:
+    """The first step of new requests of ``num_tokens`` tokens each."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+    new = [
+        NewRequestData(
+            req_id=name,
+            prompt_token_ids=list(range(5, 5 + num_tokens)),
+            mm_features=[],
+            sampling_params=SamplingParams(temperature=0),
+            pooling_params=None,
+            block_ids=([index + 1],),
+            num_computed_tokens=0,
+            lora_request=None,
+        )
+        for index, name in enumerate(names)
+    ]
+    return SchedulerOutput(
+        scheduled_new_reqs=new,
+        scheduled_cached_reqs=CachedRequestData.make_empty(),
+        num_scheduled_tokens=dict.fromkeys(names, num_tokens),
+        total_num_scheduled_tokens=num_tokens * len(names),
+        scheduled_spec_decode_tokens={},
+        scheduled_encoder_inputs={},
+        finished_req_ids=set(finished),
+        free_encoder_mm_hashes=[],
+    )
+
+
+def finish(worker: Any, *names: str) -> None:
+    assert worker.execute(schedule(0, (), names), 0, (), ()) is None
+
+
+def tensors(
+    num_rows: int, names: tuple[str, ...] = ("hidden_states", "residual")
+) -> tuple[list[TensorSpec], list[bytes]]:
+    import numpy as np
+
+    values = np.linspace(-1, 1, num_rows * HIDDEN_SIZE, dtype=np.float32).tobytes()
+    return [TensorSpec(name, "float32", [num_rows, HIDDEN_SIZE]) for name in names], [values for _ in names]
+
+
+def test_a_right_step_passes_its_digest_on(worker: Any) -> None:
+    from stagewire.vllm_plugin.step_codec import row_digest
+
+    step = schedule(3)
+    digest = row_digest(["a", "b"], step.num_scheduled_tokens)
+    out = worker.execute(step, digest, *tensors(6))
+    assert out.digest == digest
+    assert [spec.shape for spec in out.specs] == [[6, HIDDEN_SIZE]] * 2
+    assert [len(frame) for frame in out.frames] == [6 * HIDDEN_SIZE * 4] * 2
+    assert bytes(out.frames[0]) != tensors(6)[1][0], "the layers changed the hidden states"
+    assert worker.call("get_stage_state", ())["cached_requests"] == 2
+    finish(worker, "a", "b")
+    assert worker.call("get_stage_state", ())["cached_requests"] == 0
+
+
+def test_activations_keep_their_bytes_while_the_next_step_runs(worker: Any) -> None:
+    """What is queued for sending must not be a view of a buffer that the next step overwrites."""
+    from stagewire.vllm_plugin.step_codec import row_digest
+
+    step = schedule(3)
+    first = worker.execute(step, row_digest(["a", "b"], step.num_scheduled_tokens), *tensors(6))
+    before = [bytes(frame) for frame in first.frames]
+    other = schedule(5, ("c", "d"), ("a", "b"))
+    worker.execute(other, row_digest(["c", "d"], other.num_scheduled_tokens), *tensors(10))
+    assert [bytes(frame) for frame in first.frames] == before
+    finish(worker, "c", "d")
+
+
+def test_rows_in_another_order_fail_the_step(worker: Any) -> None:
+    from stagewire.vllm_plugin.step_codec import row_digest
+
+    step = schedule(3)
+    swapped = row_digest(["b", "a"], step.num_scheduled_tokens)
+    with pytest.raises(PeerError, match="stage 1 orders 2 rows otherwise than stage 0"):
+        worker.execute(step, swapped, *tensors(6))
+    finish(worker, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("specs", "frames"),
+    [
+        tensors(6, ("hidden_states",)),
+        tensors(6, ("hidden_states", "hidden_states")),
+        tensors(6, ("hidden_states", "residual", "more")),
+        tensors(5),
+        ([TensorSpec(s.name, "float64", s.shape) for s in tensors(6)[0]], tensors(6)[1]),
+        (tensors(6)[0], [frame[:-4] for frame in tensors(6)[1]]),
+    ],
+    ids=["missing residual", "twice", "one more", "fewer rows", "other dtype", "fewer bytes"],
+)
+def test_tensors_that_are_not_the_plan_fail_the_step(worker: Any, specs: Any, frames: Any) -> None:
+    with pytest.raises(ProtocolError):
+        worker.execute(schedule(3), 0, specs, frames)
+    assert worker.call("get_stage_state", ())["cached_requests"] == 0, "nothing was taken in"
+
+
+@pytest.mark.parametrize(
+    ("method", "args"),
+    [
+        ("save_sharded_state", ("folder",)),
+        ("__class__", ()),
+        ("apply_model", (print,)),
+        ("sleep", ("1",)),
+        ("update_max_model_len", ()),
+        ("get_kv_cache_spec", (1,)),
+    ],
+)
+def test_calls_outside_the_closed_list(worker: Any, method: str, args: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError):
+        worker.call(method, args)
