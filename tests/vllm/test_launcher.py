@@ -41,21 +41,21 @@ class Up:
         self.text = ""
         self._selector = selectors.DefaultSelector()
         assert self.popen.stdout is not None
-        self._selector.register(self.popen.stdout, selectors.EVENT_READ)
+        self._output = self.popen.stdout
+        self._selector.register(self._output, selectors.EVENT_READ)
 
     def read_until(self, text: str, deadline_s: float) -> None:
         """Until the launcher has printed ``text``; its whole output when it ends before."""
         ends_at = time.monotonic() + deadline_s
         while text not in self.text:
             assert self._selector.select(max(0.0, ends_at - time.monotonic())), f"{text!r} not in:\n{self.text}"
-            chunk = os.read(self._selector.get_map()[self.popen.stdout].fd, 65536)
+            chunk = os.read(self._output.fileno(), 65536)
             assert chunk, f"the launcher ended without {text!r}:\n{self.text}"
             self.text += chunk.decode()
 
     def wait(self) -> int:
-        assert self.popen.stdout is not None
         code = self.popen.wait(60)
-        self.text += self.popen.stdout.read().decode()
+        self.text += self._output.read().decode()
         return code
 
 

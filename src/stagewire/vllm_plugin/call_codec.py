@@ -2,7 +2,8 @@
 
 A method that is not in `CALLS` does not exist for a peer; a callable never travels. Values are encoded by type from an
 allow-list: plain data, torch dtypes, and the dataclasses and enums of vLLM's KV cache interface by name. Decoding
-builds only those and checks every field against its default's presence; nothing is imported or executed by name.
+builds only those, with fields that the class has; nothing is imported or executed by name. The types of an object's
+fields are not checked: the handshake has already compared the vLLM versions.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from stagewire.errors import ProtocolError
+from stagewire.errors import ConfigError, ProtocolError
 from stagewire.wire.codec import Frame
 
-__all__ = ["CALLS", "CallSpec", "decode_value", "encode_value"]
+__all__ = ["CALLS", "CallSpec", "check_call", "decode_value", "encode_value"]
 
 
 def _is_layouts(value: Any) -> bool:
@@ -84,6 +85,16 @@ CALLS: dict[str, CallSpec] = {
     "get_model_inspection": CallSpec((), _is_a(str)),
 }
 
+
+def check_call(method: str, args: tuple[Any, ...]) -> None:
+    """Raises ConfigError for a method that is not on the list, or arguments of other types."""
+    spec = CALLS.get(method)
+    if spec is None:
+        raise ConfigError(f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)")
+    if len(args) != len(spec.args) or not all(check(arg) for check, arg in zip(spec.args, args, strict=True)):
+        raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")
+
+
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
@@ -96,6 +107,11 @@ _ENUMS: dict[str, type[enum.Enum]] = {
     if isinstance(cls, type) and issubclass(cls, enum.Enum)
 }
 _ENCODER = msgspec.msgpack.Encoder()
+# What building plain objects from somebody else's parts can raise.
+_DECODE_ERRORS = (
+    *(msgspec.MsgspecError, RecursionError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, AssertionError),
+)
 _DECODER = msgspec.msgpack.Decoder()
 
 
@@ -118,7 +134,7 @@ def decode_value(data: Frame) -> Any:
         return _unpack(_DECODER.decode(data))
     except ProtocolError:
         raise
-    except (msgspec.MsgspecError, RecursionError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except _DECODE_ERRORS as error:
         raise ProtocolError(f"malformed call value: {error}") from error
 
 

@@ -67,6 +67,9 @@ REFUSED: dict[str, str] = {
     "mm_encoder_only": _NOT_YET,
     "kv_sharing_fast_prefill": _NOT_YET,
     "speculative_config": _NOT_YET,
+    "spec_method": _NOT_YET,
+    "spec_model": _NOT_YET,
+    "spec_tokens": _NOT_YET,
     "enable_lora": _NOT_YET,
     "enable_prompt_embeds": _NOT_YET,
 }

@@ -21,7 +21,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.observe.timings import StepLog
-from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
+from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
 from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.stage_worker import StageWorker
@@ -209,9 +209,14 @@ class RingExecutor(Executor):
     def _call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
         call_id = self._next_call
         self._next_call += 1
+        check_call(method, args)  # before any stage runs its part
         self._replies[call_id] = None
         self._process.ring.send(Call(0, call_id, method), [encode_value(args)])
-        own = self._worker.call(method, args)
+        own, own_error = None, None
+        try:
+            own = self._worker.call(method, args)
+        except Exception as error:  # noqa: BLE001  the other stages' replies still have to be taken in
+            own_error = error
         limit = timeout or self._deadline_of(method)
         ends_at = time.monotonic() + limit
         while self._replies[call_id] is None:
@@ -219,6 +224,8 @@ class RingExecutor(Executor):
         reply = self._replies.pop(call_id)
         payloads = self._reply_payloads.pop(call_id)
         assert reply is not None
+        if own_error is not None:
+            raise RuntimeError(f"{method} failed on stage 0: {type(own_error).__name__}: {own_error}") from own_error
         return [own, *self._values(method, reply.results, payloads)]
 
     def _deadline_of(self, method: str) -> float:

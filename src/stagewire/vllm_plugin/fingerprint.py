@@ -6,6 +6,7 @@ Table C5 of docs/vllm-seams.md has the reasons, and what may differ.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,17 @@ def _shared(vllm_config: Any) -> dict[str, Any]:
         "--logits-processors": model.logits_processors,
         "--reasoning-parser": vllm_config.structured_outputs_config.reasoning_parser,
         "--mamba-cache-mode": cache.mamba_cache_mode,
+        "--hf-overrides": json.dumps(model.hf_overrides, sort_keys=True, default=_by_name),
+        "--use-fp64-gumbel": model.use_fp64_gumbel,
+        "--disable-sliding-window": model.disable_sliding_window,
+        "--reasoning-config": vllm_config.reasoning_config,
         "--tensor-parallel-size": vllm_config.parallel_config.tensor_parallel_size,
     }
+
+
+def _by_name(value: Any) -> str:
+    """A callable override: the same function has the same name on every stage."""
+    return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
 
 def _model_fingerprint(model: Any) -> str:

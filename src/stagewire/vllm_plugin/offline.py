@@ -39,15 +39,7 @@ def head_arguments(
     flags |= {flag: options.pop(name) for name, flag in _OPTIONS.items() if name in options}
     # The model plays no part here, but a name that is not a path would be looked up on the hub.
     given = EngineArgs(model=os.curdir, **options)
+    before = dict(vars(given))
     apply_external_mode(given, parse_stage(flags))
-    changed = (
-        "additional_config",
-        "pipeline_parallel_size",
-        "distributed_executor_backend",
-        "scheduler_cls",
-        "async_scheduling",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "kv_cache_memory_bytes",
-    )
-    return {**options, **{name: getattr(given, name) for name in changed}}
+    changed = {name: value for name, value in vars(given).items() if value is not before[name]}
+    return {**options, **changed}

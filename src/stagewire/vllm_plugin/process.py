@@ -26,6 +26,9 @@ __all__ = ["LAUNCHER_PID_ENV", "RingProcess", "as_stagewire_error", "max_frame_b
 
 LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"
 
+MIN_FRAME_LIMIT_BYTES = 16 << 20
+MAX_FRAME_LIMIT_BYTES = 4 << 30
+
 logger = logging.getLogger("vllm.stagewire")
 
 
@@ -42,12 +45,17 @@ def report(stage: int, error: StagewireError) -> str:
 
 
 def max_frame_bytes(vllm_config: Any) -> int:
-    """Above the largest frame that can be right: activations of a full batch, or a schedule full of long prompts."""
+    """Above the largest frame that can be right, in bytes, from the predecessor.
+
+    Activations of a full batch; a schedule full of long prompts; or log-probabilities (id, value: 8 bytes, and a rank)
+    of whole prompts, which all arrive with a prompt's last chunk.
+    """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    prompt_tokens = scheduler.max_num_seqs * model.max_model_len
+    num_logprobs = model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size()
     activations = scheduler.max_num_batched_tokens * model.get_hidden_size() * 8
-    prompts = scheduler.max_num_seqs * model.max_model_len * 5
-    logprobs = scheduler.max_num_batched_tokens * (model.max_logprobs + 1) * 12
-    return int(max(activations, prompts, logprobs, 16 << 20))
+    largest = max(activations, prompt_tokens * 5, prompt_tokens * (num_logprobs + 2) * 8, MIN_FRAME_LIMIT_BYTES)
+    return int(min(largest, MAX_FRAME_LIMIT_BYTES))
 
 
 class RingProcess(Observer):

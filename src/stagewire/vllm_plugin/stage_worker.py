@@ -24,7 +24,7 @@ from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
 from stagewire.vllm_plugin import pipeline_group
-from stagewire.vllm_plugin.call_codec import CALLS
+from stagewire.vllm_plugin.call_codec import check_call
 from stagewire.vllm_plugin.step_codec import row_digest
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import TensorSpec
@@ -57,6 +57,11 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
         )
     if model.is_encoder_decoder:
         raise ConfigError(f"{model.architecture} is an encoder-decoder model: its encoder would run on every stage")
+    if vllm_config.speculative_config is not None:
+        # However it was asked for: by a short flag, or by a checkpoint that names its own draft.
+        raise ConfigError("speculative decoding is not carried between stages yet")
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        raise ConfigError("--aux-output-config: routed experts are not carried between stages yet")
     if model.runner_type != "generate":
         raise ConfigError(f"--runner {model.runner_type}: only generation is served over stages so far")
     check_own_range(config.stage, config.num_stages, config.layers, model.get_total_num_hidden_layers())
@@ -212,13 +217,7 @@ class StageWorker:
         Raises:
             ConfigError: not on the list, or arguments of another type.
         """
-        spec = CALLS.get(method)
-        if spec is None:
-            raise ConfigError(
-                f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)"
-            )
-        if len(args) != len(spec.args) or not all(check(arg) for check, arg in zip(spec.args, args, strict=True)):
-            raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")
+        check_call(method, args)
         own = _OWN_CALLS.get(method)
         return own(self, *args) if own else getattr(self._wrapper, method)(*args)
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
@@ -298,5 +299,5 @@ def _numpy(array: _Array) -> np.ndarray[Any, Any]:
 def _decode(decoder: Any, data: Frame, what: str) -> Any:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError, ValueError, TypeError, AssertionError) as error:
+    except (msgspec.MsgspecError, VLLMValidationError, RecursionError, ValueError, TypeError, AssertionError) as error:
         raise ProtocolError(f"malformed {what}: {error}") from error
