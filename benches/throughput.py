@@ -1,0 +1,180 @@
+"""Output tokens per second of a Stagewire ring against stock vLLM's own pipeline parallelism, on the same cores.
+
+Both get the same arguments (dtype, eager or compiled, batch limits, block size, number of KV blocks), the same layer
+split, one OpenMP thread per stage and the same cores. Stock pins each worker's OpenMP threads to its core
+(VLLM_CPU_OMP_THREADS_BIND) and leaves its API server and engine free; how the ring is pinned is --pin:
+
+    stages   each stage's processes on its own core, as `stagewire up` does
+    none     not at all
+
+Both servers are up all the time and driven alternately; each round has new prompts, the same for both, and every other
+round the order is reversed. A pair of runs waits for a quiet machine and is repeated when other programs used it
+meanwhile. A side that burns CPU while it is idle is frozen while the other is measured.
+
+Stock pipeline parallelism dies on CPU with --enforce-eager at its first request: its receive buffers are allocated by a
+warm-up that eager mode skips. stock_pp_worker.py allocates them and changes nothing else; it is given to stock through
+vLLM's own --worker-cls, in eager mode only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benches.common import (
+    DEFAULT_MODEL,
+    IDLE_LIMIT,
+    ROOT,
+    Foreign,
+    PinnedRing,
+    Ratios,
+    Ring,
+    SingleProcess,
+    cpu_seconds,
+    drive,
+    even_ranges,
+    idle_share,
+    print_machine,
+    print_table,
+    prompts,
+    set_aside,
+    wait_until_quiet,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--tokens", type=int, default=64, help="output tokens of each request")
+    parser.add_argument("--words", type=int, default=24, help="length of the prompts")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compiled", action="store_true", help="without --enforce-eager; needs a C++ compiler")
+    parser.add_argument("--kv-cache-memory-bytes", default="512M", help="of each stage, on both sides")
+    parser.add_argument("--pin", choices=("stages", "none"), default="stages")
+    parser.add_argument("--max-foreign", type=float, default=0.04, help="share of the machine; above, a pair repeats")
+    parser.add_argument("--repeats", type=int, default=6, help="at most, of a disturbed pair; the last one counts")
+    parser.add_argument("--max-wait", type=float, default=60.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--idle-window", type=float, default=5.0, help="seconds in which idle CPU use is measured")
+    return parser.parse_args()
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    return [
+        *("--dtype", options.dtype, "--max-model-len", "1024", "--max-num-batched-tokens", "512"),
+        *("--max-num-seqs", "64", "--block-size", "32", "--kv-cache-memory-bytes", options.kv_cache_memory_bytes),
+        "--disable-uvicorn-access-log",
+        *(() if options.compiled else ("--enforce-eager",)),
+    ]
+
+
+def cores_of(num_stages: int) -> list[str]:
+    """One core for each stage, in order; with fewer cores than stages they are shared in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [str(cores[stage % len(cores)]) for stage in range(num_stages)]
+
+
+@dataclass(frozen=True)
+class Run:
+    tokens_per_s: float
+    cpu_ms_per_token: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two servers; ``freezes``: the other one's process, while this one is measured."""
+
+    name: str
+    url: str
+    pids: Sequence[int]
+    freezes: int | None
+
+    def run(self, model: Path, texts: Sequence[str], num_tokens: int) -> Run:
+        with set_aside(self.freezes or 0, self.freezes is not None):
+            before = sum(map(cpu_seconds, self.pids))
+            took_s = drive(self.url, model, texts, num_tokens)
+            used_s = sum(map(cpu_seconds, self.pids)) - before
+        total = len(texts) * num_tokens
+        return Run(total / took_s, 1000 * used_s / total)
+
+
+def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> None:
+    shares = [idle_share(stage.pid, options.idle_window) for stage in ring.stages]
+    stock_share = idle_share(stock.process.pid, options.idle_window)
+    freeze = stock_share > IDLE_LIMIT
+    print(
+        f"idle, share of a core: ring {' '.join(f'{share:.1%}' for share in shares)}, stock {stock_share:.1%}"
+        + (" (frozen while the ring is measured)" if freeze else ""),
+        flush=True,
+    )
+    warm_up = prompts(max(options.concurrency), options.words, seed=10_000)
+    for url in (ring.url, stock.url):
+        drive(url, options.model, warm_up, 8)
+    results = {concurrency: Ratios() for concurrency in options.concurrency}
+    cpu = {concurrency: Ratios() for concurrency in options.concurrency}
+    sides = [
+        Side("ring", ring.url, [stage.pid for stage in ring.stages], stock.process.pid if freeze else None),
+        Side("stock", stock.url, [stock.process.pid], None),
+    ]
+    num_repeated = 0
+    for index in range(options.rounds):
+        for concurrency in options.concurrency:
+            for attempt in range(options.repeats + 1):
+                seed = (index * 100 + attempt) * 100 + concurrency
+                texts = prompts(concurrency, options.words, seed)
+                wait_until_quiet(options.max_foreign, options.max_wait)
+                with Foreign() as foreign:
+                    order = sides if (index + attempt) % 2 else sides[::-1]
+                    found = {side.name: side.run(options.model, texts, options.tokens) for side in order}
+                is_disturbed = foreign.share > options.max_foreign
+                ours, theirs = found["ring"], found["stock"]
+                print(
+                    f"round {index + 1}, {concurrency} requests: ring {ours.tokens_per_s:.1f}, stock "
+                    f"{theirs.tokens_per_s:.1f} tok/s, ratio {ours.tokens_per_s / theirs.tokens_per_s:.3f}; "
+                    f"others used {foreign.share:.0%} of the machine{', again' if is_disturbed else ''}",
+                    flush=True,
+                )
+                if not is_disturbed:
+                    break
+                num_repeated += attempt < options.repeats
+            results[concurrency].add(ours.tokens_per_s, theirs.tokens_per_s)
+            cpu[concurrency].add(ours.cpu_ms_per_token, theirs.cpu_ms_per_token)
+    print_table(
+        f"{options.stages} stages, {options.dtype}, {'compiled' if options.compiled else 'eager'}, "
+        f"{options.tokens} tokens per request, {options.rounds} rounds ({num_repeated} pairs repeated), "
+        f"ring pinned: {options.pin}",
+        ["requests", "ring tok/s", "stock PP tok/s", "ratio", "spread", "CPU ms/token: ring", "stock"],
+        [
+            [str(concurrency), *results[concurrency].cells(".1f"), *cpu[concurrency].cells(".2f")[:2]]
+            for concurrency in options.concurrency
+        ],
+    )
+
+
+def main() -> None:
+    options = parse_arguments()
+    print_machine(options.model)
+    cores = cores_of(options.stages)
+    extra = settings(options)
+    stock_env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(cores)}
+    stock_extra = [*extra, "--pipeline-parallel-size", str(options.stages)]
+    if not options.compiled:
+        stock_extra += ["--worker-cls", "benches.stock_pp_worker.EagerPipelineWorker"]
+        stock_env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        print("stock: its receive buffers are allocated at load, which it forgets in eager mode (stock_pp_worker.py)")
+    pins = cores if options.pin == "stages" else ()
+    ranges = even_ranges(options.model, options.stages)
+    with (
+        PinnedRing(options.model, ranges, extra, cores=pins) as ring,
+        SingleProcess(options.model, stock_extra, stock_env) as stock,
+    ):
+        measure(ring, stock, options)
+
+
+if __name__ == "__main__":
+    main()
