@@ -38,12 +38,12 @@ __all__ = [
     "Ratios",
     "Ring",
     "SingleProcess",
+    "begin",
     "complete_all",
     "cpu_seconds",
     "drive",
     "even_ranges",
     "idle_share",
-    "print_machine",
     "print_table",
     "process_tree",
     "prompts",
@@ -196,7 +196,13 @@ class Ratios:
         return [*medians, f"{statistics.median(each):.3f}", f"{min(each):.3f}-{max(each):.3f}"]
 
 
-def print_machine(model: Path) -> None:
+def begin(model: Path) -> None:
+    """Says what is measured on; from here on SIGTERM, like Ctrl-C, ends the servers first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _print_machine(model)
+
+
+def _print_machine(model: Path) -> None:
     cpu = next(
         (
             line.partition(":")[2].strip()

@@ -44,10 +44,10 @@ from benches.common import (
     Ratios,
     Ring,
     SingleProcess,
+    begin,
     drive,
     even_ranges,
     idle_share,
-    print_machine,
     print_table,
     prompts,
     wait_until_quiet,
@@ -56,8 +56,8 @@ from benches.common import (
 from stagewire.checkpoint.model_config import read_config
 from stagewire.config import Address
 from stagewire.observe.timings import STEP_TRACE_ENV
+from stagewire.ring.actions import Side
 from stagewire.ring.link import Connected, Received
-from stagewire.ring.state import Side
 from stagewire.ring.zmq_link import COPY_THRESHOLD_BYTES, ZmqTransport
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Bye, StageTiming, Step, TensorSpec
@@ -338,7 +338,7 @@ def measure_stages(options: argparse.Namespace, raw_us: float) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    print_machine(options.model)
+    begin(options.model)
     raw_us = measure_floor(options)
     if options.stages:
         measure_stages(options, raw_us)

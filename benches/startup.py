@@ -10,7 +10,8 @@
 3. The law: sum over stages of (resident - KV cache that is resident - a process that only imports) <= 1.1 x checkpoint.
    Resident is RSS, so that shared libraries cancel against the importing process, which preloads the same libraries and
    imports what the stage's process of that kind imports (the head has two kinds: API server and engine). What part of
-   the KV budget is resident is measured too: a process that allocates as many zeros as vLLM does.
+   the KV budget is resident is measured too: a process that allocates as many zeros as vLLM does. One process is put
+   through the same sum, to tell what stages add from what vLLM itself keeps.
    The checkpoint has random bfloat16 weights, is written shard by shard and removed at the end.
 """
 
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +36,9 @@ from benches.common import (
     PinnedRing,
     Ratios,
     SingleProcess,
+    begin,
     drive,
     even_ranges,
-    print_machine,
     print_table,
     process_tree,
     prompts,
@@ -270,27 +271,39 @@ def measure_law(options: argparse.Namespace) -> None:
         ranges = even_ranges(model, options.stages)
         with PinnedRing(model, ranges, settings("bfloat16", kv_bytes)) as ring:
             drive(ring.url, model, prompts(1, 24, 0), 2)
-            trees = [_processes(stage.pid) for stage in ring.stages]
-    rows = []
-    total = 0
-    for stage, processes in enumerate(trees):
-        for kind, rss in processes:
-            imported = min(imports.get(kind, rss), rss)  # helpers of multiprocessing count as imports
-            kv = kv_resident if kind in ("engine", "stage") else 0
-            total += rss - kv - imported
-            name = f"stage {stage} ({ranges[stage]}) {kind}"
-            rows.append([name, *(f"{each / 1e6:.0f}" for each in (rss, kv, imported, rss - kv - imported))])
+            found = {f"stage {i} ({ranges[i]})": _processes(stage.pid) for i, stage in enumerate(ring.stages)}
+        with SingleProcess(model, settings("bfloat16", kv_bytes)) as single:
+            drive(single.url, model, prompts(1, 24, 0), 2)
+            alone = {"one process": _processes(single.process.pid)}
+    header = ["process", "resident", "KV resident", "imports only", "rest"]
+    ring_rows, total = _account(found, imports, kv_resident)
+    single_rows, single_total = _account(alone, imports, kv_resident)
     print_table(
-        f"Memory of a checkpoint of {checkpoint / 1e9:.2f} GB over {options.stages} stages, bfloat16, eager, MB",
-        ["process", "resident", "KV resident", "imports only", "rest"],
-        rows,
+        f"Memory of a checkpoint of {checkpoint / 1e9:.2f} GB, bfloat16, eager, MB: {options.stages} stages and one process",
+        header,
+        [*ring_rows, *single_rows],
     )
     verdict = "holds" if total <= LIMIT * checkpoint else "does NOT hold"
     print(
-        f"\nsum {total / 1e6:.0f} MB / checkpoint {checkpoint / 1e6:.0f} MB = {total / checkpoint:.3f}: "
-        f"the law (<= {LIMIT}) {verdict}; KV budget {kv_bytes / MIB:.0f} MiB per stage, "
-        f"{kv_resident / kv_bytes:.0%} of it resident"
+        f"\nsum over stages {total / 1e6:.0f} MB / checkpoint {checkpoint / 1e6:.0f} MB = {total / checkpoint:.3f}: "
+        f"the law (<= {LIMIT}) {verdict}; one process {single_total / checkpoint:.3f}; "
+        f"KV budget {kv_bytes / MIB:.0f} MiB per process with layers, {kv_resident / kv_bytes:.0%} of it resident"
     )
+
+
+def _account(
+    trees: Mapping[str, Sequence[tuple[str, int]]], imports: Mapping[str, int], kv_resident: int
+) -> tuple[list[list[str]], int]:
+    """Table rows, and the sum of what neither the KV cache nor imports explain."""
+    rows, total = [], 0
+    for name, processes in trees.items():
+        for kind, rss in processes:
+            has_layers = kind in ("stage", "worker") or (kind == "engine" and "stage" in name)
+            imported = min(imports.get("stage" if kind == "worker" else kind, rss), rss)  # helpers are all imports
+            kv = kv_resident if has_layers else 0
+            total += rss - kv - imported
+            rows.append([f"{name} {kind}", *(f"{each / 1e6:.0f}" for each in (rss, kv, imported, rss - kv - imported))])
+    return rows, total
 
 
 def _processes(pid: int) -> Sequence[tuple[str, int]]:
@@ -301,6 +314,8 @@ def _processes(pid: int) -> Sequence[tuple[str, int]]:
         command = Path(f"/proc/{each}/cmdline").read_bytes()
         if comm.startswith("VLLM::EngineCor"):
             kind = "engine"
+        elif comm.startswith("VLLM::Worker"):
+            kind = "worker"
         elif each == pid:
             kind = "stage" if b"--external-pp-worker" in command else "api"
         else:
@@ -311,7 +326,7 @@ def _processes(pid: int) -> Sequence[tuple[str, int]]:
 
 def main() -> None:
     options = parse_arguments()
-    print_machine(options.model)
+    begin(options.model)
     if options.rounds:
         measure_ready(options)
     if options.large:

@@ -33,11 +33,11 @@ from benches.common import (
     Ratios,
     Ring,
     SingleProcess,
+    begin,
     cpu_seconds,
     drive,
     even_ranges,
     idle_share,
-    print_machine,
     print_table,
     prompts,
     set_aside,
@@ -158,7 +158,7 @@ def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> No
 
 def main() -> None:
     options = parse_arguments()
-    print_machine(options.model)
+    begin(options.model)
     cores = cores_of(options.stages)
     extra = settings(options)
     stock_env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(cores)}
