@@ -279,7 +279,7 @@ def measure_law(options: argparse.Namespace) -> None:
     ring_rows, total = _account(found, imports, kv_resident)
     single_rows, single_total = _account(alone, imports, kv_resident)
     print_table(
-        f"Memory of a checkpoint of {checkpoint / 1e9:.2f} GB, bfloat16, eager, MB: {options.stages} stages and one process",
+        f"Memory of a checkpoint of {checkpoint / 1e9:.2f} GB, bfloat16, eager, MB",
         header,
         [*ring_rows, *single_rows],
     )
