@@ -13,6 +13,21 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "stagewire"
 # Imports point downward: to a later entry, or within the same one.
 LAYERS = ["cli", "launch", "vllm_plugin", "checkpoint", "ring", "wire", "observe", "config", "plan", "errors"]
+# Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.
+RING = [
+    "runtime",
+    "node",
+    "zmq_link",
+    "link",
+    "state",
+    "predecessor",
+    "successor",
+    "rendezvous",
+    "admission",
+    "actions",
+]
+PURE_RING = RING[RING.index("state") :]
+WORLD = {"threading", "queue", "time", "socket", "os", "random", "secrets", "asyncio", "selectors"}
 # At the level of cli: what users of the package touch.
 ENTRANCES = {"__init__": "cli", "offline": "cli"}
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -75,6 +90,19 @@ def test_who_may_import_what(path: Path) -> None:
             "stagewire.errors",
             "stagewire.plan.ranges",
         }
+
+
+@pytest.mark.parametrize("name", RING)
+def test_the_ring_within_itself(name: str) -> None:
+    used = set(imports(SOURCE / "ring" / f"{name}.py"))
+    inside = {module.removeprefix("stagewire.ring.") for module in used if module.startswith("stagewire.ring.")}
+    assert inside <= set(RING[RING.index(name) + 1 :])
+    if name in PURE_RING:
+        assert not {module.split(".")[0] for module in used} & WORLD
+
+
+def test_the_ring_is_listed() -> None:
+    assert {path.stem for path in (SOURCE / "ring").glob("*.py")} == {"__init__", *RING}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)

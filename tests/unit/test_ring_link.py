@@ -13,6 +13,7 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError
+from stagewire.ring.actions import Side
 from stagewire.ring.link import (
     BadHandshake,
     Connected,
@@ -26,7 +27,7 @@ from stagewire.ring.link import (
     UnreachableError,
 )
 from stagewire.ring.node import RingNode
-from stagewire.ring.state import Phase, RingState, Side
+from stagewire.ring.state import Phase, RingState
 from stagewire.ring.zmq_link import ZmqTransport, local_host_towards, resolve
 from stagewire.wire.messages import Call
 from unit.ring_harness import OWN_PORTS, QUICKSTART_PORTS, Record, make_config, make_identity

@@ -8,8 +8,9 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError, StageLost
+from stagewire.ring.actions import Side
 from stagewire.ring.link import MemoryTransport
-from stagewire.ring.state import Phase, Side
+from stagewire.ring.state import Phase
 from stagewire.wire.codec import encode
 from stagewire.wire.messages import Call, CallResult, Hello, Reply, Result, Sample, Step
 from unit.ring_harness import (

@@ -10,9 +10,9 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import InternalError, PeerError, StageLost
+from stagewire.ring.actions import Side
 from stagewire.ring.link import Event, MemoryNetwork, MemoryTransport
 from stagewire.ring.runtime import RingRuntime, new_incarnation
-from stagewire.ring.state import Side
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Call
 from unit.ring_harness import Record, make_config, make_identity

@@ -1,10 +1,16 @@
 """The ring of stages: who is connected to whom, whether the pipeline is whole, and who learns of a loss.
 
-    state       the rules, as a pure state machine: events in, actions out
-    link        what a transport must do, and the one that lives in memory
-    zmq_link    the transport over ZeroMQ; the only file that imports zmq
-    node        runs a state over a transport, one turn at a time
-    runtime     gives a node its thread; what the rest of the package uses
+    runtime       gives a node its thread; what the rest of the package uses
+    node          runs a state over a transport, one turn at a time
+    zmq_link      the transport over ZeroMQ; the only file that imports zmq
+    link          what a transport must do, and the one that lives in memory
+    state         the rules, as a pure state machine: events in, actions out; the ring as a whole
+    predecessor   its part for the link to the predecessor
+    successor     its part for the link from the successor
+    rendezvous    its part for a port that several stages of a host share
+    admission     who may take part, who is wrong when two stages differ, the words of a refusal
+    actions       what the rules decide, as values
 
-A decision belongs in state, bytes on a connection in a link, a queue or a thread in node and runtime.
+Imports point down this list. A decision belongs in state or a part of it, bytes on a connection in a link, a queue or
+a thread in node and runtime.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from stagewire.config import Address
-from stagewire.ring.state import Side
+from stagewire.ring.actions import Side
 from stagewire.wire.codec import Frame
 
 __all__ = [

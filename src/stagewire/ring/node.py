@@ -15,28 +15,35 @@ import msgspec
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ProtocolError, StagewireError
-from stagewire.ring.link import BadHandshake, Connected, Disconnected, Event, PortTakenError, Received, Transport
-from stagewire.ring.link import UnreachableError as Unreachable
-from stagewire.ring.state import (
+from stagewire.ring.actions import (
     Action,
     Bind,
     Connect,
     ConnectOwner,
+    Data,
     Deliver,
     Fail,
     Log,
-    RingState,
     Send,
     SetOpen,
     Side,
     Stop,
 )
+from stagewire.ring.link import (
+    BadHandshake,
+    Connected,
+    Disconnected,
+    Event,
+    PortTakenError,
+    Received,
+    Transport,
+    UnreachableError,
+)
+from stagewire.ring.state import RingState
 from stagewire.wire.codec import Frame, decode, encode
-from stagewire.wire.messages import Call, Reply, Result, Sample, StageIdentity, Step
+from stagewire.wire.messages import StageIdentity
 
 __all__ = ["Delivery", "Observer", "RingNode"]
-
-Data = Call | Reply | Step | Sample | Result
 
 
 @dataclass(frozen=True)
@@ -144,10 +151,7 @@ class RingNode:
             case Disconnected(side, note):
                 return self.state.disconnected(side, note, now)
             case BadHandshake(side):
-                if side is Side.SUCCESSOR:
-                    error = ProtocolError("a connection that does not speak ZeroMQ")
-                    return self.state.bad_message(side, b"", error, now)
-                return self.state.bad_handshake(side)
+                return self.state.bad_handshake(side, now)
             case Received(side, peer, frames):
                 try:
                     message, payloads = decode(frames)
@@ -163,9 +167,8 @@ class RingNode:
     def _perform_one(self, action: Action) -> list[Action]:
         match action:
             case Send(side, message, peer, payloads):
-                return self._transmit(side, peer or b"", encode(message, payloads))
+                self._transmit(side, peer, encode(message, payloads))
             case Deliver(message, payloads):
-                assert isinstance(message, Data)
                 self.inbox.put(Delivery(message, payloads, self._clock_ns()))
             case Connect(port):
                 target = self.config.predecessor
@@ -198,23 +201,22 @@ class RingNode:
         self._observer.on_bound(str(Address(self._bind_host, port)))
         return self.state.bound(public, port, self._now())
 
-    def _transmit(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> list[Action]:
+    def _transmit(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> bool:
+        """Whether somebody is there to get it; a successor that is not there is news for the state."""
         try:
             self.transport.send(side, peer, frames)
-        except Unreachable:
+        except UnreachableError:
             if side is Side.SUCCESSOR and peer == self.state.successor_peer:
-                return self.state.successor_unreachable(self._now())
-        return []
+                self.state.successor_unreachable(self._now())
+            return False
+        return True
 
     def _flush_outbox(self) -> None:
         """Sends what waits, while there is somebody to send it to; what finds nobody stays for the next epoch."""
         while self._outbox and self.state.is_open and self.state.successor_peer is not None:
             message, payloads = self._outbox[0]
             frames = encode(msgspec.structs.replace(message, epoch=self.state.epoch), payloads)
-            try:
-                self.transport.send(Side.SUCCESSOR, self.state.successor_peer, frames)
-            except Unreachable:
-                self._perform(self.state.successor_unreachable(self._now()))
+            if not self._transmit(Side.SUCCESSOR, self.state.successor_peer, frames):
                 return
             self._outbox.popleft()
             self.state.began_serving()

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 
 from stagewire.config import StageConfig
 from stagewire.errors import InternalError, PeerError, StagewireError
+from stagewire.ring.actions import Data
 from stagewire.ring.link import Transport
-from stagewire.ring.node import Data, Delivery, Observer, RingNode
+from stagewire.ring.node import Delivery, Observer, RingNode
 from stagewire.ring.state import RingState
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import StageIdentity

@@ -3,10 +3,6 @@
 Events go in (one method each: `connected`, `received`, `tick`, ...), actions come out, in order; ring/node.py performs
 them. It knows stages, links, epochs and failures, and no socket, clock, thread, torch or vLLM: the time is an argument.
 
-    link to the predecessor    IDLE ──connected──> GREETING ──Welcome──> LINKED
-                                 ^                     │                    │
-                                 └──── disconnected, Redirect, no stage ────┘
-
     the head        LINKING ──its Roll came round──> OPENING ──its Open came round──> OPEN ──first call sent──> SERVING
     other stages    LINKING ─────────────Open came from the predecessor─────────────> OPEN ──first call came──> SERVING
 
@@ -15,9 +11,10 @@ them. It knows stages, links, epochs and failures, and no socket, clock, thread,
     any ──> FAILED       a refusal or a deadline; from SERVING also a Fault, or the predecessor's loss
     any ──> STOPPED      `stop` here, or the head's Bye
 
-Who is wrong when two stages differ: between neighbours the higher index (order, gap, overlap); in shared settings
-whoever differs from the head, which is why those are compared when the head's identity arrives with the Roll. A stage
-judges a caller's total or pipeline id only once it knows the head; until then it says "ask again".
+Its parts have rules of their own: ring/predecessor.py and ring/successor.py the two links, ring/rendezvous.py a port
+that several stages share, ring/admission.py who is wrong when two stages differ. Settings are compared when the head's
+identity arrives with the Roll; a stage judges a caller's total or pipeline id only once it knows the head, until then
+it says "ask again".
 
 A loss before SERVING only unlinks: the others wait for the corrected stage until their start deadline. Whoever leaves
 OPEN because its predecessor is gone sends a Fault forward, which reaches the head before the Roll that repairs the
@@ -33,7 +30,25 @@ from enum import Enum
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, PeerError, ProtocolError, StageLost, StagewireError, WireVersionError
-from stagewire.plan.ranges import LayerRange, check_adjacent
+from stagewire.ring.actions import (
+    Action,
+    Bind,
+    Connect,
+    Data,
+    Deliver,
+    Fail,
+    Log,
+    Outcome,
+    Send,
+    SetOpen,
+    Side,
+    Stop,
+    clip,
+)
+from stagewire.ring.admission import pipeline_refusal, range_refusal, settings_refusal
+from stagewire.ring.predecessor import PredecessorLink
+from stagewire.ring.rendezvous import Rendezvous
+from stagewire.ring.successor import SuccessorLink
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import (
     Bye,
@@ -58,47 +73,14 @@ from stagewire.wire.messages import (
     Welcome,
 )
 
-__all__ = [
-    "Action",
-    "Bind",
-    "Connect",
-    "ConnectOwner",
-    "Deliver",
-    "Fail",
-    "Log",
-    "Phase",
-    "RingState",
-    "Send",
-    "SetOpen",
-    "Side",
-    "Stop",
-]
+__all__ = ["Phase", "RingState"]
 
-HELLO_INTERVAL_S = 1.0
 WAIT_LINE_INTERVAL_S = 10.0
-# A stage that says nothing for this time may be replaced by a newcomer with its index.
-ALIVE_S = 5.0
-# With a successor gone while serving, word of it comes round the ring (Fault or Bye); without, we fail by ourselves.
-LOST_SUCCESSOR_S = 2.0
-# Something that accepts connections but never answers like a stage is not one, after this time.
-MUTE_PEER_S = 30.0
-# The owner of a shared port answers at once unless it is no stage at all; Python may hold it up while it imports.
-MUTE_OWNER_S = 10.0
-# Handshakes that ZeroMQ itself gives up on, in a row, before an address counts as another program's.
-MAX_BAD_HANDSHAKES = 3
-# Bounds on what strangers can make us remember, and on how much text one message carries.
+# Bounds what strangers can make us remember, and say.
 MAX_REMEMBERED = 1000
-MAX_CLAIMS = 16
-MAX_UNREPORTED = 16
-MAX_TEXT = 2000
 
-
-class Side(Enum):
-    """Which connection: to the predecessor, from successors (and strangers), to the owner of a shared port."""
-
-    PREDECESSOR = "predecessor"
-    SUCCESSOR = "successor"
-    OWNER = "owner"
+_FOR_HEAD = (Reply, Result)
+_FOR_WORKER = (Call, Reply, Step, Sample)
 
 
 class Phase(Enum):
@@ -108,116 +90,6 @@ class Phase(Enum):
     SERVING = "serving"
     FAILED = "failed"
     STOPPED = "stopped"
-
-
-class Link(Enum):
-    IDLE = "idle"
-    GREETING = "greeting"
-    LINKED = "linked"
-
-
-@dataclass(frozen=True)
-class Bind:
-    """Listen: on the configured port (``public``), or on one that the system picks."""
-
-    public: bool
-
-
-@dataclass(frozen=True)
-class Connect:
-    """(Re)connect to the predecessor; ``port`` replaces the configured one after a Redirect."""
-
-    port: int | None = None
-
-
-@dataclass(frozen=True)
-class ConnectOwner:
-    """(Re)connect to whoever owns the configured bind port."""
-
-
-@dataclass(frozen=True)
-class Send:
-    """``peer`` is the successor-side address of one connection; None for the other sides."""
-
-    side: Side
-    message: Message
-    peer: bytes | None = None
-    payloads: Sequence[Frame] = ()
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """For the thread that runs the model."""
-
-    message: Message
-    payloads: Sequence[Frame]
-
-
-@dataclass(frozen=True)
-class SetOpen:
-    """The ring is whole. ``identities`` is every stage's, in order, at the head; empty elsewhere."""
-
-    epoch: int
-    identities: tuple[StageIdentity, ...]
-
-
-@dataclass(frozen=True)
-class Fail:
-    error: StagewireError
-
-
-@dataclass(frozen=True)
-class Stop:
-    text: str
-
-
-@dataclass(frozen=True)
-class Log:
-    text: str
-    is_warning: bool = False
-
-
-Action = Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | Fail | Stop | Log
-
-_FOR_HEAD = (Reply, Result)
-_FOR_WORKER = (Call, Reply, Step, Sample)
-
-
-class _Verdict(Enum):
-    """About a newcomer with an index that somebody else holds."""
-
-    REFUSED = "the holder answers"
-    WAITS = "too early to tell"
-    TAKES_OVER = "the holder is silent"
-
-
-@dataclass
-class _Holder:
-    """Who has an index so far, and since when which incarnations claim it too."""
-
-    identity: StageIdentity
-    heard_at: float
-    claims: dict[str, float] = field(default_factory=dict, kw_only=True)
-
-    def judge(self, claimant: str, now: float) -> _Verdict:
-        """Refused as soon as the holder has been heard after the claim; takes over after `ALIVE_S` of silence."""
-        if len(self.claims) >= MAX_CLAIMS:
-            self.claims.clear()
-        since = self.claims.setdefault(claimant, now)
-        if self.heard_at > since:
-            del self.claims[claimant]
-            return _Verdict.REFUSED
-        return _Verdict.TAKES_OVER if now - since >= ALIVE_S else _Verdict.WAITS
-
-
-@dataclass
-class _Registration(_Holder):
-    port: int
-
-
-@dataclass
-class _Successor(_Holder):
-    peer: bytes
 
 
 @dataclass
@@ -238,35 +110,26 @@ class RingState:
 
     phase: Phase = Phase.LINKING
     epoch: int = 0
-    hop_ns: int = 0
     num_stale_frames: int = 0
     num_bad_messages: int = 0
 
-    _link: Link = Link.IDLE
-    _link_note: str = "not tried yet"
-    _heard_predecessor_at: float = 0.0
-    _redirected: bool = False
-    _bad_handshakes: int = 0
-    _ping_ns: int = -1
-    _successor: _Successor | None = None
-    _successor_lost_at: float = 0.0
+    _predecessor: PredecessorLink = field(init=False)
+    _successor: SuccessorLink = field(init=False)
+    _rendezvous: Rendezvous = field(init=False)
     _roll: tuple[StageIdentity, ...] | None = None
-    _owns_port: bool = False
-    _private_port: int | None = None
-    _owner_registered: bool = False
-    _owner_since: float = 0.0
-    _owner_tries: int = 0
-    _registry: dict[int, _Registration] = field(default_factory=dict)
-    _unreported: list[Refused] = field(default_factory=list)
-    _next_hello_at: float = 0.0
-    _next_register_at: float = 0.0
     _next_line_at: float = 0.0
     _told: set[Hashable] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._predecessor = PredecessorLink(self.config, self.identity)
+        self._successor = SuccessorLink(self.identity)
+        self._rendezvous = Rendezvous(self.config, self.identity)
 
     def __repr__(self) -> str:
         return (
             f"RingState(stage={self.config.stage}/{self.config.num_stages}, phase={self.phase.value}, "
-            f"epoch={self.epoch}, predecessor={self._link.value}, successor={self.successor_peer is not None})"
+            f"epoch={self.epoch}, predecessor={self._predecessor.state.value}, "
+            f"successor={self.successor_peer is not None})"
         )
 
     # ---- what others ask -------------------------------------------------------------------------------------------
@@ -281,15 +144,19 @@ class RingState:
 
     @property
     def successor_peer(self) -> bytes | None:
-        return self._successor.peer if self._successor else None
+        return self._successor.peer
+
+    @property
+    def hop_ns(self) -> int:
+        """One-way time to the predecessor: half of the last ping; 0 while unknown."""
+        return self._predecessor.hop_ns
 
     def waits_for(self) -> str:
         """Whom this stage waits for, for people."""
         config = self.config
-        predecessor = f"stage {config.predecessor_stage} at {config.predecessor}"
-        if self._link is not Link.LINKED:
-            return f"{predecessor} ({self._link_note})"
-        if self._successor is None:
+        if not self._predecessor.is_linked:
+            return f"{self._predecessor} ({self._predecessor.note})"
+        if self._successor.peer is None:
             return f"stage {config.successor_stage} to connect to port {config.bind_port}"
         if config.is_head:
             return f"the stages between 1 and {config.num_stages - 1} to link to each other"
@@ -303,58 +170,42 @@ class RingState:
 
     def bound(self, public: bool, port: int, now: float) -> list[Action]:
         """The outcome of Bind: on the configured port, or (it was taken) on a private one."""
-        if public:
-            self._owns_port = True
-            return []
-        self._private_port = port
-        self._owner_since = now
-        return [ConnectOwner()]
+        return self._rendezvous.bound(public, port, now)
 
     def port_taken(self) -> list[Action]:
         """Bind(public=True) found the port in use: by a stage of this pipeline on this host, or by something else."""
-        if self._private_port is None:
-            return [Bind(public=False)]
-        return [ConnectOwner()] if not self._owner_registered else []
+        return self._rendezvous.port_taken()
+
+    def began_serving(self) -> None:
+        """A message of this stage's own has left on the open ring."""
+        self.phase = Phase.SERVING
 
     def stop(self, text: str) -> list[Action]:
         """This stage was asked to stop. The head takes the others along; a worker tells them that it is gone."""
         if self.is_over:
             return []
         stage = self.config.stage
-        text = _clip(text)
+        text = clip(text)
         message: Message = Bye(text) if self.config.is_head else Fault(stage, 3, f"stage {stage} stopped: {text}")
         self.phase = Phase.STOPPED
-        return [*self._to_successor(message), Stop(text)]
+        return [*self._successor.send(message), Stop(text)]
 
     def fail(self, error: StagewireError) -> list[Action]:
         """This stage cannot go on: tells the others once, then reports."""
         if self.is_over:
             return []
         self.phase = Phase.FAILED
-        if isinstance(error, StageLost):
-            fault = Fault(error.stage, error.exit_code, _clip(str(error)))
-        else:
-            text = f"stage {self.config.stage} failed: {_clip(str(error))}"
-            fault = Fault(self.config.stage, error.exit_code, text)
-        return [*self._to_successor(fault), Fail(error)]
+        return [*self._successor.send(self._fault_of(error)), Fail(error)]
 
     def tick(self, now: float) -> list[Action]:
         """Call it a few times a second: repeats what may have been lost and checks deadlines."""
         if self.is_over:
             return []
-        actions: list[Action] = []
-        if self._link is Link.GREETING and now >= self._next_hello_at:
-            actions += self._say_hello(now)
-        if self._link is Link.LINKED and now >= self._next_hello_at:
-            self._next_hello_at = now + HELLO_INTERVAL_S
-            self._ping_ns = int(now * 1e9)
-            actions.append(Send(Side.PREDECESSOR, Ping(self._ping_ns)))
-        actions += self._tick_owner(now)
-        if self.is_over:
-            return actions
+        actions = self._predecessor.tick(now)
+        actions += self._settle(self._rendezvous.tick(self.is_open, now))
         if self.phase is Phase.SERVING:
             actions += self._tick_serving(now)
-        elif not self.is_open:
+        elif self.phase in (Phase.LINKING, Phase.OPENING):
             actions += self._tick_waiting(now)
         return actions
 
@@ -363,27 +214,23 @@ class RingState:
         limit = self.config.start_timeout_s
         if waited >= limit:
             return self.fail(PeerError(f"stage {self.config.stage} waited {limit:.0f} s for {self.waits_for()}"))
-        if self._link is Link.GREETING and now - self._heard_predecessor_at >= MUTE_PEER_S:
-            return self.fail(self._not_a_stage("answers nothing a stage would answer"))
+        if self._predecessor.is_mute(now):
+            return self.fail(self._predecessor.not_a_stage("answers nothing a stage would answer"))
         if now >= self._next_line_at:
             self._next_line_at = now + WAIT_LINE_INTERVAL_S
             return [Log(f"Stage {self.config.stage}: waiting for {self.waits_for()}, {waited:.0f} of {limit:.0f} s")]
         return []
 
     def _tick_serving(self, now: float) -> list[Action]:
-        if self._successor is not None or now - self._successor_lost_at < LOST_SUCCESSOR_S:
+        if not self._successor.is_lost(now):
             return []
         lost = self.config.successor_stage
         text = f"stage {lost} is lost: its connection to stage {self.config.stage} is gone"
         return self.fail(StageLost(lost, text))
 
-    def _tick_owner(self, now: float) -> list[Action]:
-        if self._owns_port or self._private_port is None or now < self._next_register_at:
-            return []
-        self._next_register_at = now + HELLO_INTERVAL_S
-        if not self._owner_registered and not self.is_open and now - self._owner_since >= MUTE_OWNER_S:
-            return self.fail(self._port_is_foreign())
-        return [Send(Side.OWNER, Register(self.identity, self._private_port))]
+    def _settle(self, outcome: Outcome) -> list[Action]:
+        """What a part decided, or the end of this stage."""
+        return self.fail(outcome) if isinstance(outcome, StagewireError) else outcome
 
     # ---- connections -----------------------------------------------------------------------------------------------
 
@@ -391,63 +238,43 @@ class RingState:
         if self.is_over:
             return []
         if side is Side.OWNER:
-            self._next_register_at = 0.0
-            return self._tick_owner(now)
-        self._link = Link.GREETING
-        self._link_note = "connected, no answer yet"
-        self._heard_predecessor_at = now
-        return self._say_hello(now)
+            return self._settle(self._rendezvous.connected(self.is_open, now))
+        return self._predecessor.connected(now)
 
     def disconnected(self, side: Side, note: str, now: float) -> list[Action]:
         """``note`` says why, for people. Whether and where to connect again is among the actions."""
         if self.is_over:
             return []
         if side is Side.OWNER:
-            if self._owner_registered:
-                self._owner_since = now
-            self._owner_registered = False
-            return [Bind(public=True)]
-        self._link = Link.IDLE
-        self._link_note = note
-        lost = self._lost_predecessor(note)
+            return self._rendezvous.disconnected(now)
+        self._predecessor.disconnected(note)
+        stage = self.config.predecessor_stage
+        lost = StageLost(stage, f"stage {stage} is lost: stage {self.config.stage} no longer reaches it ({note})")
         if self.phase is Phase.SERVING:
             return self.fail(lost)
-        self._redirected = False
-        self._roll = None
         was_open = self.is_open
+        self._roll = None
         self._unopen(now)
-        fault = Fault(lost.stage, lost.exit_code, _clip(str(lost)))
         # Not from the tail of a ring that was never open, and not from the head: it is the one who must know.
-        notice = self._to_successor(fault) if was_open and not self.config.is_head else []
+        notice = self._successor.send(self._fault_of(lost)) if was_open and not self.config.is_head else []
         return [*notice, Connect()]
 
-    def bad_handshake(self, side: Side) -> list[Action]:
-        """Something accepted the connection and then did not speak our protocol."""
-        if self.is_over or side is Side.SUCCESSOR:
+    def bad_handshake(self, side: Side, now: float) -> list[Action]:
+        """What was connected to (or, on the successor side, what called) does not speak our transport's protocol."""
+        if self.is_over:
             return []
+        if side is Side.SUCCESSOR:
+            return self.bad_message(side, b"", ProtocolError("a connection that does not speak ZeroMQ"), now)
         if side is Side.OWNER:
-            self._owner_tries += 1
-            if self._owner_tries >= MAX_BAD_HANDSHAKES and not self.is_open:
-                return self.fail(self._port_is_foreign())
-            return [Bind(public=True)]
-        self._link = Link.IDLE
-        if self._redirected:  # the private port has another owner now; the shared one knows better
-            self._redirected = False
-            return [Connect()]
-        self._bad_handshakes += 1
-        self._link_note = "something answers there, but not a Stagewire stage"
-        if self._bad_handshakes >= MAX_BAD_HANDSHAKES:
-            return self.fail(self._not_a_stage("does not speak Stagewire's protocol"))
-        return [Connect()]
+            return self._settle(self._rendezvous.bad_handshake(self.is_open))
+        return self._settle(self._predecessor.bad_handshake())
 
-    def successor_unreachable(self, now: float) -> list[Action]:
+    def successor_unreachable(self, now: float) -> None:
         """A send found nobody. The stage after it sees the loss first and tells; we unlink and, if serving, wait for
         that word: after the head's Bye it is no loss at all."""
-        self._successor = None
-        self._successor_lost_at = now
+        self._successor.unreachable(now)
         if self.phase in (Phase.OPENING, Phase.OPEN):
             self._unopen(now)
-        return []
 
     def bad_message(self, side: Side, peer: bytes, error: ProtocolError, now: float) -> list[Action]:
         """Undecodable bytes. From a stranger: logged once, dropped. From the linked predecessor: the ring is broken."""
@@ -455,29 +282,36 @@ class RingState:
             return []
         self.num_bad_messages += 1
         if side is Side.SUCCESSOR:
-            return self._bad_stranger(peer, error)
-        is_version = isinstance(error, WireVersionError)
+            return self._bad_from_stranger(peer, error)
         if side is Side.OWNER:
-            is_mine = is_version and not self.is_open
-            return self.fail(ConfigError(f"port {self.config.bind_port}: {error}")) if is_mine else []
-        predecessor = f"stage {self.config.predecessor_stage} at {self.config.predecessor}"
-        if self.phase is Phase.SERVING:
-            return self.fail(PeerError(f"{predecessor} sent an invalid message: {error}"))
-        if is_version and not self.config.is_head:
-            return self.fail(ConfigError(f"{predecessor}: {error}"))
-        if not is_version and self._link is Link.GREETING:
-            return self.bad_handshake(side)
-        self._heard_predecessor_at = now
-        self._link_note = str(error)
-        return self._tell_once(side, Log(f"Stage {self.config.stage}: {predecessor}: {error}", is_warning=True))
+            return self._bad_from_owner(error)
+        return self._bad_from_predecessor(error, now)
 
-    def _bad_stranger(self, peer: bytes, error: ProtocolError) -> list[Action]:
+    def _bad_from_stranger(self, peer: bytes, error: ProtocolError) -> list[Action]:
         text = f"Stage {self.config.stage}: dropped an invalid message on its port: {error}"
-        actions = self._tell_once((Side.SUCCESSOR, peer), Log(text, is_warning=True))
+        actions = self._warn_once((Side.SUCCESSOR, peer), text)
         if isinstance(error, WireVersionError) and self._head is not None:
             # Any answer of ours shows a stage of another version that it differs from the head.
             actions.append(Send(Side.SUCCESSOR, NotHere(self.config.stage), peer))
         return actions
+
+    def _bad_from_owner(self, error: ProtocolError) -> list[Action]:
+        if isinstance(error, WireVersionError) and not self.is_open:
+            return self.fail(ConfigError(f"port {self.config.bind_port}: {error}"))
+        return []
+
+    def _bad_from_predecessor(self, error: ProtocolError, now: float) -> list[Action]:
+        link = self._predecessor
+        is_version = isinstance(error, WireVersionError)
+        if self.phase is Phase.SERVING:
+            return self.fail(PeerError(f"{link} sent an invalid message: {error}"))
+        if is_version and not self.config.is_head:
+            return self.fail(ConfigError(f"{link}: {error}"))
+        if not is_version and link.is_greeting:
+            return self._settle(link.bad_handshake())
+        link.heard(now)
+        link.note = str(error)
+        return self._warn_once(Side.PREDECESSOR, f"Stage {self.config.stage}: {link}: {error}")
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -488,7 +322,7 @@ class RingState:
         if self.is_over:
             return []
         if side is Side.PREDECESSOR:
-            self._heard_predecessor_at = now
+            self._predecessor.heard(now)
             return self._from_predecessor(message, payloads, now)
         if side is Side.OWNER:
             return self._from_owner(message, now)
@@ -499,20 +333,19 @@ class RingState:
             case Welcome(identity):
                 return self._welcomed(identity)
             case Redirect(_, port):
-                return self._redirect(port)
+                return self._predecessor.redirected(port)
             case NotHere(stage):
-                self._link_note = f"the port is up, stage {stage} has not registered there yet"
-                return self._redirect(None) if self._redirected else []
+                return self._predecessor.not_here(stage)
             case Refused():
                 return self._refused(message)
             case Call() | Reply() | Step() | Sample() | Result():
                 return self._data(message, payloads)
-        if self._link is not Link.LINKED:
-            return []
+        return self._from_linked(message, now) if self._predecessor.is_linked else []
+
+    def _from_linked(self, message: Message, now: float) -> list[Action]:
         match message:
             case Pong(sent_ns):
-                if sent_ns == self._ping_ns:
-                    self.hop_ns = max(0, int(now * 1e9) - sent_ns) // 2
+                self._predecessor.ponged(sent_ns, now)
                 return []
             case Roll(identities):
                 return self._rolled(tuple(identities), now)
@@ -522,31 +355,26 @@ class RingState:
                 return self._faulted(message, now)
             case Bye(text) if not self.config.is_head:
                 self.phase = Phase.STOPPED
-                onward = [] if self.config.is_tail else self._to_successor(message)
+                onward = [] if self.config.is_tail else self._successor.send(message)
                 return [*onward, Stop(text)]
         return self._unexpected()
 
     def _from_owner(self, message: Message, now: float) -> list[Action]:
         match message:
-            case Registered():
-                self._owner_registered = True
-                self._owner_tries = 0
-                return []
-            case NotHere():
-                self._owner_since = now
+            case Registered() | NotHere():
+                self._rendezvous.answered(message, now)
                 return []
             case Refused():
                 return self._refused(message)
         return self._unexpected()
 
     def _from_successor(self, peer: bytes, message: Message, now: float) -> list[Action]:
-        if self._successor is not None and self._successor.peer == peer:
-            self._successor.heard_at = now
+        self._successor.heard(peer, now)
         match message:
             case Hello():
                 return self._hello(peer, message, now)
             case Register():
-                return self._register(peer, message, now)
+                return self._answer(peer, message.identity, self._rendezvous.register(message, now))
             case Ping(sent_ns):
                 return [Send(Side.SUCCESSOR, Pong(sent_ns), peer)]
             case Refused() if self.successor_peer == peer:
@@ -566,91 +394,46 @@ class RingState:
             return self.identity
         return self._roll[0] if self._roll else None
 
-    def _say_hello(self, now: float) -> list[Action]:
-        self._next_hello_at = now + HELLO_INTERVAL_S
-        return [Send(Side.PREDECESSOR, Hello(self.identity, self.config.predecessor_stage))]
-
-    def _redirect(self, port: int | None) -> list[Action]:
-        """To the port that the shared port's owner named; None: back to the configured one."""
-        if self._link is not Link.GREETING:
-            return []
-        self._redirected = port is not None and not self._redirected
-        self._link = Link.IDLE
-        return [Connect(port if self._redirected else None)]
-
     def _welcomed(self, predecessor: StageIdentity) -> list[Action]:
-        if self._link is not Link.GREETING:
+        if not self._predecessor.is_greeting:
             return []
         if predecessor.stage != self.config.predecessor_stage:
             return self._unexpected()
-        self._link = Link.LINKED
-        self._link_note = "linked"
-        self._bad_handshakes = 0
-        reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
-        self._unreported.clear()
-        if self.config.is_head:
-            return []  # the tail's end and our start are each checked against the model, by their own stage
-        problem = check_adjacent(predecessor.stage, _layers(predecessor), self.config.stage, self.config.layers)
-        if problem is None:
-            return reports
-        wanted = f"a range that starts at {predecessor.layer_end}"
-        refusal = Refused(self.config.stage, "--pipeline-layer-range", wanted, str(self.config.layers), problem)
-        return [*reports, *self._refuse_myself(refusal)]
+        reports = self._predecessor.welcomed()
+        # The tail's end and the head's start are each checked against the model, by their own stage.
+        refusal = None if self.config.is_head else range_refusal(predecessor, self.identity)
+        return [*reports, *self._refuse_myself(refusal)] if refusal else reports
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> list[Action]:
         caller = hello.identity
-        ask_again: list[Action] = [Send(Side.SUCCESSOR, NotHere(hello.want), peer)]
         if hello.want != self.config.stage:
-            entry = self._registry.get(hello.want)
-            if entry is None or now - entry.heard_at >= ALIVE_S:
-                return ask_again
-            return [Send(Side.SUCCESSOR, Redirect(hello.want, entry.port), peer)]
+            return self._answer(peer, caller, self._rendezvous.direct(hello.want, now))
         if self._head is not None and caller.stage != 0:
-            refusal = _misplaced(self._head, caller)
+            refusal = pipeline_refusal(self._head, caller)
             if refusal:
-                return self._refuse(peer, caller, refusal)
+                return self._answer(peer, caller, refusal)
         if caller.stage != self.config.successor_stage or caller.pipeline_id != self.identity.pipeline_id:
-            return ask_again
-        return self._claim_succession(peer, caller, now) or ask_again
+            return self._answer(peer, caller, NotHere(self.config.stage))
+        return self._succeeded(peer, caller, now)
 
-    def _claim_succession(self, peer: bytes, caller: StageIdentity, now: float) -> list[Action]:
-        """Who comes after us: the caller, unless another process with its index answers. Nothing: too early to tell."""
-        current = self._successor
-        farewell: list[Action] = []
-        if current is not None and current.identity.incarnation != caller.incarnation:
-            verdict = current.judge(caller.incarnation, now)
-            if verdict is _Verdict.REFUSED:
-                return self._refuse(peer, caller, _duplicate(caller.stage))
-            if verdict is _Verdict.WAITS or self.phase is Phase.SERVING:
-                # Finds out whether the first one's connection still is: an answer would be ignored.
-                return [Send(Side.SUCCESSOR, Pong(0), current.peer), Send(Side.SUCCESSOR, NotHere(caller.stage), peer)]
-            farewell = [Send(Side.SUCCESSOR, _duplicate(caller.stage), current.peer)]
-        is_new = current is None or current.peer != peer
-        claims = current.claims if current is not None and not farewell else {}
-        self._successor = _Successor(caller, now, peer, claims=claims)
-        actions: list[Action] = [*farewell, Send(Side.SUCCESSOR, Welcome(self.identity), peer)]
-        if is_new and self.phase is not Phase.SERVING:
+    def _succeeded(self, peer: bytes, caller: StageIdentity, now: float) -> list[Action]:
+        before = self._successor.peer
+        actions = self._successor.claimed(peer, caller, self.phase is Phase.SERVING, now)
+        if isinstance(actions, Refused):
+            return self._answer(peer, caller, actions)
+        if self._successor.peer != before and self.phase is not Phase.SERVING:
             self._unopen(now)
             actions += self._pass_roll()
         return actions
 
-    def _register(self, peer: bytes, register: Register, now: float) -> list[Action]:
-        caller = register.identity
-        refusal = self._other_pipeline(caller)
-        if refusal:
-            return self._refuse(peer, caller, refusal)
-        if caller.stage == self.config.stage:
-            return self._refuse(peer, caller, _duplicate(caller.stage))
-        entry = self._registry.get(caller.stage)
-        if entry is not None and entry.identity.incarnation != caller.incarnation:
-            verdict = entry.judge(caller.incarnation, now)
-            if verdict is _Verdict.REFUSED:
-                return self._refuse(peer, caller, _duplicate(caller.stage))
-            if verdict is _Verdict.WAITS:
-                return [Send(Side.SUCCESSOR, NotHere(caller.stage), peer)]
-        claims = entry.claims if entry else {}
-        self._registry[caller.stage] = _Registration(caller, now, register.port, claims=claims)
-        return [Send(Side.SUCCESSOR, Registered(self.config.stage), peer)]
+    # ---- opening ---------------------------------------------------------------------------------------------------
+
+    def _pass_roll(self) -> list[Action]:
+        if self.config.is_head:
+            return self._successor.send(Roll([self.identity]))
+        if self._roll is None:
+            return []
+        return self._successor.send(Roll([*self._roll, self.identity]))
 
     def _rolled(self, roll: tuple[StageIdentity, ...], now: float) -> list[Action]:
         if self.phase is Phase.SERVING:
@@ -659,9 +442,9 @@ class RingState:
             return self._unexpected()
         if self.config.is_head and roll[0].incarnation != self.identity.incarnation:
             return []  # from before our restart; ours is on its way
-        difference = _difference(roll[0], self.identity)
-        if difference:
-            return self._refuse_myself(difference)
+        refusal = settings_refusal(roll[0], self.identity)
+        if refusal:
+            return self._refuse_myself(refusal)
         expected = range(self.config.num_stages if self.config.is_head else self.config.stage)
         if [identity.stage for identity in roll] != list(expected):
             return self._unexpected()
@@ -674,17 +457,17 @@ class RingState:
     def _check_and_open(self, roll: tuple[StageIdentity, ...]) -> list[Action]:
         """At the head: the whole pipeline is known. Every stage has checked itself; this is the last gate."""
         for earlier, later in itertools.pairwise(roll):
-            problem = check_adjacent(earlier.stage, _layers(earlier), later.stage, _layers(later))
-            if problem:
-                return [Log(f"Stage 0: the ring is linked but not right, waiting: {problem}", is_warning=True)]
-        if any(_difference(self.identity, identity) for identity in roll):
+            refusal = range_refusal(earlier, later)
+            if refusal:
+                return [Log(f"Stage 0: the ring is linked but not right, waiting: {refusal.text}", is_warning=True)]
+        if any(settings_refusal(self.identity, identity) for identity in roll):
             return []  # it has refused itself and is leaving
         self.epoch = max(self.epoch + 1, self.first_epoch)
         self.phase = Phase.OPENING
-        return self._to_successor(Open(self.epoch))
+        return self._successor.send(Open(self.epoch))
 
     def _opened(self, epoch: int) -> list[Action]:
-        if self.phase is Phase.SERVING or self._successor is None or self._roll is None:
+        if self.phase is Phase.SERVING or self._successor.peer is None or self._roll is None:
             return []  # a neighbour went away meanwhile; its return brings a new Roll and a new epoch
         if self.config.is_head:
             if self.phase is not Phase.OPENING or epoch != self.epoch:
@@ -693,14 +476,7 @@ class RingState:
             return [SetOpen(epoch, self._roll)]
         self.epoch = epoch
         self.phase = Phase.OPEN
-        return [*self._to_successor(Open(epoch)), SetOpen(epoch, ())]
-
-    def _pass_roll(self) -> list[Action]:
-        if self.config.is_head:
-            return self._to_successor(Roll([self.identity]))
-        if self._roll is None:
-            return []
-        return self._to_successor(Roll([*self._roll, self.identity]))
+        return [*self._successor.send(Open(epoch)), SetOpen(epoch, ())]
 
     def _unopen(self, now: float) -> None:
         """Back to linking from OPENING or OPEN: the ring is not whole, and nothing has run."""
@@ -711,59 +487,53 @@ class RingState:
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
-    def _data(self, message: Call | Reply | Step | Sample | Result, payloads: Sequence[Frame]) -> list[Action]:
-        if not self.is_open or message.epoch != self.epoch or self._link is not Link.LINKED:
+    def _data(self, message: Data, payloads: Sequence[Frame]) -> list[Action]:
+        if not self.is_open or message.epoch != self.epoch or not self._predecessor.is_linked:
             self.num_stale_frames += 1
             return []
         if not isinstance(message, _FOR_HEAD if self.config.is_head else _FOR_WORKER):
             return self._unexpected()
         self.phase = Phase.SERVING
-        actions: list[Action] = []
-        if isinstance(message, Call) and not self.config.is_tail:
-            # Passed on before it is run, so that all stages work at once.
-            actions += self._to_successor(message, payloads)
-        return [*actions, Deliver(message, payloads)]
-
-    def began_serving(self) -> None:
-        """A message of this stage's own has left on the open ring."""
-        self.phase = Phase.SERVING
+        # A call is passed on before it is run, so that all stages work at once.
+        is_passed_on = isinstance(message, Call) and not self.config.is_tail
+        onward = self._successor.send(message, payloads) if is_passed_on else []
+        return [*onward, Deliver(message, payloads)]
 
     def _faulted(self, fault: Fault, now: float) -> list[Action]:
         """Once round: whoever is serving fails with it; before that it is news for the head, where it ends."""
         if self.phase is Phase.SERVING:
             self.phase = Phase.FAILED
-            return [*self._to_successor(fault), Fail(StageLost(fault.stage, fault.text))]
+            return [*self._successor.send(fault), Fail(StageLost(fault.stage, fault.text))]
         self._unopen(now)
         line = Log(f"Stage {self.config.stage}: {fault.text}", is_warning=True)
-        relay = [] if self.config.is_head else self._to_successor(fault)
+        relay = [] if self.config.is_head else self._successor.send(fault)
         return [line, *relay]
 
-    def _lost_predecessor(self, note: str) -> StageLost:
-        lost = self.config.predecessor_stage
-        return StageLost(lost, f"stage {lost} is lost: stage {self.config.stage} no longer reaches it ({note})")
+    def _fault_of(self, error: StagewireError) -> Fault:
+        """What the others learn: of a loss, whose it is; of any other error, that this stage failed."""
+        if isinstance(error, StageLost):
+            return Fault(error.stage, error.exit_code, clip(str(error)))
+        stage = self.config.stage
+        return Fault(stage, error.exit_code, f"stage {stage} failed: {clip(str(error))}")
 
     # ---- refusals --------------------------------------------------------------------------------------------------
 
-    def _refuse(self, peer: bytes, caller: StageIdentity, refusal: Refused) -> list[Action]:
-        """The caller cannot take part: it is told, and so is everyone from here to the head, once."""
-        answer = Send(Side.SUCCESSOR, refusal, peer)
-        return [answer, *(self._report(refusal) if self._is_news(caller.incarnation) else [])]
+    def _answer(self, peer: bytes, caller: StageIdentity, answer: Message) -> list[Action]:
+        """A refusal is also for everyone from here to the head, once per process."""
+        sent: list[Action] = [Send(Side.SUCCESSOR, answer, peer)]
+        if isinstance(answer, Refused) and self._is_news(caller.incarnation):
+            return [*sent, *self._report(answer)]
+        return sent
+
+    def _report(self, refusal: Refused) -> list[Action]:
+        """A refusal on its way to the head, so that both ends say why."""
+        text = f"Stage {self.config.stage}: stage {refusal.stage} was refused: {clip(refusal.text)}"
+        line = Log(text, is_warning=True)
+        return [line] if self.config.is_head else [line, *self._predecessor.report(refusal)]
 
     def _refuse_myself(self, refusal: Refused) -> list[Action]:
         self.phase = Phase.FAILED
         return [Send(Side.PREDECESSOR, refusal), Fail(ConfigError(refusal.text))]
-
-    def _report(self, refusal: Refused) -> list[Action]:
-        """A refusal on its way to the head, so that both ends say why; it waits here until there is a way."""
-        text = f"Stage {self.config.stage}: stage {refusal.stage} was refused: {_clip(refusal.text)}"
-        line = Log(text, is_warning=True)
-        if self.config.is_head:
-            return [line]
-        if self._link is Link.LINKED:
-            return [line, Send(Side.PREDECESSOR, refusal)]
-        if len(self._unreported) < MAX_UNREPORTED:
-            self._unreported.append(refusal)
-        return [line]
 
     def _refused(self, refusal: Refused) -> list[Action]:
         """Whoever we asked says that we cannot take part. A serving ring does not end because of that."""
@@ -772,36 +542,7 @@ class RingState:
         self.phase = Phase.FAILED
         return [Fail(ConfigError(refusal.text))]
 
-    def _other_pipeline(self, caller: StageIdentity) -> Refused | None:
-        mine, theirs = self.identity.pipeline_id, caller.pipeline_id
-        if mine == theirs:
-            return None
-        text = (
-            f"port {self.config.bind_port} belongs to pipeline {mine!r} (stage {self.config.stage}), "
-            f"not to {_clip(theirs)!r}: use another port, or the same --pipeline-id on all stages"
-        )
-        return Refused(caller.stage, "--pipeline-id", mine, theirs, text)
-
-    def _not_a_stage(self, what: str) -> ConfigError:
-        flag = "--pipeline-prev-stage-addr" if self.config.is_head else "--pipeline-prev-stage-service-addr"
-        return ConfigError(
-            f"{flag} {self.config.predecessor}: something listens there but {what}; "
-            f"give the address that stage {self.config.predecessor_stage} printed as bound"
-        )
-
-    def _port_is_foreign(self) -> ConfigError:
-        port = self.config.bind_port
-        return ConfigError(
-            f"port {port} is taken by another program: choose another --pipeline-local-bind-port for stage "
-            f"{self.config.stage} (and the same in its successor's address), or end that program"
-        )
-
     # ---- helpers ---------------------------------------------------------------------------------------------------
-
-    def _to_successor(self, message: Message, payloads: Sequence[Frame] = ()) -> list[Action]:
-        if self._successor is None:
-            return []
-        return [Send(Side.SUCCESSOR, message, self._successor.peer, payloads)]
 
     def _is_news(self, what: Hashable) -> bool:
         """Whether this was not said before; a stranger cannot make us remember, or say, any number of things."""
@@ -810,51 +551,5 @@ class RingState:
         self._told.add(what)
         return True
 
-    def _tell_once(self, what: Hashable, line: Log) -> list[Action]:
-        return [line] if self._is_news(what) else []
-
-
-def _layers(identity: StageIdentity) -> LayerRange:
-    return LayerRange(identity.layer_start, identity.layer_end)
-
-
-def _misplaced(head: StageIdentity, other: StageIdentity) -> Refused | None:
-    """A stage of another pipeline than the head's: another number of stages, another id."""
-    return _first_difference(
-        other.stage,
-        [
-            ("--pipeline-total-stages", str(head.num_stages), str(other.num_stages)),
-            ("--pipeline-id", head.pipeline_id or "(not set)", other.pipeline_id or "(not set)"),
-        ],
-    )
-
-
-def _difference(head: StageIdentity, other: StageIdentity) -> Refused | None:
-    """The first thing in which a stage differs from the head, which is right by definition."""
-    names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
-    pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
-    return _misplaced(head, other) or _first_difference(other.stage, pairs)
-
-
-def _first_difference(stage: int, pairs: Sequence[tuple[str, str, str]]) -> Refused | None:
-    for name, expected, found in pairs:
-        if expected != found:
-            text = (
-                f"{name} is {_clip(found)} on stage {stage} but {_clip(expected)} on stage 0: "
-                f"all stages need the same; start stage {stage} with stage 0's value"
-            )
-            return Refused(stage, name, expected, found, text)
-    return None
-
-
-def _duplicate(stage: int) -> Refused:
-    text = (
-        f"there is already a stage {stage} in this pipeline and it answers: "
-        f"give this one another --pipeline-stage-idx, or stop the other"
-    )
-    return Refused(stage, "--pipeline-stage-idx", "one process per index", str(stage), text)
-
-
-def _clip(text: str) -> str:
-    """Text that always fits into a message: bounded, and without what UTF-8 cannot carry."""
-    return text[:MAX_TEXT].encode("utf-8", "replace").decode("utf-8")
+    def _warn_once(self, what: Hashable, text: str) -> list[Action]:
+        return [Log(text, is_warning=True)] if self._is_news(what) else []

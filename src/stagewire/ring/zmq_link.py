@@ -27,6 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError
+from stagewire.ring.actions import Side
 from stagewire.ring.link import (
     BadHandshake,
     Connected,
@@ -36,7 +37,6 @@ from stagewire.ring.link import (
     Received,
     UnreachableError,
 )
-from stagewire.ring.state import Side
 from stagewire.wire.codec import Frame
 
 __all__ = ["ZmqTransport", "local_host_towards"]
@@ -57,19 +57,10 @@ COPY_THRESHOLD_BYTES = 65536
 # A peer that never stops sending does not keep the ring from its other work.
 MAX_MESSAGES_PER_READ = 64
 
-_CONNECT_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-)
 _BAD_HANDSHAKES = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+_CONNECT_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _BAD_HANDSHAKES | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 
 
 def resolve(address: Address) -> str:
@@ -147,6 +138,7 @@ def _set_common(sock: zmq.Socket[bytes], max_frame_bytes: int) -> None:
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.copy_threshold = COPY_THRESHOLD_BYTES
 
 
 class ZmqTransport:
@@ -166,8 +158,7 @@ class ZmqTransport:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if ":" in bind_host:
             self._router.setsockopt(zmq.IPV6, 1)
-        bad = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        self._router_monitor = self._router.get_monitor_socket(bad | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        self._router_monitor = self._router.get_monitor_socket(_BAD_HANDSHAKES)
         self._dealers: dict[Side, _Dealer] = {}
         self._pending: dict[Side, tuple[float, Address]] = {}  # connections to begin: when, where
         self._events: deque[Event] = deque()
@@ -185,7 +176,7 @@ class ZmqTransport:
 
     def bind(self, port: int) -> int:
         try:
-            self._router.bind(endpoint(self._bind_host, port) if port else endpoint(self._bind_host, 0))
+            self._router.bind(endpoint(self._bind_host, port))
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PortTakenError(port) from error
@@ -208,9 +199,7 @@ class ZmqTransport:
         sock = self._router if side is Side.SUCCESSOR else self._dealer_socket(side)
         parts: list[Frame] = [peer, *frames] if side is Side.SUCCESSOR else list(frames)
         try:
-            for part in parts[:-1]:
-                sock.send(part, zmq.SNDMORE | zmq.NOBLOCK, copy=memoryview(part).nbytes < COPY_THRESHOLD_BYTES)
-            sock.send(parts[-1], zmq.NOBLOCK, copy=memoryview(parts[-1]).nbytes < COPY_THRESHOLD_BYTES)
+            sock.send_multipart(parts, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise UnreachableError(side.value) from error
@@ -325,13 +314,14 @@ class ZmqTransport:
         if was_up:
             self._read_frames(dealer.socket, side)  # what arrived before the end still counts
         self._drop(side, linger_ms=0)
-        if event in _BAD_HANDSHAKES and self._is_certain(event, dealer):
+        if not event & _BAD_HANDSHAKES:
+            note = "the connection was lost" if was_up else "nothing listens there yet"
+            self._events.append(Disconnected(side, note))
+        elif self._is_certain(event, dealer):
             self._events.append(BadHandshake(side))
-            return
-        note = "the connection was lost" if was_up else "nothing listens there yet"
-        if event in _BAD_HANDSHAKES:
+        else:
             note = "something accepts connections there and ends them at once: a proxy, or a stage that is not up yet"
-        self._events.append(Disconnected(side, note))
+            self._events.append(Disconnected(side, note))
 
     def _is_certain(self, event: int, dealer: _Dealer) -> bool:
         """A proxy whose stage is not up yet accepts and hangs up; that is not yet another program."""

@@ -1,0 +1,113 @@
+"""Who may take part in a pipeline: what stages must agree on, who holds an index, and the words of a refusal.
+
+Who is wrong when two stages differ: between neighbours the higher index (order, gap, overlap); in shared settings
+whoever differs from the head, which is right by definition.
+
+Knows identities, and times as arguments; no connection, no phase, and not what a refusal leads to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from stagewire.plan.ranges import LayerRange, check_adjacent
+from stagewire.ring.actions import clip
+from stagewire.wire.messages import Refused, StageIdentity
+
+__all__ = [
+    "ALIVE_S",
+    "MAX_BAD_HANDSHAKES",
+    "Holder",
+    "Verdict",
+    "duplicate_refusal",
+    "pipeline_refusal",
+    "range_refusal",
+    "settings_refusal",
+]
+
+# A stage that says nothing for this time may be replaced by a newcomer with its index.
+ALIVE_S = 5.0
+# Handshakes that fail, in a row, before what listens at an address counts as no stage at all.
+MAX_BAD_HANDSHAKES = 3
+# Bounds what strangers can make us remember.
+MAX_CLAIMS = 16
+
+
+class Verdict(Enum):
+    """About a newcomer with an index that somebody else holds."""
+
+    REFUSED = "the holder answers"
+    WAITS = "too early to tell"
+    TAKES_OVER = "the holder is silent"
+
+
+@dataclass
+class Holder:
+    """Who has an index so far, and since when which incarnations claim it too."""
+
+    identity: StageIdentity
+    heard_at: float
+    claims: dict[str, float] = field(default_factory=dict, kw_only=True)
+
+    def judge(self, claimant: str, now: float) -> Verdict:
+        """Refused as soon as the holder has been heard after the claim; takes over after `ALIVE_S` of silence."""
+        if len(self.claims) >= MAX_CLAIMS:
+            self.claims.clear()
+        since = self.claims.setdefault(claimant, now)
+        if self.heard_at > since:
+            del self.claims[claimant]
+            return Verdict.REFUSED
+        return Verdict.TAKES_OVER if now - since >= ALIVE_S else Verdict.WAITS
+
+
+def duplicate_refusal(stage: int) -> Refused:
+    text = (
+        f"there is already a stage {stage} in this pipeline and it answers: "
+        f"give this one another --pipeline-stage-idx, or stop the other"
+    )
+    return Refused(stage, "--pipeline-stage-idx", "one process per index", str(stage), text)
+
+
+def range_refusal(earlier: StageIdentity, later: StageIdentity) -> Refused | None:
+    """Of the later of two neighbours, when its layers do not begin where the earlier one's end."""
+    found = _layers(later)
+    problem = check_adjacent(earlier.stage, _layers(earlier), later.stage, found)
+    if problem is None:
+        return None
+    expected = f"a range that starts at {earlier.layer_end}"
+    return Refused(later.stage, "--pipeline-layer-range", expected, str(found), problem)
+
+
+def pipeline_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
+    """A stage of another pipeline than the head's: another number of stages, another id."""
+    return _first_difference(
+        other.stage,
+        [
+            ("--pipeline-total-stages", str(head.num_stages), str(other.num_stages)),
+            ("--pipeline-id", head.pipeline_id or "(not set)", other.pipeline_id or "(not set)"),
+        ],
+    )
+
+
+def settings_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
+    """The first thing in which a stage differs from the head."""
+    names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
+    pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
+    return pipeline_refusal(head, other) or _first_difference(other.stage, pairs)
+
+
+def _layers(identity: StageIdentity) -> LayerRange:
+    return LayerRange(identity.layer_start, identity.layer_end)
+
+
+def _first_difference(stage: int, pairs: Sequence[tuple[str, str, str]]) -> Refused | None:
+    for name, expected, found in pairs:
+        if expected != found:
+            text = (
+                f"{name} is {clip(found)} on stage {stage} but {clip(expected)} on stage 0: "
+                f"all stages need the same; start stage {stage} with stage 0's value"
+            )
+            return Refused(stage, name, expected, found, text)
+    return None

@@ -1,0 +1,153 @@
+"""The link to the predecessor: finding it, greeting it, measuring the hop, and word to the head that travels by it.
+
+    IDLE ──connected──> GREETING ──Welcome──> LINKED
+      ^                    │                    │
+      └── disconnected, Redirect, no stage ─────┘
+
+Knows one connection; not the phase of the ring, nor what the loss of this link means for it (ring/state.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from stagewire.config import StageConfig
+from stagewire.errors import ConfigError
+from stagewire.ring.actions import Action, Connect, Outcome, Send, Side
+from stagewire.ring.admission import MAX_BAD_HANDSHAKES
+from stagewire.wire.messages import Hello, Message, Ping, Refused, StageIdentity
+
+__all__ = ["Link", "PredecessorLink"]
+
+HELLO_INTERVAL_S = 1.0
+# Something that accepts connections but never answers like a stage is not one, after this time.
+MUTE_PEER_S = 30.0
+# Bounds what strangers can make us remember.
+MAX_UNREPORTED = 16
+
+
+class Link(Enum):
+    IDLE = "idle"
+    GREETING = "greeting"
+    LINKED = "linked"
+
+
+@dataclass
+class PredecessorLink:
+    """See the module. ``note`` says how it stands, for people; ``hop_ns`` is half of the last ping, 0 while unknown."""
+
+    config: StageConfig
+    identity: StageIdentity
+
+    state: Link = Link.IDLE
+    note: str = "not tried yet"
+    hop_ns: int = 0
+
+    _heard_at: float = 0.0
+    _is_redirected: bool = False
+    _bad_handshakes: int = 0
+    _ping_ns: int = -1
+    _next_send_at: float = 0.0
+    _unreported: list[Refused] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"stage {self.config.predecessor_stage} at {self.config.predecessor}"
+
+    @property
+    def is_greeting(self) -> bool:
+        return self.state is Link.GREETING
+
+    @property
+    def is_linked(self) -> bool:
+        return self.state is Link.LINKED
+
+    def is_mute(self, now: float) -> bool:
+        """Whether what is connected there has had time to answer like a stage, and has not."""
+        return self.is_greeting and now - self._heard_at >= MUTE_PEER_S
+
+    def heard(self, now: float) -> None:
+        self._heard_at = now
+
+    # ---- the connection --------------------------------------------------------------------------------------------
+
+    def connected(self, now: float) -> list[Action]:
+        self.state = Link.GREETING
+        self.note = "connected, no answer yet"
+        self._heard_at = now
+        self._next_send_at = now
+        return self.tick(now)
+
+    def disconnected(self, note: str) -> None:
+        self.state = Link.IDLE
+        self.note = note
+        self._is_redirected = False
+
+    def bad_handshake(self) -> Outcome:
+        """Something accepted the connection and then did not speak our protocol."""
+        self.state = Link.IDLE
+        if self._is_redirected:  # the private port has another owner now; the shared one knows better
+            self._is_redirected = False
+            return [Connect()]
+        self._bad_handshakes += 1
+        self.note = "something answers there, but not a Stagewire stage"
+        if self._bad_handshakes >= MAX_BAD_HANDSHAKES:
+            return self.not_a_stage("does not speak Stagewire's protocol")
+        return [Connect()]
+
+    def tick(self, now: float) -> list[Action]:
+        """Says Hello until it is answered, then pings."""
+        if self.state is Link.IDLE or now < self._next_send_at:
+            return []
+        self._next_send_at = now + HELLO_INTERVAL_S
+        if self.is_greeting:
+            return self._send(Hello(self.identity, self.config.predecessor_stage))
+        self._ping_ns = int(now * 1e9)
+        return self._send(Ping(self._ping_ns))
+
+    # ---- messages --------------------------------------------------------------------------------------------------
+
+    def welcomed(self) -> list[Action]:
+        self.state = Link.LINKED
+        self.note = "linked"
+        self._bad_handshakes = 0
+        reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
+        self._unreported.clear()
+        return reports
+
+    def redirected(self, port: int) -> list[Action]:
+        """To the port that the shared port's owner named; from there back to the configured one: no chains."""
+        return self._reconnect(None if self._is_redirected else port)
+
+    def not_here(self, stage: int) -> list[Action]:
+        self.note = f"the port is up, stage {stage} has not registered there yet"
+        return self._reconnect(None) if self._is_redirected else []
+
+    def ponged(self, sent_ns: int, now: float) -> None:
+        if sent_ns == self._ping_ns:
+            self.hop_ns = max(0, int(now * 1e9) - sent_ns) // 2
+
+    def report(self, refusal: Refused) -> list[Action]:
+        """Towards the head; waits here until there is a way."""
+        if self.is_linked:
+            return self._send(refusal)
+        if len(self._unreported) < MAX_UNREPORTED:
+            self._unreported.append(refusal)
+        return []
+
+    def not_a_stage(self, what: str) -> ConfigError:
+        flag = "--pipeline-prev-stage-addr" if self.config.is_head else "--pipeline-prev-stage-service-addr"
+        return ConfigError(
+            f"{flag} {self.config.predecessor}: something listens there but {what}; "
+            f"give the address that stage {self.config.predecessor_stage} printed as bound"
+        )
+
+    def _reconnect(self, port: int | None) -> list[Action]:
+        if not self.is_greeting:
+            return []
+        self._is_redirected = port is not None
+        self.state = Link.IDLE
+        return [Connect(port)]
+
+    def _send(self, message: Message) -> list[Action]:
+        return [Send(Side.PREDECESSOR, message)]

@@ -1,0 +1,138 @@
+"""One port shared by several stages of a host: who owns it, and where the others are found.
+
+Whoever binds the configured port first owns it. A later stage listens on a private port, registers that with the owner
+once a second, which also proves that it lives, and whoever asks the owner for that stage is redirected. When the owner
+is gone, the others try to bind the port: one becomes the owner, the rest register with it.
+
+    (start)                    ──the port was free──> OWNER
+    (start)                    ──the port was taken──> REGISTERING ──Registered──> REGISTERED
+    REGISTERING or REGISTERED  ──owner gone──> OWNER, if the port is free now, or REGISTERING with the new owner
+    REGISTERING                ──> failed: the owner is no stage, it answers nothing or has another protocol
+
+Knows the port, its owner and those registered with it; not the ring, whose phase comes as ``is_open``: an open ring
+needs the port no more and does not end for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stagewire.config import StageConfig
+from stagewire.errors import ConfigError
+from stagewire.ring.actions import Action, Bind, ConnectOwner, Outcome, Send, Side, clip
+from stagewire.ring.admission import ALIVE_S, MAX_BAD_HANDSHAKES, Holder, Verdict, duplicate_refusal
+from stagewire.wire.messages import NotHere, Redirect, Refused, Register, Registered, StageIdentity
+
+__all__ = ["Rendezvous"]
+
+REGISTER_INTERVAL_S = 1.0
+# The owner of a shared port answers at once unless it is no stage at all; Python may hold it up while it imports.
+MUTE_OWNER_S = 10.0
+
+
+@dataclass
+class _Registration(Holder):
+    port: int
+
+
+@dataclass
+class Rendezvous:
+    """See the module. ``identity`` is this stage's own."""
+
+    config: StageConfig
+    identity: StageIdentity
+
+    _is_owner: bool = False
+    _private_port: int | None = None
+    _is_registered: bool = False
+    _unanswered_since: float = 0.0
+    _bad_handshakes: int = 0
+    _next_register_at: float = 0.0
+    _registry: dict[int, _Registration] = field(default_factory=dict)
+
+    # ---- on a port that is taken -----------------------------------------------------------------------------------
+
+    def bound(self, public: bool, port: int, now: float) -> list[Action]:
+        """``public``: on the configured port, else on a private one."""
+        if public:
+            self._is_owner = True
+            return []
+        self._private_port = port
+        self._unanswered_since = now
+        return [ConnectOwner()]
+
+    def port_taken(self) -> list[Action]:
+        return [Bind(public=False)] if self._private_port is None else [ConnectOwner()]
+
+    def connected(self, is_open: bool, now: float) -> Outcome:
+        self._next_register_at = now
+        return self.tick(is_open, now)
+
+    def disconnected(self, now: float) -> list[Action]:
+        if self._is_registered:
+            self._unanswered_since = now
+        self._is_registered = False
+        return [Bind(public=True)]
+
+    def bad_handshake(self, is_open: bool) -> Outcome:
+        self._bad_handshakes += 1
+        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not is_open:
+            return self._port_is_foreign()
+        return [Bind(public=True)]
+
+    def answered(self, message: Registered | NotHere, now: float) -> None:
+        """NotHere: the owner is a stage, and will decide later."""
+        if isinstance(message, NotHere):
+            self._unanswered_since = now
+            return
+        self._is_registered = True
+        self._bad_handshakes = 0
+
+    def tick(self, is_open: bool, now: float) -> Outcome:
+        if self._is_owner or self._private_port is None or now < self._next_register_at:
+            return []
+        self._next_register_at = now + REGISTER_INTERVAL_S
+        if not self._is_registered and not is_open and now - self._unanswered_since >= MUTE_OWNER_S:
+            return self._port_is_foreign()
+        return [Send(Side.OWNER, Register(self.identity, self._private_port))]
+
+    def _port_is_foreign(self) -> ConfigError:
+        return ConfigError(
+            f"port {self.config.bind_port} is taken by another program: choose another --pipeline-local-bind-port for "
+            f"stage {self.config.stage} (and the same in its successor's address), or end that program"
+        )
+
+    # ---- as its owner ----------------------------------------------------------------------------------------------
+
+    def register(self, register: Register, now: float) -> Registered | NotHere | Refused:
+        """The answer to a stage that wants to be found here; NotHere: it is too early to tell."""
+        caller = register.identity
+        if caller.pipeline_id != self.identity.pipeline_id:
+            return self._other_pipeline(caller)
+        if caller.stage == self.config.stage:
+            return duplicate_refusal(caller.stage)
+        entry = self._registry.get(caller.stage)
+        if entry is not None and entry.identity.incarnation != caller.incarnation:
+            verdict = entry.judge(caller.incarnation, now)
+            if verdict is Verdict.REFUSED:
+                return duplicate_refusal(caller.stage)
+            if verdict is Verdict.WAITS:
+                return NotHere(caller.stage)
+        claims = entry.claims if entry else {}
+        self._registry[caller.stage] = _Registration(caller, now, register.port, claims=claims)
+        return Registered(self.config.stage)
+
+    def direct(self, stage: int, now: float) -> Redirect | NotHere:
+        """The answer to somebody who looks for another stage than this one."""
+        entry = self._registry.get(stage)
+        if entry is None or now - entry.heard_at >= ALIVE_S:
+            return NotHere(stage)
+        return Redirect(stage, entry.port)
+
+    def _other_pipeline(self, caller: StageIdentity) -> Refused:
+        mine, theirs = self.identity.pipeline_id, caller.pipeline_id
+        text = (
+            f"port {self.config.bind_port} belongs to pipeline {mine!r} (stage {self.config.stage}), "
+            f"not to {clip(theirs)!r}: use another port, or the same --pipeline-id on all stages"
+        )
+        return Refused(caller.stage, "--pipeline-id", mine, theirs, text)
