@@ -60,7 +60,7 @@ EXAMPLES: list[tuple[Message, list[bytes]]] = [
     (Open(123_456_789), []),
     (Ping(987_654_321), []),
     (Pong(987_654_321), []),
-    (Fault(2, 3, "stage 2 is lost"), []),
+    (Fault(2, "stage 2 is lost"), []),
     (Bye("the API server ended"), []),
     (Call(5, 1, "get_kv_cache_spec"), [b"\x90"]),
     (Reply(5, 1, [CallResult(1, "", ""), CallResult(2, "ValueError", "no")]), [b"\xc0", b""]),

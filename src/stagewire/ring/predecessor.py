@@ -68,6 +68,7 @@ class PredecessorLink:
 
     def heard(self, now: float) -> None:
         self._heard_at = now
+        self._bad_handshakes = 0
 
     # ---- the connection --------------------------------------------------------------------------------------------
 
@@ -110,7 +111,6 @@ class PredecessorLink:
     def welcomed(self) -> list[Action]:
         self.state = Link.LINKED
         self.note = "linked"
-        self._bad_handshakes = 0
         reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
         self._unreported.clear()
         return reports

@@ -186,7 +186,7 @@ class RingState:
             return []
         stage = self.config.stage
         text = clip(text)
-        message: Message = Bye(text) if self.config.is_head else Fault(stage, 3, f"stage {stage} stopped: {text}")
+        message: Message = Bye(text) if self.config.is_head else Fault(stage, f"stage {stage} stopped: {text}")
         self.phase = Phase.STOPPED
         return [*self._successor.send(message), Stop(text)]
 
@@ -512,9 +512,9 @@ class RingState:
     def _fault_of(self, error: StagewireError) -> Fault:
         """What the others learn: of a loss, whose it is; of any other error, that this stage failed."""
         if isinstance(error, StageLost):
-            return Fault(error.stage, error.exit_code, clip(str(error)))
+            return Fault(error.stage, clip(str(error)))
         stage = self.config.stage
-        return Fault(stage, error.exit_code, f"stage {stage} failed: {clip(str(error))}")
+        return Fault(stage, f"stage {stage} failed: {clip(str(error))}")
 
     # ---- refusals --------------------------------------------------------------------------------------------------
 

@@ -32,11 +32,11 @@ MAX_FRAME_LIMIT_BYTES = 4 << 30
 logger = logging.getLogger("vllm.stagewire")
 
 
-def as_stagewire_error(stage: int, error: BaseException) -> StagewireError:
-    """Anything that is not ours is our bug until shown otherwise; its message names the stage."""
+def as_stagewire_error(error: BaseException) -> StagewireError:
+    """Anything that is not ours is our bug until shown otherwise."""
     if isinstance(error, StagewireError):
         return error
-    return InternalError(f"stage {stage} failed: {type(error).__name__}: {error}")
+    return InternalError(f"{type(error).__name__}: {error}")
 
 
 def report(stage: int, error: StagewireError) -> str:
@@ -100,7 +100,7 @@ class RingProcess(Observer):
         """The main thread hit ``error``: the other stages and the listeners learn it. Ends a stage's process."""
         if not isinstance(error, StagewireError):
             logger.error("Stage %d failed", self._config.stage, exc_info=error)
-        self.ring.fail(as_stagewire_error(self._config.stage, error))
+        self.ring.fail(as_stagewire_error(error))
 
     # ---- from the ring's thread ------------------------------------------------------------------------------------
 
@@ -128,7 +128,8 @@ class RingProcess(Observer):
 
     def on_failed(self, error: StagewireError) -> None:
         logger.error(report(self._config.stage, error))
-        self._status.send(Phase.FAILED, str(error), error.exit_code)
+        text = f"stage {self._config.stage} failed: {error}" if isinstance(error, InternalError) else str(error)
+        self._status.send(Phase.FAILED, text, error.exit_code)
         self._exit_code = error.exit_code
 
     def on_stopped(self, text: str) -> None:

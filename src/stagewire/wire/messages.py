@@ -145,10 +145,9 @@ class Pong(_Struct, frozen=True):
 
 
 class Fault(_Struct, frozen=True):
-    """Forward: stage ``stage`` is lost, failed a step, or stops; ``exit_code`` is the family (errors.py)."""
+    """Forward: stage ``stage`` is lost, failed a step, or stops. For whoever hears it that is a lost peer."""
 
     stage: int
-    exit_code: int
     text: str
 
 
