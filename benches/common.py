@@ -1,7 +1,8 @@
 """What the benches share: starting both sides on chosen cores, driving them, ratios with their spread.
 
 Servers are started with the tests' own helpers (tests/support/stages.py). Two sides are up at the same time and driven
-alternately, so `idle_share` has to show that the one that waits burns no CPU; a side that does is frozen meanwhile.
+alternately: `settle` waits until what was driven last is idle again, `set_aside` freezes stock vLLM meanwhile,
+`Foreign` tells what other programs used, so that a disturbed pair can be measured again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from support.workload import license_text  # noqa: E402
 
 __all__ = [
     "DEFAULT_MODEL",
-    "IDLE_LIMIT",
     "ROOT",
     "Foreign",
     "PinnedRing",
@@ -48,12 +48,11 @@ __all__ = [
     "process_tree",
     "prompts",
     "set_aside",
+    "settle",
     "wait_until_quiet",
 ]
 
 DEFAULT_MODEL = ROOT / ".demo" / "model"
-# A side that uses more than this share of one core while it waits is frozen while the other one is measured.
-IDLE_LIMIT = 0.03
 
 
 @dataclass
@@ -97,7 +96,8 @@ async def complete_all(url: str, model: Path, texts: Sequence[str], num_tokens: 
                 "ignore_eos": True,
             }
             response = await client.post("/v1/completions", json=body)
-            response.raise_for_status()
+            if response.status_code != 200:
+                raise RuntimeError(f"{url} answered {response.status_code}: {response.text}")
             found = response.json()["usage"]["completion_tokens"]
             if found != num_tokens:
                 raise RuntimeError(f"asked for {num_tokens} tokens, got {found}")
@@ -124,17 +124,27 @@ def idle_share(pid: int, window_s: float) -> float:
 
 
 @contextlib.contextmanager
-def set_aside(pid: int, is_needed: bool) -> Iterator[None]:
-    """Freezes a process tree meanwhile, if needed. Not for a ring: its stages would count one another as lost."""
-    if is_needed:
-        for each in process_tree(pid):
-            os.kill(each, signal.SIGSTOP)
+def set_aside(pid: int | None) -> Iterator[None]:
+    """Freezes a process tree meanwhile. Not for a ring: its stages would count one another as lost.
+
+    Stock vLLM's processes spin for a second after each message before they sleep (`SpinCondition` in
+    vllm/distributed/device_communicators/shm_broadcast.py), which would cost whoever is measured next.
+    """
+    tree = [] if pid is None else process_tree(pid)
+    for each in tree:
+        os.kill(each, signal.SIGSTOP)
     try:
         yield
     finally:
-        if is_needed:
-            for each in process_tree(pid):
-                os.kill(each, signal.SIGCONT)
+        for each in tree:
+            os.kill(each, signal.SIGCONT)
+
+
+def settle(pids: Sequence[int], limit_s: float = 10.0) -> None:
+    """Returns when these processes have used almost nothing for half a second: what they did before is over."""
+    ends_at = time.monotonic() + limit_s
+    while time.monotonic() < ends_at and sum(idle_share(pid, 0.5) for pid in pids) > 0.05 * len(pids):
+        pass
 
 
 # ---- other people's load -------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ from benches.common import (
     idle_share,
     print_table,
     prompts,
+    set_aside,
+    settle,
     wait_until_quiet,
 )
 
@@ -308,21 +310,32 @@ def measure_stages(options: argparse.Namespace, raw_us: float) -> None:
         for index in range(options.rounds):
             for count, ring in rings.items():
                 for attempt in range(options.repeats + 1):
-                    urls = [ring.url, single.url]
+                    seed = (index * 10 + attempt) * 10 + count
+
+                    def on_ring(ring: Ring = ring, seed: int = seed) -> float:
+                        settle([stage.pid for stage in ring.stages])
+                        with set_aside(single.process.pid):
+                            return ms_per_token(ring.url, options, seed)
+
+                    def on_one(seed: int = seed) -> float:
+                        settle([single.process.pid])
+                        return ms_per_token(single.url, options, seed)
+
                     wait_until_quiet(options.max_foreign, options.max_wait)
                     with Foreign() as foreign:
-                        order = urls if (index + attempt) % 2 else urls[::-1]
-                        seed = (index * 10 + attempt) * 10 + count
-                        found = {url: ms_per_token(url, options, seed) for url in order}
+                        if (index + attempt) % 2:
+                            ours, theirs = on_ring(), on_one()
+                        else:
+                            theirs, ours = on_one(), on_ring()
                     print(
-                        f"round {index + 1}: {count} stages {found[ring.url]:.2f}, one process "
-                        f"{found[single.url]:.2f} ms per token; others used {foreign.share:.0%} of the machine",
+                        f"round {index + 1}: {count} stages {ours:.2f}, one process {theirs:.2f} ms per token; "
+                        f"others used {foreign.share:.0%} of the machine",
                         flush=True,
                     )
                     if foreign.share <= options.max_foreign:
                         break
                     num_repeated += attempt < options.repeats
-                results[count].add(found[ring.url], found[single.url])
+                results[count].add(ours, theirs)
         print_table(
             f"Time per output token, one request, {options.dtype}, eager, {options.rounds} rounds "
             f"({num_repeated} pairs repeated), milliseconds",

@@ -9,7 +9,8 @@ split, one OpenMP thread per stage and the same cores. Stock pins each worker's 
 
 Both servers are up all the time and driven alternately; each round has new prompts, the same for both, and every other
 round the order is reversed. A pair of runs waits for a quiet machine and is repeated when other programs used it
-meanwhile. A side that burns CPU while it is idle is frozen while the other is measured.
+meanwhile. Each side starts from idle, and stock is frozen while the ring is measured: its processes spin for a second
+after their last message.
 
 Stock pipeline parallelism dies on CPU with --enforce-eager at its first request: its receive buffers are allocated by a
 warm-up that eager mode skips. stock_pp_worker.py allocates them and changes nothing else; it is given to stock through
@@ -26,7 +27,6 @@ from pathlib import Path
 
 from benches.common import (
     DEFAULT_MODEL,
-    IDLE_LIMIT,
     ROOT,
     Foreign,
     PinnedRing,
@@ -41,6 +41,7 @@ from benches.common import (
     print_table,
     prompts,
     set_aside,
+    settle,
     wait_until_quiet,
 )
 
@@ -95,7 +96,8 @@ class Side:
     freezes: int | None
 
     def run(self, model: Path, texts: Sequence[str], num_tokens: int) -> Run:
-        with set_aside(self.freezes or 0, self.freezes is not None):
+        settle(self.pids)
+        with set_aside(self.freezes):
             before = sum(map(cpu_seconds, self.pids))
             took_s = drive(self.url, model, texts, num_tokens)
             used_s = sum(map(cpu_seconds, self.pids)) - before
@@ -106,10 +108,8 @@ class Side:
 def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> None:
     shares = [idle_share(stage.pid, options.idle_window) for stage in ring.stages]
     stock_share = idle_share(stock.process.pid, options.idle_window)
-    freeze = stock_share > IDLE_LIMIT
     print(
-        f"idle, share of a core: ring {' '.join(f'{share:.1%}' for share in shares)}, stock {stock_share:.1%}"
-        + (" (frozen while the ring is measured)" if freeze else ""),
+        f"idle, share of a core: ring {' '.join(f'{share:.1%}' for share in shares)}, stock {stock_share:.1%}",
         flush=True,
     )
     warm_up = prompts(max(options.concurrency), options.words, seed=10_000)
@@ -118,7 +118,7 @@ def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> No
     results = {concurrency: Ratios() for concurrency in options.concurrency}
     cpu = {concurrency: Ratios() for concurrency in options.concurrency}
     sides = [
-        Side("ring", ring.url, [stage.pid for stage in ring.stages], stock.process.pid if freeze else None),
+        Side("ring", ring.url, [stage.pid for stage in ring.stages], stock.process.pid),
         Side("stock", stock.url, [stock.process.pid], None),
     ]
     num_repeated = 0
