@@ -42,8 +42,8 @@ from stagewire.wire.codec import Frame
 __all__ = ["ZmqTransport", "local_host_towards"]
 
 HEARTBEAT_INTERVAL_MS = 500
-# Frozen peers are known after 4 to 4.5 s, below the 5 s within which open requests must end. Shorter was seen to fail:
-# a virtual machine that its host held up for 3 s counted as lost.
+# Frozen peers are known after 4 to 4.5 s, below the 5 s within which open requests must end. With 3.5 s a stage on a
+# crowded virtual machine was once counted as lost although nothing was wrong with it.
 HEARTBEAT_TIMEOUT_MS = 4000
 # A port that accepts and says nothing is given up after this time; ZeroMQ's default is 30 s.
 HANDSHAKE_TIMEOUT_MS = 5000
