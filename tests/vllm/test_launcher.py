@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -114,6 +115,23 @@ def test_the_quick_starts_script(model: Path, tmp_path: Path, ports: tuple[int, 
         code = up.wait()
     assert code == 0, up.text
     assert not stages_of(model), "nothing is left behind"
+
+
+def test_stages_end_when_their_launcher_was_killed(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:
+    """SIGKILL leaves the launcher no time to stop anything: each stage sees it by itself."""
+    api_port, base_port = ports
+    command = [str(Path(sys.executable).parent / "stagewire"), "up", "--model", str(model), "--num-stages", "2"]
+    up = Up([*command, "--port", str(api_port), "--base-port", str(base_port), *SETTINGS], tmp_path, {})
+    try:
+        up.read_until("Ctrl-C stops everything", START_DEADLINE_S)
+        running = [os.pidfd_open(pid) for pid in stages_of(model)]
+        assert len(running) == 2
+        # (The launcher stays a zombie until this test has asked for its exit code.)
+    finally:
+        up.popen.kill()
+    for descriptor in running:
+        assert select.select([descriptor], [], [], 30)[0], f"left behind: {stages_of(model)}"
+        os.close(descriptor)
 
 
 def test_a_stage_killed_while_serving_stops_the_rest(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:

@@ -92,6 +92,10 @@ def _listen(receiver: StatusReceiver) -> None:
             if event.phase is Phase.FAILED:
                 _end_after_linger()
                 return
+            if event.phase is Phase.STOPPED:
+                # EngineCore stopped the ring: because we told it to, or because the launcher is gone.
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
 
 def _end_after_linger() -> None:
