@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import select
 import shutil
@@ -29,12 +30,19 @@ STOP_DEADLINE_S = 30.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
+    """Ports that nobody listens on right now, all different.
+
+    Below the range that the system picks from: every stage opens a dozen such ports (gloo), and one of them was once
+    the very port that another stage was about to bind.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(18000, 32000), 500):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
