@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benches.common import (
@@ -115,45 +115,61 @@ def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> No
     warm_up = prompts(max(options.concurrency), options.words, seed=10_000)
     for url in (ring.url, stock.url):
         drive(url, options.model, warm_up, 8)
-    results = {concurrency: Ratios() for concurrency in options.concurrency}
-    cpu = {concurrency: Ratios() for concurrency in options.concurrency}
     sides = [
         Side("ring", ring.url, [stage.pid for stage in ring.stages], stock.process.pid),
         Side("stock", stock.url, [stock.process.pid], None),
     ]
-    num_repeated = 0
-    for index in range(options.rounds):
-        for concurrency in options.concurrency:
-            for attempt in range(options.repeats + 1):
-                seed = (index * 100 + attempt) * 100 + concurrency
-                texts = prompts(concurrency, options.words, seed)
-                wait_until_quiet(options.max_foreign, options.max_wait)
-                with Foreign() as foreign:
-                    order = sides if (index + attempt) % 2 else sides[::-1]
-                    found = {side.name: side.run(options.model, texts, options.tokens) for side in order}
-                is_disturbed = foreign.share > options.max_foreign
-                ours, theirs = found["ring"], found["stock"]
-                print(
-                    f"round {index + 1}, {concurrency} requests: ring {ours.tokens_per_s:.1f}, stock "
-                    f"{theirs.tokens_per_s:.1f} tok/s, ratio {ours.tokens_per_s / theirs.tokens_per_s:.3f}; "
-                    f"others used {foreign.share:.0%} of the machine{', again' if is_disturbed else ''}",
-                    flush=True,
-                )
-                if not is_disturbed:
-                    break
-                num_repeated += attempt < options.repeats
-            results[concurrency].add(ours.tokens_per_s, theirs.tokens_per_s)
-            cpu[concurrency].add(ours.cpu_ms_per_token, theirs.cpu_ms_per_token)
-    print_table(
-        f"{options.stages} stages, {options.dtype}, {'compiled' if options.compiled else 'eager'}, "
-        f"{options.tokens} tokens per request, {options.rounds} rounds ({num_repeated} pairs repeated), "
-        f"ring pinned: {options.pin}",
-        ["requests", "ring tok/s", "stock PP tok/s", "ratio", "spread", "CPU ms/token: ring", "stock"],
-        [
-            [str(concurrency), *results[concurrency].cells(".1f"), *cpu[concurrency].cells(".2f")[:2]]
-            for concurrency in options.concurrency
-        ],
-    )
+    found = Findings(options)
+    try:
+        for index in range(options.rounds):
+            for concurrency in options.concurrency:
+                found.add_pair(index, concurrency, sides)
+    finally:  # what was measured counts, also when the machine fails a server later
+        found.print()
+
+
+@dataclass
+class Findings:
+    """Pairs of runs, per number of requests."""
+
+    options: argparse.Namespace
+    num_repeated: int = 0
+    speed: dict[int, Ratios] = field(default_factory=dict)
+    cpu: dict[int, Ratios] = field(default_factory=dict)
+
+    def add_pair(self, index: int, concurrency: int, sides: Sequence[Side]) -> None:
+        for attempt in range(self.options.repeats + 1):
+            seed = (index * 100 + attempt) * 100 + concurrency
+            texts = prompts(concurrency, self.options.words, seed)
+            order = sides if (index + attempt) % 2 else sides[::-1]
+            wait_until_quiet(self.options.max_foreign, self.options.max_wait)
+            with Foreign() as foreign:
+                runs = {side.name: side.run(self.options.model, texts, self.options.tokens) for side in order}
+            ours, theirs = runs["ring"], runs["stock"]
+            is_disturbed = foreign.share > self.options.max_foreign
+            print(
+                f"round {index + 1}, {concurrency} requests: ring {ours.tokens_per_s:.1f}, stock "
+                f"{theirs.tokens_per_s:.1f} tok/s, ratio {ours.tokens_per_s / theirs.tokens_per_s:.3f}; "
+                f"others used {foreign.share:.0%} of the machine{', again' if is_disturbed else ''}",
+                flush=True,
+            )
+            if not is_disturbed:
+                break
+            self.num_repeated += attempt < self.options.repeats
+        self.speed.setdefault(concurrency, Ratios()).add(ours.tokens_per_s, theirs.tokens_per_s)
+        self.cpu.setdefault(concurrency, Ratios()).add(ours.cpu_ms_per_token, theirs.cpu_ms_per_token)
+
+    def print(self) -> None:
+        options = self.options
+        print_table(
+            f"{options.stages} stages, {options.dtype}, {'compiled' if options.compiled else 'eager'}, "
+            f"{options.tokens} tokens per request, {self.num_repeated} pairs repeated, ring pinned: {options.pin}",
+            ["requests", "pairs", "ring tok/s", "stock PP tok/s", "ratio", "spread", "CPU ms/token: ring", "stock"],
+            [
+                [str(concurrency), str(len(speed.ours)), *speed.cells(".1f"), *self.cpu[concurrency].cells(".2f")[:2]]
+                for concurrency, speed in self.speed.items()
+            ],
+        )
 
 
 def main() -> None:
