@@ -256,12 +256,12 @@ def measure_law(options: argparse.Namespace) -> None:
     free = shutil.disk_usage(options.folder).free
     if free < 1.2 * needed:
         raise SystemExit(f"{options.folder} has {free / 1e9:.1f} GB left, the checkpoint needs {needed / 1e9:.1f} GB")
-    kv_bytes = 64 * MIB
+    kv_bytes = 64 * MIB  # of a stage; one process has all the layers, and needs as much as all stages for one request
     imports = {}
     for kind, code in IMPORTS.items():
         with python_process(code) as pid:
             imports[kind] = Memory.of(pid).rss
-    kv_resident = resident_zeros(kv_bytes)
+    kv_resident, kv_resident_single = (resident_zeros(each) for each in (kv_bytes, kv_bytes * options.stages))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         model = Path(folder)
         make_checkpoint(model, options.model, options.large_layers)
@@ -272,12 +272,12 @@ def measure_law(options: argparse.Namespace) -> None:
         with PinnedRing(model, ranges, settings("bfloat16", kv_bytes)) as ring:
             drive(ring.url, model, prompts(1, 24, 0), 2)
             found = {f"stage {i} ({ranges[i]})": _processes(stage.pid) for i, stage in enumerate(ring.stages)}
-        with SingleProcess(model, settings("bfloat16", kv_bytes)) as single:
+        with SingleProcess(model, settings("bfloat16", kv_bytes * options.stages)) as single:
             drive(single.url, model, prompts(1, 24, 0), 2)
             alone = {"one process": _processes(single.process.pid)}
     header = ["process", "resident", "KV resident", "imports only", "rest"]
     ring_rows, total = _account(found, imports, kv_resident)
-    single_rows, single_total = _account(alone, imports, kv_resident)
+    single_rows, single_total = _account(alone, imports, kv_resident_single)
     print_table(
         f"Memory of a checkpoint of {checkpoint / 1e9:.2f} GB, bfloat16, eager, MB",
         header,
@@ -287,7 +287,7 @@ def measure_law(options: argparse.Namespace) -> None:
     print(
         f"\nsum over stages {total / 1e6:.0f} MB / checkpoint {checkpoint / 1e6:.0f} MB = {total / checkpoint:.3f}: "
         f"the law (<= {LIMIT}) {verdict}; one process {single_total / checkpoint:.3f}; "
-        f"KV budget {kv_bytes / MIB:.0f} MiB per process with layers, {kv_resident / kv_bytes:.0%} of it resident"
+        f"KV budget {kv_bytes / MIB:.0f} MiB per stage, {kv_resident / kv_bytes:.0%} of it resident"
     )
 
 
