@@ -70,8 +70,12 @@ def test_with_and_without_an_index(tmp_path: Path) -> None:
     assert single is not None
     assert sharded.total_bytes == single.total_bytes == 4 * (24 + 4 + 4)
     name = "model.layers.1.w"
-    assert sharded.tensors[name] == TensorInfo(name, "F32", (4,), 16, "model-2.safetensors")
-    assert single.tensors[name] == TensorInfo(name, "F32", (4,), 16, "model.safetensors")
+    for index, file in ((sharded, "model-2.safetensors"), (single, "model.safetensors")):
+        path = (tmp_path / "a" if index is sharded else tmp_path / "b") / file
+        # The last tensor of its file.
+        assert index.tensors[name] == TensorInfo(name, "F32", (4,), 16, file, path.stat().st_size - 16)
+    sizes = [path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors")]
+    assert sharded.header_bytes == sum(sizes) - sharded.total_bytes
 
 
 def test_several_files_without_an_index(tmp_path: Path) -> None:
@@ -151,9 +155,10 @@ def test_every_cut_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int
 
 def test_a_cut_names_the_tensor(tmp_path: Path) -> None:
     path = write_single(tmp_path, SHAPES) / "model.safetensors"
+    size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
-        ConfigError, match=r"tensor model\.layers\.1\.w ends at byte 128 of the data, the file holds 127"
+        ConfigError, match=rf"tensor model\.layers\.1\.w ends at byte {size}, the file holds {size - 1}"
     ):
         read_index(tmp_path)
 

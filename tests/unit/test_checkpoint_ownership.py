@@ -26,10 +26,10 @@ from stagewire.plan.ranges import LayerRange, split_evenly
 
 def make_index(shapes: Mapping[str, tuple[int, ...]]) -> CheckpointIndex:
     tensors = {
-        name: TensorInfo(name, "BF16", shape, 2 * math.prod(shape), "model.safetensors")
+        name: TensorInfo(name, "BF16", shape, 2 * math.prod(shape), "model.safetensors", 0)
         for name, shape in shapes.items()
     }
-    return CheckpointIndex(tensors, sum(tensor.num_bytes for tensor in tensors.values()))
+    return CheckpointIndex(tensors, sum(tensor.num_bytes for tensor in tensors.values()), 0)
 
 
 def make_shape(num_layers: int, *, tied: bool) -> ModelShape:

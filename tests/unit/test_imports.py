@@ -12,7 +12,19 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "stagewire"
 # Imports point downward: to a later entry, or within the same one.
-LAYERS = ["cli", "launch", "vllm_plugin", "checkpoint", "ring", "wire", "observe", "config", "plan", "errors"]
+LAYERS = [
+    "cli",
+    "commands",
+    "launch",
+    "vllm_plugin",
+    "checkpoint",
+    "ring",
+    "wire",
+    "observe",
+    "config",
+    "plan",
+    "errors",
+]
 # Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.
 RING = [
     "runtime",

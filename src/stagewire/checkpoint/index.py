@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from stagewire.checkpoint.model_config import read_config
 from stagewire.errors import ConfigError
 
-__all__ = ["CheckpointIndex", "TensorInfo", "fingerprint", "read_index"]
+__all__ = ["CheckpointIndex", "TensorInfo", "fingerprint", "read_files", "read_index"]
 
 _INDEX_NAME = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
@@ -43,21 +44,29 @@ _FINGERPRINT_DIGITS = 16
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor. ``dtype`` is safetensors' name ("BF16"); ``file`` is relative to the model's folder."""
+    """One tensor. ``dtype`` is safetensors' name ("BF16"); ``file`` is relative to the model's folder.
+
+    Its bytes are ``offset`` to ``offset + num_bytes`` of that file.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
     file: str
+    offset: int
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by name. ``total_bytes`` is of the weights alone, without headers."""
+    """Every tensor of a checkpoint by name, in the order of the files and of their data.
+
+    ``total_bytes`` is of the weights alone, ``header_bytes`` what was read of the files to know that.
+    """
 
     tensors: Mapping[str, TensorInfo]
     total_bytes: int
+    header_bytes: int
 
 
 def read_index(model_dir: Path) -> CheckpointIndex | None:
@@ -70,9 +79,15 @@ def read_index(model_dir: Path) -> CheckpointIndex | None:
     files = sorted(set(weight_map.values())) or sorted(path.name for path in model_dir.glob("*.safetensors"))
     if not files:
         return None
-    tensors = _merge_shards([_read_shard(model_dir, file) for file in files], weight_map)
-    _check_weight_map(weight_map, tensors, model_dir)
-    return CheckpointIndex(tensors, sum(tensor.num_bytes for tensor in tensors.values()))
+    return _read_shards(model_dir, files, weight_map)
+
+
+def read_files(folder: Path, files: Sequence[str]) -> CheckpointIndex:
+    """The tensors of these safetensors files (names relative to ``folder``), whatever an index says of them.
+
+    Raises ``ConfigError`` as ``read_index`` does, also for a tensor that two of the files hold.
+    """
+    return _read_shards(folder, files, {})
 
 
 def fingerprint(model_dir: Path) -> str:
@@ -115,27 +130,43 @@ def _is_plain_path(file: object) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _read_shard(model_dir: Path, file: str) -> list[TensorInfo]:
+def _read_shards(model_dir: Path, files: Sequence[str], weight_map: Mapping[str, str]) -> CheckpointIndex:
+    shards, header_bytes = [], 0
+    for file in files:
+        shard, begins_at = _read_shard(model_dir, file)
+        shards.append(shard)
+        header_bytes += begins_at
+    tensors = _merge_shards(shards, weight_map)
+    _check_weight_map(weight_map, tensors, model_dir)
+    return CheckpointIndex(tensors, sum(tensor.num_bytes for tensor in tensors.values()), header_bytes)
+
+
+def _read_shard(model_dir: Path, file: str) -> tuple[list[TensorInfo], int]:
+    """The tensors of one file by their place in it, and where its data begins."""
     path = model_dir / file
-    header, data_bytes = _read_header(path)
-    tensors = [_read_tensor(path, file, name, entry) for name, entry in header.items() if name != "__metadata__"]
-    for tensor, end in tensors:
-        if end > data_bytes:
+    header, begins_at, file_bytes = _read_header(path)
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    tensors = [_read_tensor(path, file, name, entry, begins_at) for name, entry in entries]
+    for tensor in tensors:
+        end = tensor.offset + tensor.num_bytes
+        if end > file_bytes:
             raise ConfigError(
-                f"{path} is cut short: tensor {tensor.name} ends at byte {end} of the data, "
-                f"the file holds {data_bytes}; download it again"
+                f"{path} is cut short: tensor {tensor.name} ends at byte {end}, "
+                f"the file holds {file_bytes}; download it again"
             )
-    return [tensor for tensor, _ in tensors]
+    return sorted(tensors, key=lambda tensor: tensor.offset), begins_at
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header, and how many bytes of data follow it. Layout: 8 bytes length (little-endian), JSON, data."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON header, where the data begins, the file's size. Layout: 8 bytes length (little-endian), JSON, data."""
     try:
-        with path.open("rb") as stream:
-            file_bytes = path.stat().st_size
+        # Unbuffered, and without the system's reading ahead, which would fetch weights that nobody asked for.
+        with path.open("rb", buffering=0) as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             _check_header_length(path, length, file_bytes)
-            header = json.loads(stream.read(length))
+            header = json.loads(_read_exactly(stream, length))
     except FileNotFoundError as error:
         raise ConfigError(f"shard {path} is missing; is the download complete?") from error
     except ConfigError:  # it is a ValueError too, as which it would be caught below
@@ -144,7 +175,19 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise ConfigError(f"{path} has no readable safetensors header ({error}); download it again") from error
     if not isinstance(header, dict):
         raise ConfigError(f"{path}: the safetensors header must be a JSON object, found {type(header).__name__}")
-    return header, file_bytes - _LENGTH_BYTES - length
+    return header, _LENGTH_BYTES + length, file_bytes
+
+
+def _read_exactly(stream: IO[bytes], length: int) -> bytes:
+    """An unbuffered read may return less than was asked for."""
+    parts = []
+    while length:
+        part = stream.read(length)
+        if not part:
+            raise OSError("the file ended early")
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
 
 
 def _check_header_length(path: Path, length: int, file_bytes: int) -> None:
@@ -160,8 +203,8 @@ def _check_header_length(path: Path, length: int, file_bytes: int) -> None:
         )
 
 
-def _read_tensor(path: Path, file: str, name: str, entry: Any) -> tuple[TensorInfo, int]:
-    """The tensor, and where it ends in the file's data."""
+def _read_tensor(path: Path, file: str, name: str, entry: Any, begins_at: int) -> TensorInfo:
+    """``begins_at``: where the file's data begins, which the header's offsets count from."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -172,7 +215,7 @@ def _read_tensor(path: Path, file: str, name: str, entry: Any) -> tuple[TensorIn
     bits = _DTYPE_BITS.get(dtype)
     if bits is not None and (math.prod(shape) * bits + 7) // 8 != end - begin:
         raise ConfigError(f"{path}: tensor {name} of shape {shape} and type {dtype} cannot have {end - begin} bytes")
-    return TensorInfo(name, dtype, tuple(shape), end - begin, file), end
+    return TensorInfo(name, dtype, tuple(shape), end - begin, file, begins_at + begin)
 
 
 def _merge_shards(shards: list[list[TensorInfo]], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
