@@ -14,7 +14,7 @@ from stagewire.plan.ranges import LayerRange
 from stagewire.ring.link import MemoryNetwork, MemoryTransport
 from stagewire.ring.node import Delivery, Observer, RingNode
 from stagewire.ring.state import Phase, RingState
-from stagewire.wire.messages import Call, CallResult, Message, Reply, StageIdentity
+from stagewire.wire.messages import Call, CallResult, Message, Reply, StageIdentity, StageReport
 
 RANGES = ((0, 8), (8, 16), (16, 24), (24, 32))
 SHARED = {"model": "m1", "--dtype": "float32", "--max-model-len": "4096", "vLLM version": "0.32.0"}
@@ -40,6 +40,14 @@ class Record(Observer):
     opened: list[tuple[int, tuple[StageIdentity, ...]]] = field(default_factory=list)
     errors: list[StagewireError] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
+    own_report: Callable[[], StageReport | None] = lambda: None
+    reports: list[list[StageReport]] = field(default_factory=list)
+
+    def report(self) -> StageReport | None:
+        return self.own_report()
+
+    def on_reports(self, reports: Sequence[StageReport]) -> None:
+        self.reports.append(list(reports))
 
     def on_log(self, text: str, is_warning: bool) -> None:
         self.logs.append(text)
@@ -90,6 +98,12 @@ def make_identity(config: StageConfig, incarnation: str = "one", pipeline_id: st
         pipeline_id,
         {**SHARED, **shared},
     )
+
+
+def make_report(stage: int, **changes: object) -> StageReport:
+    start, end = RANGES[stage]
+    report = StageReport(stage, start, end, "serving", 100 + stage, "here", "127.0.0.1:1", 5, 1 << 30, 0, 10, 0, 7)
+    return msgspec.structs.replace(report, **changes)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from stagewire.errors import ProtocolError, WireVersionError
 from stagewire.wire.codec import MAX_HEADER_BYTES, MAX_TENSORS, WIRE_VERSION, Frame, decode, encode
 from stagewire.wire.messages import (
     KINDS,
+    MAX_STAGES,
     Bye,
     Call,
     CallResult,
@@ -31,10 +32,12 @@ from stagewire.wire.messages import (
     Register,
     Registered,
     Reply,
+    Report,
     Result,
     Roll,
     Sample,
     StageIdentity,
+    StageReport,
     StageTiming,
     Step,
     TensorSpec,
@@ -45,6 +48,7 @@ GOLDEN = Path(__file__).with_name("golden_frames.json")
 
 _IDENTITY = StageIdentity(1, 4, 8, 16, "0f1e2d3c4b5a6978", "", {"--dtype": "float32", "model": "1a2b"})
 _TIMING = StageTiming(1, 1_000, 2_000, 3_000, 4_000, 50_000)
+_REPORT = StageReport(1, 8, 16, "serving", 4321, "machine-b", "192.168.1.11:15550", 61_000, 700 << 20, 0, 1831, 3, 1234)
 _SPECS = [TensorSpec("hidden_states", "float32", [3, 8]), TensorSpec("residual", "float32", [3, 8])]
 
 # One of each kind, with payloads. The golden frames are these, encoded.
@@ -67,6 +71,7 @@ EXAMPLES: list[tuple[Message, list[bytes]]] = [
     (Step(5, 9, 3, 2**64 - 1, True, _SPECS, [_TIMING]), [b"schedule", b"\0" * 96, b"\1" * 96]),
     (Sample(5, 9), [b"mask"]),
     (Result(5, 9, [_TIMING]), [b"tokens"]),
+    (Report(5, [_REPORT, _REPORT]), []),
 ]
 IDS = [type(message).__name__ for message, _ in EXAMPLES]
 
@@ -217,6 +222,39 @@ class TestMalformed:
         with pytest.raises(ProtocolError, match="malformed Welcome"):
             decode([header([list(fields.values())], kind=2)])
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"stage": -1},
+            {"stage": MAX_STAGES},
+            {"layer_start": -1},
+            {"state": "dancing"},
+            {"pid": -1},
+            {"host": "x" * 129},
+            {"address": "x" * 129},
+            {"rss_bytes": -1},
+            {"rss_bytes": 1.5},
+            {"last_step": -2},
+        ],
+    )
+    def test_a_report_that_no_stage_makes(self, change: dict[str, Any]) -> None:
+        fields = {**msgspec.structs.asdict(_REPORT), **change}
+        with pytest.raises(ProtocolError, match="malformed Report"):
+            decode([header([5, [list(fields.values())]], kind=19)])
+
+    def test_the_largest_report_fits_and_a_larger_one_is_refused(self) -> None:
+        widest = {
+            name: value
+            for name, value in msgspec.structs.asdict(_REPORT).items()
+            if name not in ("host", "address", "pid", "age_ms", "rss_bytes", "device_bytes", "cached_requests")
+        }
+        number, text = (1 << 63) - 1, "\N{SNOWMAN}" * 128
+        widest |= dict.fromkeys(("pid", "age_ms", "rss_bytes", "device_bytes", "cached_requests"), number)
+        report = StageReport(**widest, host=text, address=text)
+        assert decode(encode(Report(number, [report] * MAX_STAGES)))[0] == Report(number, [report] * MAX_STAGES)
+        with pytest.raises(ProtocolError, match="malformed Report"):
+            decode(encode(Report(5, [_REPORT] * (MAX_STAGES + 1))))
+
 
 class TestFuzz:
     @settings(max_examples=300, deadline=None, derandomize=True)
@@ -225,7 +263,7 @@ class TestFuzz:
         self._survives(frames)
 
     @settings(max_examples=600, deadline=None, derandomize=True)
-    @given(st.integers(0, 20), st.binary(max_size=80), st.lists(st.binary(max_size=8), max_size=3))
+    @given(st.integers(0, len(KINDS) + 2), st.binary(max_size=80), st.lists(st.binary(max_size=8), max_size=3))
     def test_any_body(self, kind: int, body: bytes, payloads: list[bytes]) -> None:
         self._survives([header(body, kind=kind), *payloads])
 

@@ -11,7 +11,7 @@ from enum import Enum
 
 from stagewire.errors import StagewireError
 from stagewire.wire.codec import Frame
-from stagewire.wire.messages import Call, Message, Reply, Result, Sample, StageIdentity, Step
+from stagewire.wire.messages import Call, Message, Reply, Result, Sample, StageIdentity, StageReport, Step
 
 __all__ = [
     "Action",
@@ -23,8 +23,10 @@ __all__ = [
     "Fail",
     "Log",
     "Outcome",
+    "PassReport",
     "Send",
     "SetOpen",
+    "SetReports",
     "Side",
     "Stop",
     "clip",
@@ -90,6 +92,20 @@ class SetOpen:
 
 
 @dataclass(frozen=True)
+class PassReport:
+    """Add this stage's report to ``earlier`` ones and send them on, if that goes without waiting."""
+
+    earlier: Sequence[StageReport]
+
+
+@dataclass(frozen=True)
+class SetReports:
+    """At the head: what the stages said of themselves this time round, in order; some may be missing."""
+
+    reports: Sequence[StageReport]
+
+
+@dataclass(frozen=True)
 class Fail:
     error: StagewireError
 
@@ -105,7 +121,7 @@ class Log:
     is_warning: bool = False
 
 
-Action = Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | Fail | Stop | Log
+Action = Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | PassReport | SetReports | Fail | Stop | Log
 
 # Of one part of the rules: what to do, or why this stage cannot go on (ring/state.py tells the others then).
 Outcome = list[Action] | StagewireError

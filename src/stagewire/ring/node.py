@@ -6,6 +6,7 @@ to be tested: call `turn` with a memory transport and a fake clock. ring/runtime
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,8 +25,10 @@ from stagewire.ring.actions import (
     Deliver,
     Fail,
     Log,
+    PassReport,
     Send,
     SetOpen,
+    SetReports,
     Side,
     Stop,
 )
@@ -41,7 +44,7 @@ from stagewire.ring.link import (
 )
 from stagewire.ring.state import RingState
 from stagewire.wire.codec import Frame, decode, encode
-from stagewire.wire.messages import StageIdentity
+from stagewire.wire.messages import Report, StageIdentity, StageReport
 
 __all__ = ["Delivery", "Observer", "RingNode"]
 
@@ -63,6 +66,13 @@ class Observer:
     def on_bound(self, host_port: str) -> None: ...
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None: ...
+
+    def report(self) -> StageReport | None:
+        """What this stage says of itself, about once a second while the ring is open. None: nothing."""
+        return None
+
+    def on_reports(self, reports: Sequence[StageReport]) -> None:
+        """At the head: what the stages said this time round, in order; some may be missing."""
 
     def on_failed(self, error: StagewireError) -> None: ...
 
@@ -103,6 +113,7 @@ class RingNode:
         self._observer = observer
         self._bind_host = bind_host
         self._started = False
+        self._is_report_missing = False
         self._replaced: set[Side] = set()  # within one turn: what its old connection still reported counts no more
 
     def __repr__(self) -> str:
@@ -181,6 +192,10 @@ class RingNode:
                 return self._bind(public)
             case SetOpen(epoch, identities):
                 self._observer.on_open(epoch, identities)
+            case PassReport(earlier):
+                self._pass_report(earlier)
+            case SetReports(reports):
+                self._observer.on_reports(reports)
             case Log(text, is_warning):
                 self._observer.on_log(text, is_warning)
             case Fail(error):
@@ -210,6 +225,28 @@ class RingNode:
                 self.state.successor_unreachable(self._now())
             return False
         return True
+
+    def _pass_report(self, earlier: Sequence[StageReport]) -> None:
+        """A successor that is gone or whose queue is full gets none: steps find that out, and the next comes soon."""
+        peer = self.state.successor_peer
+        if peer is None:
+            return
+        with contextlib.suppress(UnreachableError):
+            reports = [*earlier, *self._own_report()]
+            self.transport.send(Side.SUCCESSOR, peer, encode(Report(self.state.epoch, reports)))
+
+    def _own_report(self) -> list[StageReport]:
+        """One, or none: a stage that cannot tell how it is, or tells nonsense, goes on all the same."""
+        try:
+            report = self._observer.report()
+            if report is not None:
+                decode(encode(Report(self.state.epoch, [report])))  # what does not decode would end the ring elsewhere
+                return [report]
+        except Exception as error:  # noqa: BLE001  reports are for people, steps are not to fail for them
+            if not self._is_report_missing:
+                self._observer.on_log(f"Stage {self.config.stage}: cannot report on itself: {error!r}", True)
+            self._is_report_missing = True
+        return []
 
     def _flush_outbox(self) -> None:
         """Sends what waits, while there is somebody to send it to; what finds nobody stays for the next epoch."""

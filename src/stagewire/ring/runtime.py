@@ -18,7 +18,7 @@ from stagewire.ring.link import Transport
 from stagewire.ring.node import Delivery, Observer, RingNode
 from stagewire.ring.state import RingState
 from stagewire.wire.codec import Frame
-from stagewire.wire.messages import StageIdentity
+from stagewire.wire.messages import StageIdentity, StageReport
 
 __all__ = ["RingRuntime", "new_incarnation"]
 
@@ -143,6 +143,12 @@ class RingRuntime(Observer):
         self.identities = identities
         self._settled.set()
         self._observer.on_open(epoch, identities)
+
+    def report(self) -> StageReport | None:
+        return self._observer.report()
+
+    def on_reports(self, reports: Sequence[StageReport]) -> None:
+        self._observer.on_reports(reports)
 
     def on_failed(self, error: StagewireError) -> None:
         self.error = error

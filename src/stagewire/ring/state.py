@@ -39,8 +39,10 @@ from stagewire.ring.actions import (
     Fail,
     Log,
     Outcome,
+    PassReport,
     Send,
     SetOpen,
+    SetReports,
     Side,
     Stop,
     clip,
@@ -65,6 +67,7 @@ from stagewire.wire.messages import (
     Register,
     Registered,
     Reply,
+    Report,
     Result,
     Roll,
     Sample,
@@ -76,6 +79,7 @@ from stagewire.wire.messages import (
 __all__ = ["Phase", "RingState"]
 
 WAIT_LINE_INTERVAL_S = 10.0
+REPORT_INTERVAL_S = 1.0
 # Bounds what strangers can make us remember, and say.
 MAX_REMEMBERED = 1000
 
@@ -118,6 +122,7 @@ class RingState:
     _rendezvous: Rendezvous = field(init=False)
     _roll: tuple[StageIdentity, ...] | None = None
     _next_line_at: float = 0.0
+    _next_report_at: float = 0.0
     _told: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -150,6 +155,17 @@ class RingState:
     def hop_ns(self) -> int:
         """One-way time to the predecessor: half of the last ping; 0 while unknown."""
         return self._predecessor.hop_ns
+
+    @property
+    def linked_stages(self) -> tuple[int, ...]:
+        """Who takes part as far as is known here: everybody in an open ring, else whoever is linked to this stage."""
+        if self.is_open:
+            return tuple(range(self.config.num_stages))
+        neighbours = (
+            (self._predecessor.is_linked, self.config.predecessor_stage),
+            (self._successor.peer is not None, self.config.successor_stage),
+        )
+        return tuple(sorted({stage for is_linked, stage in neighbours if is_linked}))
 
     def waits_for(self) -> str:
         """Whom this stage waits for, for people."""
@@ -207,6 +223,9 @@ class RingState:
             actions += self._tick_serving(now)
         elif self.phase in (Phase.LINKING, Phase.OPENING):
             actions += self._tick_waiting(now)
+        if self.config.is_head and self.is_open and now >= self._next_report_at:
+            self._next_report_at = now + REPORT_INTERVAL_S
+            actions.append(PassReport(()))
         return actions
 
     def _tick_waiting(self, now: float) -> list[Action]:
@@ -353,6 +372,8 @@ class RingState:
                 return self._opened(epoch)
             case Fault():
                 return self._faulted(message, now)
+            case Report():
+                return self._reported(message)
             case Bye(text) if not self.config.is_head:
                 self.phase = Phase.STOPPED
                 onward = [] if self.config.is_tail else self._successor.send(message)
@@ -498,6 +519,17 @@ class RingState:
         is_passed_on = isinstance(message, Call) and not self.config.is_tail
         onward = self._successor.send(message, payloads) if is_passed_on else []
         return [*onward, Deliver(message, payloads)]
+
+    def _reported(self, report: Report) -> list[Action]:
+        """On its way round. Nothing depends on it, so what is wrong with it is counted and ends nothing."""
+        if not self.is_open or report.epoch != self.epoch:
+            self.num_stale_frames += 1
+            return []
+        stages = [each.stage for each in report.stages]
+        end = self.config.num_stages if self.config.is_head else self.config.stage
+        if stages != sorted(set(stages)) or any(stage >= end for stage in stages):
+            return self._unexpected()
+        return [SetReports(report.stages) if self.config.is_head else PassReport(report.stages)]
 
     def _faulted(self, fault: Fault, now: float) -> list[Action]:
         """Once round: whoever is serving fails with it; before that it is news for the head, where it ends."""

@@ -6,7 +6,7 @@ arguments and tensors are payload frames whose bytes are opaque here. docs/wire.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -28,10 +28,13 @@ __all__ = [
     "Register",
     "Registered",
     "Reply",
+    "Report",
     "Result",
     "Roll",
     "Sample",
     "StageIdentity",
+    "StageReport",
+    "StageState",
     "StageTiming",
     "Step",
     "TensorSpec",
@@ -42,6 +45,12 @@ __all__ = [
 MAX_STAGES = 1024
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+# A report has one of these per stage: with the largest number of stages it still fits a header.
+ShortText = Annotated[str, msgspec.Meta(max_length=128)]
+
+# What a stage's model is doing, in the order in which it passes them.
+StageState = Literal["loading", "loaded", "kv_cache", "serving"]
 
 
 class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -235,6 +244,39 @@ class Result(_Struct, frozen=True):
     timings: list[StageTiming]
 
 
+class StageReport(_Struct, frozen=True):
+    """What a stage says of itself, for people and planners; nothing is decided by it.
+
+    ``host`` is the machine's name, ``address`` where the stage listens. ``device_bytes`` is 0 without a device,
+    ``kv_blocks`` before the KV cache exists. ``last_step`` is the last one that it has run, -1 before the first.
+    ``age_ms``: how long its process has taken part.
+    """
+
+    stage: Annotated[int, msgspec.Meta(ge=0, lt=MAX_STAGES)]
+    layer_start: Count
+    layer_end: Count
+    state: StageState
+    pid: Count
+    host: ShortText
+    address: ShortText
+    age_ms: Count
+    rss_bytes: Count
+    device_bytes: Count
+    kv_blocks: Count
+    cached_requests: Count
+    last_step: Annotated[int, msgspec.Meta(ge=-1)]
+
+
+class Report(_Struct, frozen=True):
+    """Forward, once round, about once a second: the reports of stage 0 up to the sender.
+
+    A stage that has nothing to say passes it on as it is. One that is late or lost is not repeated.
+    """
+
+    epoch: int
+    stages: Annotated[list[StageReport], msgspec.Meta(max_length=MAX_STAGES)]
+
+
 Message = (
     Hello
     | Welcome
@@ -254,6 +296,7 @@ Message = (
     | Step
     | Sample
     | Result
+    | Report
 )
 
 # The number of a message on the wire. Never reuse one; a change of meaning is a new wire version (codec.py).
@@ -276,4 +319,5 @@ KINDS: dict[int, type[Message]] = {
     16: Step,
     17: Sample,
     18: Result,
+    19: Report,
 }
