@@ -260,11 +260,24 @@ def test_adjacent(first: str, second: str, expected: str | None) -> None:
     [
         (("0-10", "10-18", "18-24", "24-32"), []),
         ((), ["no layer ranges"]),
-        (("0-8", "8-16", "16-24"), ["stage 2, the last, must end at 32 but ends at 24: layers 24 to 31 left out"]),
+        (("0-8", "8-16", "16-24"), ["stage 2, the last, must end at 32 but ends at 24: layers 24 to 31 have no owner"]),
         (("1-16", "16-32"), ["stage 0 must start at layer 0 but starts at 1: layer 0 would not come first"]),
         (("0-16", "16-40"), ["stage 1 owns layers [16, 40) but the model has 32 layers, 0 to 31"]),
         (("0-8", "9-16", "15-33"), ["layer 8 has no owner", "layer 15 would be owned twice", "the model has 32"]),
-        (("0-8", "16-24", "8-16", "24-32"), ["8 to 15 have no owner", "which come before", "16 to 23 have no owner"]),
+        (
+            ("0-8", "16-24", "8-16", "24-32"),
+            ["layers 8 to 15 are stage 2's;", "which come before", "layers 16 to 23 are stage 1's;"],
+        ),
+        (
+            ("0-8", "8-16", "0-8", "24-32"),
+            [
+                "which come before",
+                "layers 8 to 15 are stage 1's, layers 16 to 23 have no owner;",
+                "layers 0 to 7 would",
+            ],
+        ),
+        (("0-8", "9-10", "8-9", "10-32"), ["layer 8 is stage 2's;", "which come before", "layer 9 is stage 1's;"]),
+        (("16-32", "0-16"), ["0 to 15 would not come first", "which come before", "layers 16 to 31 are stage 0's"]),
     ],
 )
 def test_find_problems(texts: tuple[str, ...], said: list[str]) -> None:
@@ -287,7 +300,9 @@ def test_no_problem_exactly_when_each_layer_has_one_owner_in_order(
     ("texts", "num_layers", "line"),
     [
         (("16-32", "0-16"), 32, 'The same ranges in order: --ranges "0-16" "16-32"'),
-        (("0-8", "9-16"), 30, 'An even split: --ranges "0-15" "15-30"'),
+        (("0-8", "9-16"), 30, 'The given ends kept: --ranges "0-8" "8-30"'),
+        (("0-8", "8-40", "16-32"), 32, 'The given starts kept: --ranges "0-8" "8-16" "16-32"'),
+        (("5-40", "5-40"), 4, 'An even split: --ranges "0-2" "2-4"'),
     ],
 )
 def test_check_ranges_says_all_and_corrects(texts: tuple[str, ...], num_layers: int, line: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, groupby, pairwise
 
 from stagewire.errors import ConfigError
 
@@ -22,6 +22,8 @@ __all__ = [
     "check_ranges",
     "find_problems",
     "partition_counts",
+    "ranges_line",
+    "repairs",
     "split_evenly",
 ]
 
@@ -126,9 +128,8 @@ def check_adjacent(stage: int, layers: LayerRange, next_stage: int, next_layers:
     if next_layers == layers:
         return f"{owns} and so does stage {next_stage}: each layer needs exactly one owner; {advice}"
     if next_layers.start > layers.end:
-        gap = _name_layers(layers.end, next_layers.start)
-        verb = "has" if next_layers.start - layers.end == 1 else "have"
-        return f"{owns} but stage {next_stage} starts at {next_layers.start}: {gap} {verb} no owner; {advice}"
+        gap = _describe_owners((), layers.end, next_layers.start)
+        return f"{owns} but stage {next_stage} starts at {next_layers.start}: {gap}; {advice}"
     if next_layers.end <= layers.start:
         return (
             f"{owns} but stage {next_stage} owns {_interval(next_layers)}, which come before: "
@@ -157,6 +158,29 @@ def check_ranges(ranges: Sequence[LayerRange], num_layers: int) -> None:
         lines = [f"these layer ranges do not cover {num_layers} layers exactly once:"]
         lines += [f"  - {problem}" for problem in problems]
         raise ConfigError("\n".join(lines + _advise_ranges(ranges, num_layers)))
+
+
+def repairs(ranges: Sequence[LayerRange], num_layers: int) -> Iterator[tuple[str, tuple[LayerRange, ...]]]:
+    """Valid splits into as many stages, the one that keeps most of ``ranges`` first, each with what was kept.
+
+    The same ranges in order; else boundaries where the given stages end; else where they start; last vLLM's own split.
+    """
+    ends = [layers.end for layers in ranges[:-1]]
+    starts = [layers.start for layers in ranges[1:]]
+    in_order = tuple(sorted(ranges))
+    if not find_problems(in_order, num_layers):
+        yield "The same ranges in order", in_order
+    for kept, boundaries in (("ends", ends), ("starts", starts)):
+        points = [0, *boundaries, num_layers]
+        if all(start < end for start, end in pairwise(points)):
+            yield f"The given {kept} kept", tuple(LayerRange(start, end) for start, end in pairwise(points))
+    if 1 <= len(ranges) <= num_layers:
+        yield "An even split", split_evenly(num_layers, len(ranges))
+
+
+def ranges_line(ranges: Sequence[LayerRange]) -> str:
+    """To be pasted: ``--ranges "0-8" "8-16"``."""
+    return " ".join(["--ranges", *(f'"{layers}"' for layers in ranges)])
 
 
 def partition_counts(stage: int, num_stages: int, layers: LayerRange, num_layers: int) -> tuple[int, ...]:
@@ -249,14 +273,51 @@ def _pipeline_problems(ranges: Sequence[LayerRange], num_layers: int) -> Iterato
     for stage, (layers, next_layers) in enumerate(pairwise(ranges)):
         if layers.end > num_layers:
             yield _beyond(stage, layers, num_layers)
-        if problem := check_adjacent(stage, layers, stage + 1, next_layers):
+        if next_layers.start > layers.end:
+            yield _gap(ranges, stage)
+        elif problem := check_adjacent(stage, layers, stage + 1, next_layers):
             yield problem
+    yield from _apart_but_same(ranges)
     last = len(ranges) - 1
     if ranges[last].end > num_layers:
         yield _beyond(last, ranges[last], num_layers)
     elif ranges[last].end < num_layers:
-        missing = _name_layers(ranges[last].end, num_layers)
-        yield f"stage {last}, the last, must end at {num_layers} but ends at {ranges[last].end}: {missing} left out"
+        missing = _describe_owners(ranges, ranges[last].end, num_layers)
+        yield f"stage {last}, the last, must end at {num_layers} but ends at {ranges[last].end}: {missing}"
+
+
+def _gap(ranges: Sequence[LayerRange], stage: int) -> str:
+    """As ``check_adjacent``, but here the layers between two neighbours may be another stage's."""
+    layers, next_layers = ranges[stage], ranges[stage + 1]
+    between = _describe_owners(ranges, layers.end, next_layers.start)
+    advice = _advise_next(layers, stage + 1, next_layers)
+    starts = f"stage {stage + 1} starts at {next_layers.start}"
+    return f"stage {stage} owns layers {_interval(layers)} but {starts}: {between}; {advice}"
+
+
+def _describe_owners(ranges: Sequence[LayerRange], start: int, end: int) -> str:
+    """``layers 8 to 15 are stage 2's, layer 16 has no owner``."""
+    owners = [(layer, [i for i, layers in enumerate(ranges) if layer in layers]) for layer in range(start, end)]
+    clauses = []
+    for stages, group in groupby(owners, key=lambda owner: owner[1]):
+        layers = [layer for layer, _ in group]
+        is_one = len(layers) == 1
+        whose = f"stage {stages[0]}'s" if stages else "no owner"
+        verb = ("is" if is_one else "are") if stages else ("has" if is_one else "have")
+        clauses.append(f"{_name_layers(layers[0], layers[-1] + 1)} {verb} {whose}")
+    return ", ".join(clauses)
+
+
+def _apart_but_same(ranges: Sequence[LayerRange]) -> Iterator[str]:
+    """Layers that two stages own which are not neighbours: those are ``check_adjacent``'s."""
+    for (stage, layers), (other, others) in combinations(enumerate(ranges), 2):
+        start, end = max(layers.start, others.start), min(layers.end, others.end)
+        if other - stage > 1 and start < end:
+            twice = _name_layers(start, end)
+            yield (
+                f"stage {stage} owns layers {_interval(layers)} and stage {other} owns {_interval(others)}: "
+                f"{twice} would be owned twice"
+            )
 
 
 def _beyond(stage: int, layers: LayerRange, num_layers: int) -> str:
@@ -264,16 +325,7 @@ def _beyond(stage: int, layers: LayerRange, num_layers: int) -> str:
 
 
 def _advise_ranges(ranges: Sequence[LayerRange], num_layers: int) -> list[str]:
-    in_order = sorted(ranges)
-    if not find_problems(in_order, num_layers):
-        return [f"The same ranges in order: {_ranges_line(in_order)}"]
-    if 1 <= len(ranges) <= num_layers:
-        return [f"An even split: {_ranges_line(split_evenly(num_layers, len(ranges)))}"]
-    return []
-
-
-def _ranges_line(ranges: Sequence[LayerRange]) -> str:
-    return " ".join(["--ranges", *(f'"{layers}"' for layers in ranges)])
+    return [f"{kept}: {ranges_line(split)}" for kept, split in repairs(ranges, num_layers)][:1]
 
 
 def _interval(layers: LayerRange) -> str:
