@@ -18,7 +18,7 @@ from typing import IO, Any
 from stagewire.checkpoint.model_config import read_config
 from stagewire.errors import ConfigError
 
-__all__ = ["CheckpointIndex", "TensorInfo", "fingerprint", "read_files", "read_index"]
+__all__ = ["CheckpointIndex", "TensorInfo", "fingerprint", "read_files", "read_index", "read_metadata"]
 
 _INDEX_NAME = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
@@ -88,6 +88,12 @@ def read_files(folder: Path, files: Sequence[str]) -> CheckpointIndex:
     Raises ``ConfigError`` as ``read_index`` does, also for a tensor that two of the files hold.
     """
     return _read_shards(folder, files, {})
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself (``{"format": "pt"}``), empty if nothing. Raises as ``read_index``."""
+    metadata = _read_header(path)[0].get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def fingerprint(model_dir: Path) -> str:

@@ -1,0 +1,268 @@
+"""What a pre-split export consists of: every file of every stage, byte for byte, before one is written.
+
+A file is some bytes of its own followed by pieces of the checkpoint's files, so its size is known beforehand, and
+writing it needs no more memory than one piece is read with. Reads headers and directories; writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_index, read_metadata
+from stagewire.checkpoint.manifest import MANIFEST_NAME
+from stagewire.checkpoint.model_config import ModelShape, read_model_shape
+from stagewire.checkpoint.ownership import Role, role_of, shares_embedding, stage_tensors
+from stagewire.errors import ConfigError, InternalError
+from stagewire.plan.ranges import LayerRange, check_ranges
+
+__all__ = ["ExportPlan", "OutputFile", "Piece", "SourceFile", "TensorSums", "plan_export"]
+
+_HEADER_ALIGNMENT = 8
+# Weights in whatever format: never copied beside the stage's own tensors, where a loader could find them.
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".npz", ".msgpack", ".h5"),
+    *(".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel"),
+)
+# model.safetensors.index.json, pytorch_model.bin.index.json, model.safetensors.index.fp32.json
+_WEIGHT_INDEX = (".safetensors.index.", ".bin.index.")
+# Tokenizers have up to 40 MB. What is larger is no part of a model's folder that a stage needs, and is said.
+_MAX_COPIED_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``num_bytes`` from ``offset`` on of the source's ``file`` (relative to the model's folder)."""
+
+    file: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """``head``, then ``pieces``. ``name`` is relative to the stage's folder."""
+
+    stage: int
+    name: str
+    head: bytes
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"stage_{self.stage}/{self.name}"
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.head) + sum(piece.num_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file that is read, as it was when the plan was made."""
+
+    name: str
+    num_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, model_dir: Path, name: str) -> SourceFile:
+        try:
+            status = (model_dir / name).stat()
+        except OSError as error:
+            raise ConfigError(f"{model_dir / name} cannot be read ({error.strerror})") from error
+        return cls(name, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class TensorSums:
+    """Tensor bytes of each stage, and why they are more than the checkpoint's."""
+
+    checkpoint_bytes: int
+    stage_bytes: tuple[int, ...]
+    twice: tuple[TensorInfo, ...]  # the embedding, when the head shares it: first and last stage
+    everywhere: tuple[TensorInfo, ...]  # of unknown role
+
+    def check(self) -> None:
+        """Raises ``InternalError`` unless each tensor is where it has to be and nowhere else, by the sums."""
+        again = sum(tensor.num_bytes for tensor in self.twice)
+        again += sum(tensor.num_bytes for tensor in self.everywhere) * (len(self.stage_bytes) - 1)
+        if sum(self.stage_bytes) != self.checkpoint_bytes + again:
+            raise InternalError(
+                f"the stages hold {sum(self.stage_bytes)} bytes of tensors, expected {self.checkpoint_bytes} of the "
+                f"checkpoint and {again} that several stages need"
+            )
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """``files`` in the order of writing; ``left_out``: files of the source that are too large to be copied along."""
+
+    model_dir: Path
+    ranges: tuple[LayerRange, ...]
+    num_layers: int
+    source_fingerprint: str
+    sources: Mapping[str, SourceFile]
+    files: tuple[OutputFile, ...]
+    sums: TensorSums
+    left_out: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def layout(self) -> str:
+        """A digest of names, heads and pieces: whether a half-written export goes on as it was begun."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            pieces = [[piece.file, piece.offset, piece.num_bytes] for piece in file.pieces]
+            digest.update(json.dumps([file.key, hashlib.sha256(file.head).hexdigest(), pieces]).encode())
+        return digest.hexdigest()
+
+
+def plan_export(model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRange]]) -> ExportPlan:
+    """Reads the checkpoint's headers; ``choose_ranges`` is asked with the model's depth.
+
+    Raises ``ConfigError`` as ``read_model_shape`` and ``read_index`` do, for a checkpoint without safetensors, for a
+    folder that is a pre-split stage itself, and for ranges that do not cover the model over at least two stages.
+    """
+    shape = read_model_shape(model_dir)
+    if (model_dir / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"{model_dir} is a pre-split stage itself ({MANIFEST_NAME} is in it): export from the full checkpoint"
+        )
+    ranges = tuple(choose_ranges(shape.num_layers))
+    check_ranges(ranges, shape.num_layers)
+    if len(ranges) < 2:
+        raise ConfigError("1 stage: a pipeline has at least 2; one process serves the full checkpoint, as it is")
+    index = _read_safetensors(model_dir)
+    others, left_out = _other_files(model_dir)
+    tensors = [stage_tensors(index, shape, layers) for layers in ranges]
+    sums = _sum_up(index, shape, tensors)
+    sums.check()
+    copies = [(name, Piece(name, 0, source.num_bytes)) for name, source in others.items()]
+    files = [file for stage, own in enumerate(tensors) for file in _stage_files(model_dir, stage, own, copies)]
+    shards = {tensor.file for tensor in index.tensors.values()}
+    sources = others | {name: SourceFile.of(model_dir, name) for name in sorted(shards)}
+    return ExportPlan(
+        model_dir, ranges, shape.num_layers, fingerprint(model_dir), sources, tuple(files), sums, tuple(left_out)
+    )
+
+
+def _read_safetensors(model_dir: Path) -> CheckpointIndex:
+    index = read_index(model_dir)
+    if index is None:
+        raise ConfigError(
+            f"{model_dir} holds no *.safetensors: other formats (.bin, .pt) are pickles, which cannot be cut without "
+            "executing what is in them; convert the checkpoint first, for instance with transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    return index
+
+
+def _sum_up(index: CheckpointIndex, shape: ModelShape, stages: Sequence[Sequence[TensorInfo]]) -> TensorSums:
+    is_shared = shares_embedding(index, shape)
+    tensors = index.tensors.values()
+    return TensorSums(
+        checkpoint_bytes=index.total_bytes,
+        stage_bytes=tuple(sum(tensor.num_bytes for tensor in own) for own in stages),
+        twice=tuple(tensor for tensor in tensors if is_shared and role_of(tensor.name) is Role.EMBEDDING),
+        everywhere=tuple(tensor for tensor in tensors if role_of(tensor.name) is Role.UNKNOWN),
+    )
+
+
+# ---- what is copied whole ------------------------------------------------------------------------------------------
+
+
+def _other_files(model_dir: Path) -> tuple[dict[str, SourceFile], list[str]]:
+    """What is neither weights nor hidden, by name: tokenizer, templates, custom code; and what is too large."""
+    copied: dict[str, SourceFile] = {}
+    left_out: list[str] = []
+    for name in sorted(_walk(model_dir)):
+        if name.endswith(_WEIGHT_SUFFIXES) or any(part in name for part in _WEIGHT_INDEX):
+            continue
+        source = SourceFile.of(model_dir, name)
+        if source.num_bytes > _MAX_COPIED_BYTES:
+            left_out.append(name)
+        else:
+            copied[name] = source
+    return copied, left_out
+
+
+def _walk(model_dir: Path) -> Iterator[str]:
+    """Files below the folder, links to files included (a hub's cache is made of them), links to folders not."""
+    for folder, folders, names in os.walk(model_dir):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        for name in names:
+            if not name.startswith("."):
+                yield (Path(folder) / name).relative_to(model_dir).as_posix()
+
+
+# ---- a stage's files -----------------------------------------------------------------------------------------------
+
+
+def _stage_files(
+    model_dir: Path, stage: int, tensors: Sequence[TensorInfo], copies: Sequence[tuple[str, Piece]]
+) -> Iterator[OutputFile]:
+    """The small files first; of the weights one file for each of the source's that has some of this stage's."""
+    if not tensors:
+        raise ConfigError(
+            f"stage {stage} would own no tensor at all: are the layers named as config.json counts them? "
+            "Such a checkpoint cannot be cut"
+        )
+    for name, piece in copies:
+        yield OutputFile(stage, name, b"", (piece,))
+    by_source: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        by_source.setdefault(tensor.file, []).append(tensor)
+    names = _shard_names(len(by_source))
+    if len(names) > 1:
+        yield OutputFile(stage, "model.safetensors.index.json", _index_of(by_source, names))
+    for name, (source, own) in zip(names, by_source.items(), strict=True):
+        yield _shard(stage, name, read_metadata(model_dir / source), own)
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _index_of(by_source: Mapping[str, Sequence[TensorInfo]], names: Sequence[str]) -> bytes:
+    """As `save_pretrained` writes it."""
+    total = sum(tensor.num_bytes for tensors in by_source.values() for tensor in tensors)
+    weight_map = {
+        tensor.name: name for name, tensors in zip(names, by_source.values(), strict=True) for tensor in tensors
+    }
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _shard(stage: int, name: str, metadata: Mapping[str, str], tensors: Sequence[TensorInfo]) -> OutputFile:
+    """A safetensors file: 8 bytes length, JSON padded to 8 bytes, the data without gaps.
+
+    The widest types come first, as the library itself writes them, so that each tensor is aligned in a mapped file
+    whatever was left out before it; beyond that the source's order is kept.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-_element_bytes(tensor), tensor.offset))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for tensor in ordered:
+        end = begin + tensor.num_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    pieces = tuple(Piece(tensor.file, tensor.offset, tensor.num_bytes) for tensor in ordered)
+    return OutputFile(stage, name, len(text).to_bytes(8, "little") + text, pieces)
+
+
+def _element_bytes(tensor: TensorInfo) -> float:
+    count = math.prod(tensor.shape)
+    return tensor.num_bytes / count if count else 0
