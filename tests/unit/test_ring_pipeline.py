@@ -9,6 +9,7 @@ import pytest
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError, StageLost
 from stagewire.ring.actions import Side
+from stagewire.ring.admission import EXPORT_SETTING
 from stagewire.ring.link import MemoryTransport
 from stagewire.ring.state import Phase
 from stagewire.wire.codec import encode
@@ -497,6 +498,34 @@ class TestRefusals:
             ring.settle()
         ring.wait(5)
         self._check_refused(ring, wrong, [name, value])
+
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    @pytest.mark.parametrize(
+        ("exports", "wrong", "first"),
+        [
+            (("e1", "e1", "e2", "e1"), 2, 0),
+            (("", "e1", "", "e2"), 3, 1),
+            (("", "e1", "e2", ""), 2, 1),
+        ],
+    )
+    def test_another_export_than_the_first_that_has_one(
+        self, exports: tuple[str, ...], wrong: int, first: int, order: tuple[int, ...]
+    ) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        for index in order:
+            ring.start(index, shared={EXPORT_SETTING: exports[index]})
+            ring.settle()
+        ring.wait(5)
+        self._check_refused(
+            ring, wrong, [f"stage {wrong}'s folder is of {EXPORT_SETTING} e2", f"stage {first}'s of e1"]
+        )
+
+    @pytest.mark.parametrize("exports", [("e1", "", "e1", ""), ("", "e1", "e1", ""), ("",) * 4, ("e1",) * 4])
+    def test_full_and_pre_split_stages_mix(self, exports: tuple[str, ...]) -> None:
+        ring = Ring()
+        stages = [ring.start(index, shared={EXPORT_SETTING: export}) for index, export in enumerate(exports)]
+        ring.wait(5)
+        assert_whole(stages)
 
     @pytest.mark.parametrize("order", LATER_FIRST)
     @pytest.mark.parametrize("wrong", [1, 2, 3])

@@ -1,7 +1,8 @@
 """Who may take part in a pipeline: what stages must agree on, who holds an index, and the words of a refusal.
 
 Who is wrong when two stages differ: between neighbours the higher index (order, gap, overlap); in shared settings
-whoever differs from the head, which is right by definition.
+whoever differs from the head, which is right by definition; in pre-split exports whoever differs from the first stage
+that has one.
 
 Knows identities, and times as arguments; no connection, no phase, and not what a refusal leads to.
 """
@@ -18,10 +19,12 @@ from stagewire.wire.messages import Refused, StageIdentity
 
 __all__ = [
     "ALIVE_S",
+    "EXPORT_SETTING",
     "MAX_BAD_HANDSHAKES",
     "Holder",
     "Verdict",
     "duplicate_refusal",
+    "export_refusal",
     "pipeline_refusal",
     "range_refusal",
     "settings_refusal",
@@ -31,6 +34,9 @@ __all__ = [
 ALIVE_S = 5.0
 # Handshakes that fail, in a row, before what listens at an address counts as no stage at all.
 MAX_BAD_HANDSHAKES = 3
+# The one shared setting that a stage may leave empty: which pre-split export its folder is of. A stage that loads from
+# the full checkpoint has none, and fits any.
+EXPORT_SETTING = "pre-split export"
 # Bounds what strangers can make us remember.
 MAX_CLAIMS = 16
 
@@ -92,10 +98,29 @@ def pipeline_refusal(head: StageIdentity, other: StageIdentity) -> Refused | Non
 
 
 def settings_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
-    """The first thing in which a stage differs from the head."""
+    """The first thing in which a stage differs from the head; of exports see `export_refusal`."""
     names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
+    names = [name for name in names if name != EXPORT_SETTING]
     pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
     return pipeline_refusal(head, other) or _first_difference(other.stage, pairs)
+
+
+def export_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
+    """A stage whose folder is of another export than that of the first stage in ``roll`` that has one.
+
+    The head may have none, so the head alone is not enough to compare with. Two exports of models that look alike by
+    their headers, such as a base model and a fine-tuned one, differ in nothing else.
+    """
+    first = next((identity for identity in roll if identity.shared.get(EXPORT_SETTING)), other)
+    expected, found = first.shared.get(EXPORT_SETTING, ""), other.shared.get(EXPORT_SETTING, "")
+    if not found or found == expected:
+        return None
+    text = (
+        f"stage {other.stage}'s folder is of {EXPORT_SETTING} {clip(found)} but stage {first.stage}'s of "
+        f"{clip(expected)}: their weights may be of different models; start stage {other.stage} from "
+        f"stage_{other.stage} of the same export"
+    )
+    return Refused(other.stage, EXPORT_SETTING, expected, found, text)
 
 
 def _layers(identity: StageIdentity) -> LayerRange:

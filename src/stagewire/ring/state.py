@@ -47,7 +47,7 @@ from stagewire.ring.actions import (
     Stop,
     clip,
 )
-from stagewire.ring.admission import pipeline_refusal, range_refusal, settings_refusal
+from stagewire.ring.admission import export_refusal, pipeline_refusal, range_refusal, settings_refusal
 from stagewire.ring.predecessor import PredecessorLink
 from stagewire.ring.rendezvous import Rendezvous
 from stagewire.ring.successor import SuccessorLink
@@ -463,7 +463,7 @@ class RingState:
             return self._unexpected()
         if self.config.is_head and roll[0].incarnation != self.identity.incarnation:
             return []  # from before our restart; ours is on its way
-        refusal = settings_refusal(roll[0], self.identity)
+        refusal = settings_refusal(roll[0], self.identity) or export_refusal(roll, self.identity)
         if refusal:
             return self._refuse_myself(refusal)
         expected = range(self.config.num_stages if self.config.is_head else self.config.stage)
@@ -481,7 +481,7 @@ class RingState:
             refusal = range_refusal(earlier, later)
             if refusal:
                 return [Log(f"Stage 0: the ring is linked but not right, waiting: {refusal.text}", is_warning=True)]
-        if any(settings_refusal(self.identity, identity) for identity in roll):
+        if any(settings_refusal(roll[0], each) or export_refusal(roll, each) for each in roll):
             return []  # it has refused itself and is leaving
         self.epoch = max(self.epoch + 1, self.first_epoch)
         self.phase = Phase.OPENING

@@ -12,7 +12,9 @@ from typing import Any
 
 from stagewire import __version__
 from stagewire.checkpoint.index import fingerprint
+from stagewire.checkpoint.manifest import check_place, read_manifest
 from stagewire.config import StageConfig
+from stagewire.ring.admission import EXPORT_SETTING
 from stagewire.ring.runtime import new_incarnation
 from stagewire.wire.messages import StageIdentity
 
@@ -20,7 +22,10 @@ __all__ = ["make_identity"]
 
 
 def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
-    """The identity of this process as one stage of the pipeline."""
+    """The identity of this process as one stage of the pipeline.
+
+    Raises ``ConfigError`` for a pre-split stage's folder that is damaged, or that is of another stage than ``config``.
+    """
     return StageIdentity(
         stage=config.stage,
         num_stages=config.num_stages,
@@ -28,17 +33,17 @@ def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
         layer_end=config.layers.end,
         incarnation=new_incarnation(),
         pipeline_id=config.pipeline_id or "",
-        shared={name: str(value) for name, value in _shared(vllm_config).items()},
+        shared={name: str(value) for name, value in _shared(config, vllm_config).items()},
     )
 
 
-def _shared(vllm_config: Any) -> dict[str, Any]:
+def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
     """Setting to value; names are the flags where there is one, because they appear in refusals."""
     from vllm.version import __version__ as vllm_version
 
     model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
     return {
-        "model": _model_fingerprint(model),
+        **_model_identity(config, model),
         "vLLM version": vllm_version.partition("+")[0],
         "Stagewire version": __version__,
         "--dtype": str(model.dtype).removeprefix("torch."),
@@ -66,9 +71,16 @@ def _by_name(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
 
-def _model_fingerprint(model: Any) -> str:
-    """Of the config and the weight index, so that stages may keep the checkpoint under different paths."""
+def _model_identity(config: StageConfig, model: Any) -> dict[str, str]:
+    """Of the config and the weight index, so that stages may keep the checkpoint under different paths.
+
+    A pre-split stage has its source's fingerprint, and so may sit between stages that load from the full checkpoint.
+    """
     path = Path(model.model)
-    if path.is_dir():
-        return fingerprint(path)
-    return f"{model.model}@{model.revision or 'main'}"
+    if not path.is_dir():
+        return {"model": f"{model.model}@{model.revision or 'main'}", EXPORT_SETTING: ""}
+    manifest = read_manifest(path)
+    if manifest is None:
+        return {"model": fingerprint(path), EXPORT_SETTING: ""}
+    check_place(manifest, path, config.stage, config.num_stages, config.layers)
+    return {"model": manifest.source_fingerprint, EXPORT_SETTING: manifest.export_id}

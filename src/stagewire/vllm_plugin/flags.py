@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stagewire.checkpoint.index import read_index
+from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, check_place, read_manifest
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
 from stagewire.config import DEFAULT_START_TIMEOUT_S, DEFAULT_STEP_TIMEOUT_S, StageConfig, is_external, parse_stage
@@ -42,7 +43,10 @@ def add_flags(parser: Any) -> None:
     )
     add("--pipeline-stage-idx", type=int, help="Index of this stage, from 0 (the head, which serves the API).")
     add("--pipeline-total-stages", type=int, help="How many stages the pipeline has.")
-    add("--pipeline-layer-range", help="Layers of this stage, half-open: 8-16 is layers 8 to 15.")
+    add(
+        "--pipeline-layer-range",
+        help="Layers of this stage, half-open: 8-16 is layers 8 to 15. A pre-split stage's folder has its own.",
+    )
     add(
         "--pipeline-local-bind-port",
         type=int,
@@ -86,7 +90,7 @@ def with_translation(original: Callable[..., Any]) -> Callable[..., Any]:
             from stagewire.vllm_plugin.engine_args import apply_external_mode
 
             compat.check_version()
-            config = parse_stage(vars(args))
+            config = _parse_stage(args)
             if not config.is_head and getattr(args, "subparser", None) != "serve":
                 raise ConfigError("--external-pp-worker works with `vllm serve` only")
             apply_external_mode(engine_args, config)
@@ -99,6 +103,7 @@ def with_stages(original: Callable[..., Any]) -> Callable[..., Any]:
     def cmd(args: argparse.Namespace) -> None:
         try:
             if not is_external(vars(args)):
+                _refuse_stage_alone(args)
                 original(args)
                 return
             _serve(original, args)
@@ -118,9 +123,9 @@ def _die(stage: int | None, error: StagewireError) -> None:
 
 def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     compat.check_version()
-    config = parse_stage(vars(args))
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag
+    config = _parse_stage(args)
     status = StatusSender(config.stage)
     status.send(Phase.IMPORTING)
     _check_entry_point(config, args)
@@ -151,6 +156,29 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     serve_stage(config, vllm_config, status)
 
 
+def _parse_stage(args: argparse.Namespace) -> StageConfig:
+    """The flags, and for a pre-split stage's folder what its manifest says of the layers."""
+    flags = vars(args)
+    folder = Path(str(flags.get("model") or ""))
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        return parse_stage(flags)
+    config = parse_stage({**flags, "pipeline_layer_range": flags.get("pipeline_layer_range") or str(manifest.layers)})
+    check_place(manifest, folder, config.stage, config.num_stages, config.layers)
+    return config
+
+
+def _refuse_stage_alone(args: argparse.Namespace) -> None:
+    """A stage's folder without a stage's flags: vLLM would only find out that weights are missing, if at all."""
+    folder = Path(str(getattr(args, "model_tag", None) or getattr(args, "model", None) or ""))
+    if (folder / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"{folder} is one stage of a pre-split model ({MANIFEST_NAME} is in it): add --pipeline-stage-mode "
+            "external and its other flags, run `stagewire up --pipeline-dir` on the folder above, or serve the full "
+            "checkpoint"
+        )
+
+
 def announce_load(config: StageConfig, model: str) -> str:
     """Prints the stage's line (``Stage 0: Loading layers 0-7... (4.54 GB)``); returns its short form for progress."""
     path = Path(model)
@@ -176,6 +204,9 @@ def _check_checkpoint(config: StageConfig, model: str) -> None:
                 f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name"
             )
         return
+    manifest = read_manifest(path)
+    if manifest is not None:
+        check_files(path, manifest)
     shape = read_model_shape(path)
     check_own_range(config.stage, config.num_stages, config.layers, shape.num_layers)
     read_index(path)
