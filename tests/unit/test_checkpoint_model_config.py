@@ -41,6 +41,9 @@ def test_a_llama(tmp_path: Path) -> None:
         ({"thinker_config": {"text_config": {"num_hidden_layers": 28}}}, 28),
         ({"num_hidden_layers": 6, "text_config": {"num_hidden_layers": 34}}, 34),
         ({"num_hidden_layers": 32, "text_config": {"model_type": "llama"}}, 32),
+        ({"model_type": "nemotron_h", "num_hidden_layers": 52, "hybrid_override_pattern": "M-M*E"}, 5),
+        ({"model_type": "nemotron_h", "layers_block_type": ["linear_attention", "moe", "full_attention"]}, 3),
+        ({"llm_config": {"model_type": "nemotron_h", "hybrid_override_pattern": "M*"}, "num_hidden_layers": 9}, 2),
         ({"model_type": "longcat_flash", "num_hidden_layers": 56, "num_layers": 28}, 28),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from stagewire.errors import ConfigError
 
-__all__ = ["ModelShape", "read_config", "read_model_shape"]
+__all__ = ["ModelShape", "language_settings", "read_config", "read_model_shape", "shape_of"]
 
 # Where multimodal models keep the language model's settings: text_config, decoder and generator are transformers'
 # get_text_config(), llm_config is vLLM's own alias for it, the others are the models' own (DeepSeek-VL2, Qwen-Omni).
@@ -22,6 +22,9 @@ _TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_co
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # LongCat's num_hidden_layers counts attention sublayers, two per decoder layer (vLLM's model_arch_config_convertor.py).
 _DEPTH_KEYS_OF_TYPE = {"longcat_flash": ("num_layers",), "longcat_flash_ngram": ("num_layers",)}
+# Nemotron-H has one layer per entry of its pattern, and transformers ignores num_hidden_layers beside it; since 5 it
+# leaves that number out of config.json and writes the pattern as a list (configuration_nemotron_h.py).
+_PATTERN_KEYS_OF_TYPE = {"nemotron_h": ("layers_block_type", "hybrid_override_pattern")}
 _MAX_NESTING = 3
 
 
@@ -45,11 +48,15 @@ class ModelShape:
 
 def read_model_shape(model_dir: Path) -> ModelShape:
     """Raises ``ConfigError`` when the folder or config.json is missing or malformed, or names no depth."""
-    config = read_config(model_dir)
+    return shape_of(read_config(model_dir), model_dir / "config.json")
+
+
+def shape_of(config: Mapping[str, Any], path: Path | str = "config.json") -> ModelShape:
+    """The shape that a parsed config.json describes; ``path`` is for messages. Raises ``ConfigError`` for no depth."""
     sections = [config, *_text_sections(config)]
     tied, architectures = config.get("tie_word_embeddings"), config.get("architectures")
     return ModelShape(
-        num_layers=_read_depth(sections, model_dir / "config.json"),
+        num_layers=_read_depth(sections, path),
         tie_word_embeddings=True if tied is None else bool(tied),
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         torch_dtype=_read_dtype(sections),
@@ -75,6 +82,12 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
+def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's settings in one dict: of nested sections the innermost, ``None`` counting as absent."""
+    sections = [config, *_text_sections(config)]
+    return {key: value for section in sections for key, value in section.items() if value is not None}
+
+
 def _text_sections(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
     """The language model's nested sections, outermost first."""
     for key in _TEXT_CONFIG_KEYS:
@@ -92,9 +105,12 @@ def _read_dtype(sections: Sequence[Mapping[str, Any]]) -> str | None:
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
 
 
-def _read_depth(sections: Sequence[Mapping[str, Any]], path: Path) -> int:
+def _read_depth(sections: Sequence[Mapping[str, Any]], path: Path | str) -> int:
     """The innermost section's depth: beside a text_config, top-level numbers may be a tower's."""
     for section in reversed(sections):
+        for key in _PATTERN_KEYS_OF_TYPE.get(str(section.get("model_type")), ()):
+            if isinstance(section.get(key), list | str) and section[key]:
+                return len(section[key])
         for key in _DEPTH_KEYS_OF_TYPE.get(str(section.get("model_type")), _DEPTH_KEYS):
             if section.get(key) is not None:
                 return _check_depth(section[key], key, path)
@@ -104,7 +120,7 @@ def _read_depth(sections: Sequence[Mapping[str, Any]], path: Path) -> int:
     )
 
 
-def _check_depth(value: object, key: str, path: Path) -> int:
+def _check_depth(value: object, key: str, path: Path | str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{path}: {key} must be a whole number of at least 1, found {value!r}")
     return value

@@ -297,14 +297,16 @@ def _gap(ranges: Sequence[LayerRange], stage: int) -> str:
 
 def _describe_owners(ranges: Sequence[LayerRange], start: int, end: int) -> str:
     """``layers 8 to 15 are stage 2's, layer 16 has no owner``."""
-    owners = [(layer, [i for i, layers in enumerate(ranges) if layer in layers]) for layer in range(start, end)]
+    points = {start, end, *(point for layers in ranges for point in (layers.start, layers.end) if start < point < end)}
+    spans = [(span, [i for i, layers in enumerate(ranges) if span[0] in layers]) for span in pairwise(sorted(points))]
     clauses = []
-    for stages, group in groupby(owners, key=lambda owner: owner[1]):
-        layers = [layer for layer, _ in group]
-        is_one = len(layers) == 1
+    for stages, group in groupby(spans, key=lambda owned: owned[1]):
+        joined = [span for span, _ in group]
+        first, after = joined[0][0], joined[-1][1]
+        is_one = after - first == 1
         whose = f"stage {stages[0]}'s" if stages else "no owner"
         verb = ("is" if is_one else "are") if stages else ("has" if is_one else "have")
-        clauses.append(f"{_name_layers(layers[0], layers[-1] + 1)} {verb} {whose}")
+        clauses.append(f"{_name_layers(first, after)} {verb} {whose}")
     return ", ".join(clauses)
 
 
