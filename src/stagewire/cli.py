@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagewire import __version__
+from stagewire.commands import export
 from stagewire.errors import StagewireError
 from stagewire.launch import up
 
@@ -27,6 +28,10 @@ def _run_demo_model(args: argparse.Namespace, extra: Sequence[str]) -> int:
     return 0
 
 
+def _run_export(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    return export.run(args)
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stagewire",
@@ -39,13 +44,19 @@ def _make_parser() -> argparse.ArgumentParser:
     up_parser = commands.add_parser(
         "up",
         help="start, watch and stop all stages of a pipeline on this machine",
-        usage="%(prog)s --model PATH [options] [-- VLLM_ARGUMENTS]",
+        usage="%(prog)s (--model PATH | --pipeline-dir PATH) [options] [-- VLLM_ARGUMENTS]",
         epilog=up.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     up.add_arguments(up_parser)
     up_parser.set_defaults(run=_run_up, takes_extra=True)
+
+    export_parser = commands.add_parser(
+        "export", help="cut a checkpoint into one folder for each stage", allow_abbrev=False
+    )
+    export.add_arguments(export_parser)
+    export_parser.set_defaults(run=_run_export, takes_extra=False)
 
     demo = commands.add_parser("demo-model", help="make a small real model to try things with", allow_abbrev=False)
     demo.add_argument("dir", nargs="?", type=Path, default=Path(".demo/model"), help="default: %(default)s")

@@ -65,16 +65,17 @@ def place_stages(ranges: Sequence[LayerRange], base_port: int) -> list[StageSpec
 
 @dataclass(frozen=True)
 class VllmCommand:
-    """Builds each stage's `vllm serve` command line."""
+    """Builds each stage's `vllm serve` command line. ``model``: of all stages, or one folder for each."""
 
     vllm: str
-    model: str
+    model: str | Sequence[str]
     host: str | None
     port: int
     extra: tuple[str, ...] = ()
 
     def __call__(self, spec: StageSpec) -> list[str]:
-        command = [self.vllm, "serve", self.model, "--pipeline-stage-mode", "external"]
+        model = self.model if isinstance(self.model, str) else self.model[spec.index]
+        command = [self.vllm, "serve", model, "--pipeline-stage-mode", "external"]
         command += ["--pipeline-stage-idx", str(spec.index), "--pipeline-total-stages", str(spec.num_stages)]
         command += ["--pipeline-layer-range", str(spec.layers), "--pipeline-local-bind-port", str(spec.bind_port)]
         predecessor = f"127.0.0.1:{spec.prev_port}"

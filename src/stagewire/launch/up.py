@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from stagewire.checkpoint.manifest import check_files, read_export, stage_folder
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.errors import ConfigError
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
@@ -53,7 +54,14 @@ failed (1 an error of a stage or a kill, 2 a setting, 3 another stage or the net
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="PATH", help="folder with config.json and the weights")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="PATH", help="folder with config.json and the weights")
+    model.add_argument(
+        "--pipeline-dir",
+        type=Path,
+        metavar="PATH",
+        help="output folder of `stagewire export`: one folder for each stage",
+    )
     parser.add_argument(
         "--num-stages", type=int, metavar="N", help=f"default: {DEFAULT_NUM_STAGES}, or as many as ranges"
     )
@@ -80,15 +88,15 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     Raises:
         StagewireError: a wrong setting, a stage that failed, a ring that is not ready in time.
     """
-    model_dir = Path(args.model).expanduser()
     _check_extra(extra)
-    ranges = _choose_ranges(args.ranges, args.num_stages, read_model_shape(model_dir).num_layers)
+    ranges, folders = _choose_stages(args)
+    model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
     is_cpu = is_cpu_build()
     resources = assign_resources(len(specs), os.environ, is_cpu)
     if args.start_timeout != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
         extra = [*extra, "--pipeline-start-timeout", f"{args.start_timeout:g}"]
-    command = VllmCommand(find_vllm(), str(model_dir), args.host, args.port, tuple(extra))
+    command = VllmCommand(find_vllm(), [str(folder) for folder in folders], args.host, args.port, tuple(extra))
     api = Api(
         args.host,
         args.port,
@@ -102,12 +110,44 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
         return f"{usage(api, model, has_template)}\nLogs in {log_dir}{os.sep}stage_*.log. Ctrl-C stops everything."
 
     screen = open_screen(specs)
-    screen.say(f"{model_dir}: layers {', '.join(map(str, ranges))} on {len(specs)} stages; logs in {log_dir}")
+    source = args.pipeline_dir or model_dir
+    screen.say(f"{source}: layers {', '.join(map(str, ranges))} on {len(specs)} stages; logs in {log_dir}")
     with private_dir() as folder:
         supervisor = Supervisor(
             specs, command, resources, api, screen, folder, log_dir, serving, Timeouts(start=args.start_timeout)
         )
         return asyncio.run(supervisor.run())
+
+
+def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:
+    """Each stage's layers, and the folder that it loads from: the full checkpoint's, or its own."""
+    if args.pipeline_dir is not None:
+        return _read_pre_split(args.pipeline_dir.expanduser(), args.ranges, args.num_stages)
+    model_dir = Path(args.model).expanduser()
+    ranges = _choose_ranges(args.ranges, args.num_stages, read_model_shape(model_dir).num_layers)
+    return ranges, [model_dir] * len(ranges)
+
+
+def _read_pre_split(
+    pipeline_dir: Path, texts: Sequence[str] | None, num_stages: int | None
+) -> tuple[tuple[LayerRange, ...], list[Path]]:
+    """One whole export. Raises ``ConfigError`` when it is not, or when flags contradict it."""
+    manifests = read_export(pipeline_dir)
+    ranges = tuple(manifest.layers for manifest in manifests)
+    if num_stages not in (None, len(ranges)):
+        raise ConfigError(
+            f"--num-stages {num_stages} contradicts {pipeline_dir}, which was exported for {len(ranges)} stages: "
+            "leave it out, or export again for another number"
+        )
+    if texts is not None and tuple(map(LayerRange.parse, texts)) != ranges:
+        raise ConfigError(
+            f"--ranges {' '.join(texts)} contradicts {pipeline_dir}, which was exported with "
+            f"{' '.join(map(str, ranges))}: leave it out, or export again with other ranges"
+        )
+    folders = [stage_folder(pipeline_dir, stage) for stage in range(len(ranges))]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        check_files(folder, manifest)
+    return ranges, folders
 
 
 def _choose_ranges(texts: Sequence[str] | None, num_stages: int | None, num_layers: int) -> tuple[LayerRange, ...]:
