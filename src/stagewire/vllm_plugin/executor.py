@@ -19,7 +19,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
 from stagewire.errors import ConfigError, InternalError, PeerError
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
 from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
@@ -57,6 +57,12 @@ class _InFlight:
     sent_at: float
     num_requests: int
     num_tokens: int
+    waits_for_sample: bool
+
+    @property
+    def is_decode(self) -> bool:
+        """One token for each request, sampled at once: comparable with others."""
+        return self.num_tokens == self.num_requests and not self.waits_for_sample
 
 
 class RingExecutor(Executor):
@@ -81,7 +87,7 @@ class RingExecutor(Executor):
         except Exception as error:
             self._process.fail_from(error)
             raise
-        self._status.send(Phase.LOADED)
+        self._process.mark_loaded(lambda: len(self._worker.runner.requests))
         self._process.ring.wait_open(self._stage.start_timeout_s)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
@@ -104,6 +110,7 @@ class RingExecutor(Executor):
             self._process.fail_from(error)
             raise
         finished_ns = time.monotonic_ns()
+        self._process.last_step = step
         has_tokens = activations is not None
         timing = StageTiming(0, received_ns, started_ns, finished_ns, time.monotonic_ns(), self._process.ring.hop_ns)
         message = Step(
@@ -126,6 +133,7 @@ class RingExecutor(Executor):
             time.monotonic(),
             len(scheduler_output.num_scheduled_tokens),
             scheduler_output.total_num_scheduled_tokens,
+            message.waits_for_sample,
         )
         return _resolved(None) if non_block else None
 
@@ -173,6 +181,7 @@ class RingExecutor(Executor):
                 raise PeerError(f"a result for step {message.step}, which is not in flight")
             timings = [*message.timings, StageTiming(0, delivery.received_ns, 0, 0, 0, self._process.ring.hop_ns)]
             self._step_log.write(message.step, in_flight.num_requests, in_flight.num_tokens, timings)
+            self._process.steps.add(in_flight.num_requests, in_flight.is_decode, timings)
             in_flight.future.set_result(decode_output(delivery.payloads[0]))
         elif isinstance(message, Reply) and message.call_id in self._replies:
             self._replies[message.call_id] = message

@@ -1,7 +1,7 @@
 """The head's API server process: what it answers before the ring has answered, and how it ends with it.
 
-EngineCore (a child of this process) owns the ring; it reports over a Unix socket (observe/status.py). From that this
-process knows whether to answer 503, with which reason, and which exit code is right.
+EngineCore (a child of this process) owns the ring; it reports over Unix sockets (observe/status.py). From that this
+process knows whether to answer 503, with which reason, which exit code is right, and what to say of every stage.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stagewire.observe.status import HEAD_SOCKET_ENV, Phase, StatusReceiver
+from stagewire.config import parse_stage
+from stagewire.observe.status import HEAD_SOCKET_ENV, NEWS_SOCKET_ENV, DatagramReceiver, Phase, StatusReceiver
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.http import EarlyServer, HeadHealth
+from stagewire.vllm_plugin.pipeline_status import PipelineStatus
 
 __all__ = ["HEALTH", "serve_head"]
 
@@ -35,12 +37,16 @@ def serve_head(original: Callable[..., Any], args: argparse.Namespace) -> None:
     """Runs vLLM's own API server, with our health and exit codes. Raises SystemExit with the ring's reason."""
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
+    HEALTH.pipeline = PipelineStatus(parse_stage(vars(args)))
     with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
         receiver = StatusReceiver(str(Path(folder) / "head.sock"))
         os.environ[HEAD_SOCKET_ENV] = receiver.path
         # vLLM leaves the sockets between its processes behind in the temporary folder.
         os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
+        news = DatagramReceiver(str(Path(folder) / "news.sock"))
+        os.environ[NEWS_SOCKET_ENV] = news.path
         threading.Thread(target=_listen, args=(receiver,), name="stagewire-status", daemon=True).start()
+        threading.Thread(target=_hear, args=(news, HEALTH.pipeline), name="stagewire-news", daemon=True).start()
         _patch_server()
         _run(original, args)
     if HEALTH.failure is not None:
@@ -96,6 +102,13 @@ def _listen(receiver: StatusReceiver) -> None:
                 # EngineCore stopped the ring: because we told it to, or because the launcher is gone.
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+
+
+def _hear(news: DatagramReceiver, pipeline: PipelineStatus) -> None:
+    while True:
+        select.select([news], [], [])
+        for data in news.receive_all():
+            pipeline.update(data)
 
 
 def _end_after_linger() -> None:

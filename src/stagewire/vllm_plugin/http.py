@@ -1,9 +1,10 @@
-"""What the head's HTTP port says about the ring: /live, /health, /ready, and 503 with the reason.
+"""What the head's HTTP port says about the ring: /live, /health, /ready, /pipeline/status, and 503 with the reason.
 
-    /live     200 once the process is up
-    /health   503 until the ring has answered once, 200 while it serves, 503 after it failed
-    /ready    200 only while the whole ring answers
-    others    503 with Retry-After before the ring has answered, 503 with the reason after it failed
+    /live             200 once the process is up
+    /health           503 until the ring has answered once, 200 while it serves, 503 after it failed
+    /ready            200 only while the whole ring answers
+    /pipeline/status  200 with all that is known of every stage, at any time
+    others            503 with Retry-After before the ring has answered, 503 with the reason after it failed
 
 Before vLLM's own server listens, `EarlyServer` answers on the same socket; from then on `RingMiddleware` does, which
 also ends the requests that are open when a stage is lost.
@@ -21,6 +22,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from stagewire.observe.status import Phase, StatusEvent
+from stagewire.vllm_plugin.pipeline_status import Health, PipelineStatus
 
 __all__ = ["EarlyServer", "HeadHealth", "RingMiddleware"]
 
@@ -41,6 +43,7 @@ class HeadHealth:
         self.is_serving = False
         self.failure: str | None = None
         self.exit_code = 0
+        self.pipeline: PipelineStatus | None = None
         self._failed = threading.Event()
         self._listeners: set[Callable[[], None]] = set()
 
@@ -73,11 +76,25 @@ class HeadHealth:
         if self.failure is not None:
             return 503, self.failure
         if not self.is_serving:
-            news = f", {self.news}" if self.news else ""
-            return 503, f"the pipeline is not ready: stage 0 is at {self.phase.value.replace('_', ' ')}{news}"
+            return 503, f"the pipeline is not ready: {self._where()}"
         if path == "/ready":
+            silence_s = self.pipeline.silence_s if self.pipeline else 0.0
+            if silence_s:
+                return 503, f"stage 0's EngineCore has said nothing for {silence_s:.0f} s"
             return 200, "the whole ring answers"
         return None
+
+    def respond(self, path: str) -> tuple[int, bytes] | None:
+        """Status and body for this path; None: vLLM's own application answers."""
+        if path == "/pipeline/status" and self.pipeline is not None:
+            known = Health(self._where(), self.is_serving, self.failure)
+            return 200, json.dumps(self.pipeline.describe(known)).encode()
+        answer = self.answer(path)
+        return None if answer is None else (answer[0], _body(*answer))
+
+    def _where(self) -> str:
+        news = f", {self.news}" if self.news else ""
+        return f"stage 0 is at {self.phase.value.replace('_', ' ')}{news}"
 
 
 def _body(status: int, text: str) -> bytes:
@@ -98,8 +115,8 @@ class EarlyServer:
             timeout = 5
 
             def answer(self) -> None:
-                status, text = health.answer(self.path.partition("?")[0]) or (503, "the pipeline is starting")
-                body = _body(status, text)
+                starting = 503, _body(503, "the pipeline is starting")
+                status, body = health.respond(self.path.partition("?")[0]) or starting
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -152,9 +169,9 @@ class RingMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = self._health.answer(scope["path"])
-        if answer is not None:
-            await _respond(send, *answer)
+        response = self._health.respond(scope["path"])
+        if response is not None:
+            await _respond(send, *response)
             return
         await _Guarded(self._app, self._health).run(scope, receive, send)
 
@@ -213,14 +230,13 @@ class _Guarded:
         if self._finished:
             return
         if not self._started:
-            await _respond(send, 503, text)
+            await _respond(send, 503, _body(503, text))
             return
         tail = b"data: " + _body(503, text) + b"\n\ndata: [DONE]\n\n" if self._is_stream else b""
         await send({"type": "http.response.body", "body": tail, "more_body": False})
 
 
-async def _respond(send: _Send, status: int, text: str) -> None:
-    body = _body(status, text)
+async def _respond(send: _Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 503:
         headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))

@@ -10,18 +10,25 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import socket
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stagewire.config import Address, StageConfig
-from stagewire.errors import InternalError, StagewireError
+from stagewire.errors import InternalError, StageLost, StagewireError
 from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Observer
 from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.zmq_link import ZmqTransport, local_host_towards
 from stagewire.vllm_plugin.fingerprint import make_identity
-from stagewire.wire.messages import StageIdentity
+from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident_bytes
+from stagewire.wire.messages import StageIdentity, StageReport, StageState
 
 __all__ = ["LAUNCHER_PID_ENV", "RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
 
@@ -72,6 +79,14 @@ class RingProcess(Observer):
         self._config = config
         self._status = status
         self._exit_code: int | None = None
+        self._started_at = time.monotonic()
+        self._state: StageState = "loading"
+        self._address = ""
+        self._kv_blocks = 0
+        self._count_requests: Callable[[], int] = lambda: 0
+        self._news = NewsSender.from_environment() if config.is_head else None
+        self.last_step = -1
+        self.steps = StepStatistics()
         self._parent = os.getppid()
         self._launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
         # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
@@ -91,10 +106,19 @@ class RingProcess(Observer):
         """Ends the ring in order."""
         self.ring.stop(text)
 
+    def mark_loaded(self, count_requests: Callable[[], int]) -> None:
+        """``count_requests``: how many the model's runner has in its cache; asked from the ring's thread."""
+        self._count_requests = count_requests
+        self._state = "loaded"
+        self._status.send(Phase.LOADED)
+
     def report_kv_cache(self, num_blocks: int) -> None:
+        self._kv_blocks = num_blocks
+        self._state = "kv_cache"
         self._status.send(Phase.KV_CACHE, f"{num_blocks} blocks")
 
     def mark_ready(self) -> None:
+        self._state = "serving"
         self._status.send(Phase.READY)
 
     def fail_from(self, error: BaseException) -> None:
@@ -106,17 +130,63 @@ class RingProcess(Observer):
     # ---- from the ring's thread ------------------------------------------------------------------------------------
 
     def _watch(self) -> str | None:
+        if self._news is not None and self._news.is_due():
+            self._tell(self._news)
+        return self._reason_to_end()
+
+    def _reason_to_end(self) -> str | None:
         if self._is_child and os.getppid() != self._parent:
             return "the API server is gone"
         if self._launcher and not _is_alive(self._launcher):
             return "the launcher is gone"
         return None
 
+    def _tell(self, news: NewsSender, error: StagewireError | None = None) -> None:
+        try:
+            news.tell(self._describe_ring(error))
+        except Exception:  # status is for people: the ring does not end for it
+            news.skip()
+            logger.debug("Stage 0: no status this time", exc_info=True)
+
+    def _describe_ring(self, error: StagewireError | None = None) -> RingNews:
+        state = self.ring.node.state
+        return RingNews(
+            phase=state.phase.value,
+            epoch=state.epoch,
+            waits_for="" if state.is_open or state.is_over else state.waits_for(),
+            lost_stage=error.stage if isinstance(error, StageLost) else None,
+            linked=list(state.linked_stages),
+            head=self.report(),
+            steps=self.steps.summary(time.monotonic()),
+        )
+
+    def report(self) -> StageReport:
+        return StageReport(
+            stage=self._config.stage,
+            layer_start=self._config.layers.start,
+            layer_end=self._config.layers.end,
+            state=self._state,
+            pid=os.getpid(),
+            host=socket.gethostname()[:64],
+            address=self._address,
+            age_ms=int((time.monotonic() - self._started_at) * 1000),
+            rss_bytes=resident_bytes(),
+            device_bytes=torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
+            kv_blocks=self._kv_blocks,
+            cached_requests=self._count_requests(),
+            last_step=self.last_step,
+        )
+
+    def on_reports(self, reports: Sequence[StageReport]) -> None:
+        if self._news is not None:
+            self._news.tell_stages(reports, self.steps.per_stage())
+
     def on_log(self, text: str, is_warning: bool) -> None:
         logger.log(logging.WARNING if is_warning else logging.INFO, text)
         self._status.note(text)
 
     def on_bound(self, host_port: str) -> None:
+        self._address = host_port[:128]
         wanted = Address(self._bind_host, self._config.bind_port)
         how = "" if host_port == str(wanted) else f", reached through port {wanted.port}, which another stage owns"
         logger.info("Stage %d: listening on %s%s", self._config.stage, host_port, how)
@@ -125,10 +195,14 @@ class RingProcess(Observer):
         if identities:
             ranges = ", ".join(f"{i.stage}: {i.layer_start}-{i.layer_end}" for i in identities)
             logger.info("Stage 0: the ring is whole (%s)", ranges)
+        if self._news is not None:
+            self._tell(self._news)  # before the first reports, which come at once
         self._status.send(Phase.LINKED)
 
     def on_failed(self, error: StagewireError) -> None:
         logger.error(report(self._config.stage, error))
+        if self._news is not None:
+            self._tell(self._news, error)
         text = f"stage {self._config.stage} failed: {error}" if isinstance(error, InternalError) else str(error)
         self._status.send(Phase.FAILED, text, error.exit_code)
         self._exit_code = error.exit_code
@@ -136,7 +210,7 @@ class RingProcess(Observer):
     def on_stopped(self, text: str) -> None:
         logger.info("Stage %d: stopped (%s)", self._config.stage, text)
         self._status.send(Phase.STOPPED, text)
-        if not self._config.is_head or self._watch() is not None:
+        if not self._config.is_head or self._reason_to_end() is not None:
             self._exit_code = 0  # a head that was asked to stop is ended by vLLM
 
     def on_ended(self) -> None:

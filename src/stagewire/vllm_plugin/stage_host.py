@@ -12,7 +12,7 @@ from typing import Any
 
 from stagewire.config import StageConfig
 from stagewire.errors import PeerError
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Delivery
 from stagewire.vllm_plugin.call_codec import decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
@@ -31,9 +31,9 @@ def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> 
     signal.signal(signal.SIGINT, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was interrupted"))
     process.start()
     try:
-        host = _StageHost(process, StageWorker(config, vllm_config))
-        status.send(Phase.LOADED)
-        host.run()
+        worker = StageWorker(config, vllm_config)
+        process.mark_loaded(lambda: len(worker.runner.requests))
+        _StageHost(process, worker).run()
     except Exception as error:
         process.fail_from(error)
         raise
@@ -81,6 +81,7 @@ class _StageHost:
             raise PeerError(f"step {step.step}: {step.num_tokens} tokens in the header, another number in the schedule")
         started_ns = time.monotonic_ns()
         activations = self._worker.execute(schedule, step.digest, step.tensors, frames)
+        self._process.last_step = step.step
         timing = StageTiming(
             self._config.stage, delivery.received_ns, started_ns, time.monotonic_ns(), 0, self._ring.hop_ns
         )
