@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import signal
 from pathlib import Path
@@ -180,6 +182,18 @@ def test_ranges_or_a_number_of_stages() -> None:
         up._choose_ranges(["0-7", "7-15", "15-30"], 2, 30)
     with pytest.raises(ConfigError):
         up._choose_ranges(["0-7", "8-30"], None, 30)
+
+
+def test_a_split_that_vllm_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 8, "full_attention_interval": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    parser = argparse.ArgumentParser()
+    up.add_arguments(parser)
+    args = parser.parse_args(["--model", str(tmp_path), "--num-stages", "3"])
+    with pytest.raises(
+        ConfigError, match=r"stage 0: layers \[0, 3\) have no .*\n.*3 stages are not possible, 2 at most"
+    ):
+        up.run(args, [])
 
 
 def test_a_spec_is_comparable() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import check_files, read_export, stage_folder
-from stagewire.checkpoint.model_config import read_model_shape
+from stagewire.checkpoint.model_config import read_config, shape_of
 from stagewire.errors import ConfigError
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
 from stagewire.launch.screen import open_screen
@@ -124,7 +125,9 @@ def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], li
     if args.pipeline_dir is not None:
         return _read_pre_split(args.pipeline_dir.expanduser(), args.ranges, args.num_stages)
     model_dir = Path(args.model).expanduser()
-    ranges = _choose_ranges(args.ranges, args.num_stages, read_model_shape(model_dir).num_layers)
+    config = read_config(model_dir)
+    ranges = _choose_ranges(args.ranges, args.num_stages, shape_of(config, model_dir / "config.json").num_layers)
+    check_kv(read_layout(config), ranges)
     return ranges, [model_dir] * len(ranges)
 
 

@@ -1,0 +1,425 @@
+"""What each layer keeps of a request: KV cache, constant state, or a neighbour's cache. From config.json alone; pure.
+
+Two rules for a split follow from it, and both are stock vLLM's. A stage needs a layer of every kind that the model has:
+the block size, the layout and the order of rows come from the kinds that a process holds, and the stages must agree on
+them. And layers that share a cache need one process: vLLM looks the target's up by name in its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Flag, auto
+from typing import Any
+
+from stagewire.checkpoint.model_config import language_settings, shape_of
+from stagewire.errors import ConfigError
+from stagewire.plan.balance import best_split, most_stages, nearest_split
+from stagewire.plan.ranges import LayerRange, ranges_line, repairs, split_evenly
+
+__all__ = [
+    "Kind",
+    "KvLayer",
+    "KvLayout",
+    "advise_split",
+    "check_kv",
+    "check_own_kv",
+    "find_kv_problems",
+    "fitting_split",
+    "most_even_split",
+    "read_layout",
+]
+
+
+class Kind(Flag):
+    """What a layer keeps. Zamba2's and Falcon-H1's layers keep both, an MLP layer of Nemotron-H nothing."""
+
+    NOTHING = 0
+    ATTENTION = auto()
+    STATE = auto()
+
+
+_BOTH = Kind.ATTENTION | Kind.STATE
+_KIND_NAMES = {Kind.ATTENTION: "KV cache", Kind.STATE: "Mamba, linear attention or convolution"}
+
+# As layer_types, layers_block_type and hybrid_override_pattern spell them: transformers' ALLOWED_ATTN_LAYER_TYPES with
+# the legacy names it translates (configuration_utils.py), and vLLM's _ATTENTION_LAYER_TYPES (vllm/config/model.py).
+_WORDS_OF_KIND = {
+    Kind.ATTENTION: """attention full_attention sliding_attention chunked_attention indexed_attention
+        deepseek_sparse_attention qwen_sparse_attention compressed_sparse_attention heavily_compressed_attention
+        minimax_m3_sparse *""",
+    Kind.STATE: "mamba mamba2 linear_attention conv M",
+    _BOTH: "hybrid hybrid_sliding",
+    Kind.NOTHING: "mlp moe - E",
+}
+_KIND_OF_WORD = {word: kind for kind, words in _WORDS_OF_KIND.items() for word in words.split()}
+_MODEL_TYPES = {
+    "states only": "mamba mamba2 falcon_mamba",
+    "every fourth": """qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text
+        olmo_hybrid""",
+    # One KV head unless config.json says otherwise.
+    "multi-query": "falcon RefinedWeb RefinedWebModel gpt_bigcode",
+    # vLLM's is_deepseek_mla (model_arch_config_convertor.py) without the drafters: one latent vector per token.
+    "MLA": """axk1 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 deepseek_v41 dots3_note glm5_next glm5_next_text
+        glm_moe_dsa glm4_moe_lite kimi_k2 kimi_linear longcat_flash pangu_ultra_moe bailing_hybrid hy_v4""",
+}
+_STATE_ONLY_TYPES, _EVERY_FOURTH, _MULTI_QUERY_TYPES, _MLA_TYPES = (
+    frozenset(types.split()) for types in _MODEL_TYPES.values()
+)
+# Caches of other shapes than one formula gives: sparse attention's index, compressed or per-kind heads.
+_OTHER_SHAPES = (
+    *("index_topk", "indexer_n_heads", "compress_ratios", "sparse_attention_config", "swa_head_dim"),
+    *("swa_num_key_value_heads", "local_layer_ids", "is_encoder_decoder"),
+)
+# vLLM's get_total_num_kv_heads, in its order; without any, as many as attention heads.
+_KV_HEADS_KEYS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups")
+_HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
+_HEAD_DIM_KEYS = ("head_dim", "hidden_size_per_head", "attention_head_dim")
+
+
+@dataclass(frozen=True)
+class KvLayer:
+    """``shares``: the earlier layer whose cache this one uses. ``elements_per_token``: numbers that it caches of each
+    token, keys and values together, 0 for a sharer and a layer without attention; ``None`` when not known.
+    """
+
+    kind: Kind
+    shares: int | None
+    elements_per_token: int | None
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """Every layer of a model. ``unknown``: why the size of its KV cache is not known, ``None`` when it is."""
+
+    layers: tuple[KvLayer, ...]
+    unknown: str | None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of which every stage needs a layer."""
+        return tuple(kind for kind in _KIND_NAMES if any(kind in layer.kind for layer in self.layers))
+
+    def of_kind(self, kind: Kind) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if kind in layer.kind]
+
+    def cut_sharers(self, boundary: int) -> list[int]:
+        """The layers from ``boundary`` on whose cache belongs to a layer before it."""
+        return [i for i, layer in enumerate(self.layers) if layer.shares is not None and layer.shares < boundary <= i]
+
+    def rule(self) -> Callable[[int, int], bool]:
+        """Whether one stage may own layers start to end - 1, as fast as the optimiser asks."""
+        counts = [_running([kind in layer.kind for layer in self.layers]) for kind in self.kinds]
+        can_cut = [not self.cut_sharers(boundary) for boundary in range(len(self.layers) + 1)]
+
+        def allowed(start: int, end: int) -> bool:
+            return can_cut[start] and can_cut[end] and all(count[end] > count[start] for count in counts)
+
+        return allowed
+
+
+def read_layout(config: Mapping[str, Any]) -> KvLayout:
+    """The layers that a parsed config.json describes. Raises ``ConfigError`` when it names no depth."""
+    model = _read_model(config)
+    kinds = _read_kinds(model)
+    targets = _read_targets(model)
+    unknown = _why_unknown(model, kinds)
+    counts = [0 if i in targets else _count_elements(model, kind, i) for i, kind in enumerate(kinds)]
+    if unknown is None and None in counts:
+        unknown = "config.json does not name heads and head size as other models do"
+    layers = tuple(
+        # An unknown word is no reason to refuse a split: then every layer counts as everything.
+        KvLayer(_BOTH if kind is None or None in kinds else kind, targets.get(i), None if unknown else counts[i])
+        for i, kind in enumerate(kinds)
+    )
+    return KvLayout(layers, unknown)
+
+
+def check_own_kv(config: Mapping[str, Any], layers: LayerRange) -> list[str]:
+    """What is wrong with one stage's range, as far as that stage can tell; an empty list when nothing is."""
+    layout = read_layout(config)
+    boundaries = [point for point in (layers.start, layers.end) if 0 < point < len(layout.layers)]
+    return [*_missing_kinds(layout, layers), *_cuts(layout, boundaries)]
+
+
+def find_kv_problems(layout: KvLayout, ranges: Sequence[LayerRange]) -> list[str]:
+    """Every stage without a kind of layer, every boundary that cuts layers which share a cache."""
+    problems = [
+        f"stage {i}: {problem}" for i, layers in enumerate(ranges) for problem in _missing_kinds(layout, layers)
+    ]
+    boundaries = {point for layers in ranges for point in (layers.start, layers.end)}
+    return problems + list(_cuts(layout, sorted(point for point in boundaries if 0 < point < len(layout.layers))))
+
+
+def fitting_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...]] | None:
+    """The valid split into as many stages that keeps most of ``ranges``, and what was kept.
+
+    ``None`` when the model cannot be split into so many.
+    """
+    valid = list(repairs(ranges, len(layout.layers)))
+    for kept, split in valid[:-1]:  # the last is the even one
+        if not find_kv_problems(layout, split):
+            return kept, split
+    return _repair_kv(layout, valid[0][1]) if valid else None
+
+
+def _repair_kv(layout: KvLayout, split: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...]] | None:
+    """Boundaries that somebody chose are moved as little as possible; an even split has none to keep."""
+    num_layers, count = len(layout.layers), len(split)
+    if tuple(split) == split_evenly(num_layers, count):
+        found = most_even_split(layout, count)
+        kept = "An even split" if found == tuple(split) else "The most even split that works"
+    else:
+        kept, found = "The nearest split that works", nearest_split(split, layout.rule())
+    return None if found is None else (kept, found)
+
+
+def most_even_split(layout: KvLayout, num_stages: int) -> tuple[LayerRange, ...] | None:
+    """vLLM's own split if the layout allows it, else the one with the smallest largest stage."""
+    return best_split(len(layout.layers), num_stages, lambda stage, start, end: end - start, layout.rule())
+
+
+def check_kv(layout: KvLayout, ranges: Sequence[LayerRange]) -> None:
+    """Raises ``ConfigError`` with all of ``find_kv_problems``, and a split that works if there is one."""
+    problems = find_kv_problems(layout, ranges)
+    if not problems:
+        return
+    split = ", ".join(map(str, ranges))
+    lines = [f"  - {problem}" for problem in problems]
+    raise ConfigError("\n".join([f"this model cannot be split as {split}:", *lines, advise_split(layout, ranges)]))
+
+
+def advise_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> str:
+    """A line with ranges to paste, or how many stages the model can have."""
+    found = fitting_split(layout, ranges)
+    if found is not None:
+        return f"{found[0]}: {ranges_line(found[1])}"
+    num_layers = len(layout.layers)
+    most = most_stages(num_layers, layout.rule())
+    largest = most_even_split(layout, most)
+    example = f": {ranges_line(largest)}" if largest else ""
+    return f"{len(ranges)} stages are not possible, {most} at most{example}"
+
+
+def _missing_kinds(layout: KvLayout, layers: LayerRange) -> Iterator[str]:
+    own = layout.layers[layers.start : layers.end]
+    for kind in layout.kinds:
+        if own and not any(kind in layer.kind for layer in own):
+            name = _KIND_NAMES[kind]
+            needed = " and a ".join(f"{_KIND_NAMES[each]} layer" for each in layout.kinds)
+            yield (
+                f"layers [{layers.start}, {layers.end}) have no {name} layer, those are "
+                f"{_list_layers(layout.of_kind(kind))}; each stage needs a {needed}, because vLLM takes block size and "
+                "row order from the layers that a process holds"
+            )
+
+
+def _cuts(layout: KvLayout, boundaries: Sequence[int]) -> Iterator[str]:
+    for boundary in boundaries:
+        sharers = layout.cut_sharers(boundary)
+        if sharers:
+            targets = sorted({target for i in sharers if (target := layout.layers[i].shares) is not None})
+            yield (
+                f"the boundary at {boundary} cuts layers that share a KV cache: {_list_layers(sharers)} use the cache "
+                f"of {_list_layers(targets)}, which vLLM looks for in the same process"
+            )
+
+
+def _list_layers(layers: Sequence[int]) -> str:
+    """``3, 7, 11``; consecutive ones joined, ``0 to 5``."""
+    starts = [layer for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer - 1]
+    ends = [layer for i, layer in enumerate(layers) if i == len(layers) - 1 or layers[i + 1] != layer + 1]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _running(flags: Sequence[bool]) -> list[int]:
+    counts = [0]
+    for flag in flags:
+        counts.append(counts[-1] + flag)
+    return counts
+
+
+@dataclass(frozen=True)
+class _Model:
+    """``words``: one for the kind of each layer, where config.json has them. ``types``: of all its sections."""
+
+    settings: Mapping[str, Any]
+    types: frozenset[str]
+    words: tuple[str, ...] | None
+    num_layers: int
+
+    @property
+    def is_gemma3n(self) -> bool:
+        return bool(self.types & {"gemma3n", "gemma3n_text"})
+
+    @property
+    def is_gemma4(self) -> bool:
+        return any(name.startswith("gemma4") for name in self.types)
+
+    def count(self, *keys: str, default: int | None = None) -> int | None:
+        """The first of these settings that is there; ``default`` when none is, or it is no positive whole number."""
+        return _first_count(self.settings, keys, default)
+
+
+def _read_model(config: Mapping[str, Any]) -> _Model:
+    settings = language_settings(config)
+    num_layers = shape_of(config).num_layers
+    types = frozenset(str(section.get("model_type")) for section in (config, settings))
+    return _Model(settings, types, _layer_words(settings, num_layers), num_layers)
+
+
+def _layer_words(settings: Mapping[str, Any], num_layers: int) -> tuple[str, ...] | None:
+    """Longer lists (Step-3.5) go on with drafting layers."""
+    for key in ("layers_block_type", "layer_types", "hybrid_override_pattern"):
+        words = settings.get(key)
+        if isinstance(words, list | str) and len(words) >= num_layers:
+            return tuple(str(word) for word in words[:num_layers])
+    return None
+
+
+def _read_kinds(model: _Model) -> list[Kind | None]:
+    """Of each layer; ``None`` for a word that is not known."""
+    if model.types & _STATE_ONLY_TYPES:
+        return [Kind.STATE] * model.num_layers
+    if "falcon_h1" in model.types:
+        return [_BOTH] * model.num_layers
+    if model.words is not None:
+        return [_KIND_OF_WORD.get(word) for word in model.words]
+    if (blocks := _searched_blocks(model)) is not None:
+        return [Kind.NOTHING if _skips_attention(block) else Kind.ATTENTION for block in blocks]
+    has_attention = _attention_rule(model)
+    return [Kind.ATTENTION if has_attention(i) else Kind.STATE for i in range(model.num_layers)]
+
+
+def _attention_rule(model: _Model) -> Callable[[int], bool]:
+    """Which layers have attention, where config.json gives a rule or the class of its model has one by default.
+
+    Sources: each model's config class in transformers; bailing_moe_linear.py and bailing_moe_v3.py in vLLM.
+    """
+    linear = model.settings.get("linear_attn_config")
+    if isinstance(linear, dict) and isinstance(linear.get("kda_layers"), list):
+        kda_layers = frozenset(linear["kda_layers"])  # counted from 1
+        return lambda i: i + 1 not in kda_layers
+    attn_types = model.settings.get("attn_type_list")
+    if isinstance(attn_types, list) and len(attn_types) >= model.num_layers:  # MiniMax-Text-01
+        return lambda i: bool(attn_types[i] == 1)
+    for key in ("full_attn_idxs", "attn_layer_indices"):  # LFM2, Bamba
+        if isinstance(model.settings.get(key), list):
+            return frozenset(model.settings[key]).__contains__
+    if "jamba" in model.types or model.count("attn_layer_period"):
+        period, offset = model.count("attn_layer_period", default=8), model.settings.get("attn_layer_offset", 4)
+        return lambda i: i % (period or 1) == offset
+    if group := model.count("layer_group_size"):  # Bailing
+        # Version 3 has full attention in the layers after the last whole group.
+        is_v3 = any("V3" in str(name) for name in model.settings.get("architectures", ()))
+        grouped = model.num_layers // group * group if is_v3 else model.num_layers
+        return lambda i: (i + 1) % group == 0 or i >= grouped
+    if interval := model.count("full_attention_interval", default=4 if model.types & _EVERY_FOURTH else None):
+        return lambda i: (i + 1) % interval == 0
+    has_only_states = "granitemoehybrid" in model.types
+    return lambda i: not has_only_states
+
+
+def _searched_blocks(model: _Model) -> list[Any] | None:
+    """Nemotron-NAS: an architecture search chose each layer's attention, or none."""
+    blocks = model.settings.get("block_configs")
+    if not isinstance(blocks, list) or len(blocks) < model.num_layers:
+        return None
+    are_complete = all(isinstance(block, dict) and isinstance(block.get("attention"), dict) for block in blocks)
+    return blocks[: model.num_layers] if are_complete else None
+
+
+def _skips_attention(block: Mapping[str, Any]) -> bool:
+    return bool(block["attention"].get("no_op") or block["attention"].get("replace_with_linear"))
+
+
+def _read_targets(model: _Model) -> dict[int, int]:
+    """Of each layer that uses another's cache, that layer: gemma3n.py and gemma4.py in vLLM's models."""
+    if not (model.is_gemma3n or model.is_gemma4):
+        return {}
+    first = model.num_layers - (model.count("num_kv_shared_layers", default=15 if model.is_gemma3n else None) or 0)
+    if not 0 < first < model.num_layers:
+        return {}
+    words = _gemma_words(model)
+    if model.is_gemma3n:
+        targets = {i: first - (2 if words[i] == "sliding_attention" else 1) for i in range(first, model.num_layers)}
+        return {i: target for i, target in targets.items() if target >= 0}
+    last_of_word = {word: i for i, word in enumerate(words[:first])}
+    return {i: last_of_word[words[i]] for i in range(first, model.num_layers) if words[i] in last_of_word}
+
+
+def _gemma_words(model: _Model) -> tuple[str, ...]:
+    """As their config classes complete them; Gemma4's last layer has full attention, whatever was written."""
+    period = 5 if model.is_gemma3n else 6
+    defaults = ("sliding_attention" if (i + 1) % period else "full_attention" for i in range(model.num_layers))
+    words = model.words or tuple(defaults)
+    return words if model.is_gemma3n else (*words[:-1], "full_attention")
+
+
+def _why_unknown(model: _Model, kinds: Sequence[Kind | None]) -> str | None:
+    if None in kinds:
+        return "config.json names a kind of layer that is not known here"
+    for key in _OTHER_SHAPES:
+        if model.settings.get(key):
+            return f"config.json has {key}: caches of another shape"
+    is_mla = bool(model.types & _MLA_TYPES)
+    if model.settings.get("kv_lora_rank") is not None and not is_mla:
+        return "config.json has kv_lora_rank, but vLLM does not run this type of model with MLA"
+    value_dim = model.settings.get("v_head_dim")
+    if value_dim is not None and not is_mla and value_dim != model.settings.get("head_dim"):
+        return "config.json has a v_head_dim: keys and values of different sizes"
+    return None
+
+
+def _count_elements(model: _Model, kind: Kind | None, layer: int) -> int | None:
+    """2 * KV heads * head size, or MLA's one latent vector. Sliding layers count as full ones."""
+    if kind is None or Kind.ATTENTION not in kind:
+        return 0
+    if model.types & _MLA_TYPES and (rank := model.count("kv_lora_rank")) is not None:
+        sublayers = 2 if any(name.startswith("longcat_flash") for name in model.types) else 1
+        return sublayers * (rank + (model.count("qk_rope_head_dim") or 0))
+    own = replace(model, settings={**model.settings, **_layer_overrides(model, layer)})
+    kv_heads, head_dim = _kv_heads(own, layer), _head_dim(own)
+    return None if kv_heads is None or head_dim is None else 2 * kv_heads * head_dim
+
+
+def _layer_overrides(model: _Model, layer: int) -> Mapping[str, Any]:
+    """What config.json says of one layer alone. transformers 5 writes it as per_layer_config ("05": {...}); the
+    Gemma4 checkpoints before have global_head_dim, for the layers with full attention.
+    """
+    written = model.settings.get("per_layer_config")
+    if isinstance(written, dict):
+        own = (value for key, value in written.items() if str(key).isdecimal() and int(key) == layer)
+        return next((value for value in own if isinstance(value, dict)), {})
+    if not model.is_gemma4 or _gemma_words(model)[layer] != "full_attention":
+        return {}
+    heads = model.count("num_global_key_value_heads") if model.settings.get("attention_k_eq_v") else None
+    return {"head_dim": model.count("global_head_dim", default=512)} | ({"num_key_value_heads": heads} if heads else {})
+
+
+def _kv_heads(model: _Model, layer: int) -> int | None:
+    has_one = model.settings.get("multi_query", True) and not model.settings.get("new_decoder_architecture")
+    if has_one and model.types & _MULTI_QUERY_TYPES:
+        return 1
+    if isinstance(dbrx := model.settings.get("attn_config"), dict) and (heads := _first_count(dbrx, ("kv_n_heads",))):
+        return heads
+    heads = model.count(*_HEADS_KEYS)
+    if (blocks := _searched_blocks(model)) is not None and heads is not None:
+        group = _first_count(blocks[layer]["attention"], ("n_heads_in_group",))
+        return None if group is None else heads // group
+    return model.count(*_KV_HEADS_KEYS, *_HEADS_KEYS)
+
+
+def _head_dim(model: _Model) -> int | None:
+    named = model.count(*_HEAD_DIM_KEYS)
+    heads, hidden = model.count(*_HEADS_KEYS), model.count(*_HIDDEN_KEYS)
+    if named is not None or heads is None or hidden is None:
+        return named
+    # Zamba2's attention reads the layer's input and the embedding side by side.
+    return (2 if "zamba2" in model.types else 1) * hidden // heads
+
+
+def _first_count(settings: Mapping[str, Any], keys: Sequence[str], default: int | None = None) -> int | None:
+    value = next((settings[key] for key in keys if settings.get(key)), default)
+    return value if type(value) is int and value > 0 else None
