@@ -5,8 +5,12 @@ and, if it shares a port with another stage of its host, one DEALER to that port
 one thread only; `wake` goes through an eventfd.
 
 Connections are never retried by ZeroMQ: a lost one is an event, and the ring's state decides where to connect next
-(names are resolved again, a Redirect may have expired). Heartbeats are ZeroMQ's own, served by its I/O thread, so a
-forward pass does not delay them and a frozen process is told from a busy one.
+(names are resolved again, a Redirect may have expired).
+
+Whether a peer is still there is asked on a connection of its own, the probe, which carries nothing. ZeroMQ's I/O
+threads alone keep it up, so a forward pass does not delay it and a frozen process is told from a busy one. It may be
+impatient because losing it costs nothing: it is made anew, and only a peer that does not answer that either is lost.
+The link itself could not be: after a stall of this machine libzmq's timers expire before it reads what came meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -42,9 +46,15 @@ from stagewire.wire.codec import Frame
 __all__ = ["ZmqTransport", "local_host_towards"]
 
 HEARTBEAT_INTERVAL_MS = 500
-# Frozen peers are known after 4 to 4.5 s, below the 5 s within which open requests must end. With 3.5 s a stage on a
-# crowded virtual machine was once counted as lost although nothing was wrong with it.
-HEARTBEAT_TIMEOUT_MS = 4000
+# Of links: long, see the module.
+HEARTBEAT_TIMEOUT_MS = 30_000
+# Of probes. A frozen peer is lost after 3.5 to 4.1 s, below the 5 s within which open requests must end.
+PROBE_HEARTBEAT_TIMEOUT_MS = 2000
+PROBE_RETRY_MS = 100
+PROBE_MAX_BYTES = 1024  # ZeroMQ's own commands; nothing else comes
+# For how long a probe may be down. Only time in which this thread ran counts: a stall of ours is not the peer's.
+PROBE_PATIENCE_S = 1.5
+MAX_COUNTED_TURN_S = 0.3
 # A port that accepts and says nothing is given up after this time; ZeroMQ's default is 30 s.
 HANDSHAKE_TIMEOUT_MS = 5000
 CONNECT_TIMEOUT_MS = 5000
@@ -52,7 +62,7 @@ RECONNECT_DELAY_S = 0.2
 # ZeroMQ must not reconnect by itself. Its own "never" (-1) ends the pipe with the connection and drops what was not
 # read yet, which is where the last words of a stage are (libzmq 4.3.5: term_endpoint does not wait for the reader).
 NEVER_MS = 24 * 3600 * 1000
-PROBE_TIMEOUT_S = 0.3
+OTHER_PROGRAM_TIMEOUT_S = 0.3
 # Frames below this size are copied, which is cheaper than keeping a Python buffer alive across threads.
 COPY_THRESHOLD_BYTES = 65536
 # A peer that never stops sending does not keep the ring from its other work.
@@ -62,6 +72,7 @@ _BAD_HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _CONNECT_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _BAD_HANDSHAKES | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_PROBE_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 def resolve(address: Address) -> str:
@@ -98,8 +109,8 @@ def local_host_towards(address: Address) -> str:
 def is_other_program(host: str, port: int) -> bool:
     """Whether what listens there answers a ZeroMQ greeting with something else. Hanging up or silence is no answer."""
     try:
-        with socket.create_connection((host, port), PROBE_TIMEOUT_S) as probe:
-            probe.settimeout(PROBE_TIMEOUT_S)
+        with socket.create_connection((host, port), OTHER_PROGRAM_TIMEOUT_S) as probe:
+            probe.settimeout(OTHER_PROGRAM_TIMEOUT_S)
             probe.sendall(b"\xff" + bytes(8) + b"\x7f")
             answer = probe.recv(1)
     except OSError:
@@ -111,26 +122,80 @@ def endpoint(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-class _Dealer:
-    """One outgoing connection and its monitor; replaced, never reconnected."""
+class _Connection:
+    """A DEALER socket with its monitor, connecting from the start."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, max_frame_bytes: int) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        host: str,
+        port: int,
+        max_frame_bytes: int,
+        options: Mapping[zmq.SocketOption, int],
+        events: int,
+    ) -> None:
         self.socket = context.socket(zmq.DEALER)
         _set_common(self.socket, max_frame_bytes)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
-        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-        self.monitor = self.socket.get_monitor_socket(_CONNECT_EVENTS)
-        self.host, self.port = host, port
-        self.is_up = False
-        self.began_at = time.monotonic()
+        for option, value in options.items():
+            self.socket.setsockopt(option, value)
         if ":" in host:
             self.socket.setsockopt(zmq.IPV6, 1)
+        self.monitor = self.socket.get_monitor_socket(events)
         self.socket.connect(endpoint(host, port))
 
     def close(self, linger_ms: int) -> None:
         self.socket.disable_monitor()
         self.monitor.close(0)  # or the context's end waits for it for ever
         self.socket.close(linger_ms)
+
+
+class _Probe(_Connection):
+    """See the module. ZeroMQ reconnects it by itself."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int) -> None:
+        options = {
+            zmq.HEARTBEAT_TIMEOUT: PROBE_HEARTBEAT_TIMEOUT_MS,
+            zmq.RECONNECT_IVL: PROBE_RETRY_MS,
+            zmq.HANDSHAKE_IVL: PROBE_HEARTBEAT_TIMEOUT_MS,
+        }
+        super().__init__(context, host, port, PROBE_MAX_BYTES, options, _PROBE_EVENTS)
+        self._is_up = False
+        self._down_s = 0.0
+        self._seen_at = time.monotonic()
+
+    def is_unanswered(self, now: float) -> bool:
+        """Call it at every turn. Whether the peer's I/O thread has been silent for too long."""
+        while self.monitor.poll(0):
+            self._is_up = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        turn_s = min(now - self._seen_at, MAX_COUNTED_TURN_S)
+        self._seen_at = now
+        self._down_s = 0.0 if self._is_up else self._down_s + turn_s
+        return self._down_s >= PROBE_PATIENCE_S
+
+
+class _Dealer(_Connection):
+    """One outgoing link; replaced, never reconnected."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, max_frame_bytes: int) -> None:
+        options = {zmq.RECONNECT_IVL: NEVER_MS, zmq.CONNECT_TIMEOUT: CONNECT_TIMEOUT_MS}
+        super().__init__(context, host, port, max_frame_bytes, options, _CONNECT_EVENTS)
+        self.host, self.port = host, port
+        self.is_up = False
+        self.began_at = time.monotonic()
+        self.probe: _Probe | None = None
+        self._context = context
+
+    def came_up(self) -> None:
+        self.is_up = True
+        self.probe = _Probe(self._context, self.host, self.port)
+
+    def is_lost(self, now: float) -> bool:
+        return self.probe is not None and self.probe.is_unanswered(now)
+
+    def close(self, linger_ms: int) -> None:
+        if self.probe is not None:
+            self.probe.close(0)
+        super().close(linger_ms)
 
 
 def _set_common(sock: zmq.Socket[bytes], max_frame_bytes: int) -> None:
@@ -218,7 +283,7 @@ class ZmqTransport:
             timeout_s = 0
         for item, _ in self._poller.poll(math.ceil(timeout_s * 1000)):
             self._read(item)
-        self._give_up_late(time.monotonic())
+        self._give_up(time.monotonic())
         events = list(self._events)
         self._events.clear()
         return events
@@ -260,13 +325,19 @@ class ZmqTransport:
         self._poller.register(dealer.socket, zmq.POLLIN)
         self._poller.register(dealer.monitor, zmq.POLLIN)
 
-    def _give_up_late(self, now: float) -> None:
-        """The monitor reports every end of an attempt; this is for the one that it might not."""
+    def _give_up(self, now: float) -> None:
+        """On peers that do not answer the probe, and on attempts whose end the monitor did not report."""
         limit_s = (CONNECT_TIMEOUT_MS + HANDSHAKE_TIMEOUT_MS) / 1000 + 1
         for side, dealer in list(self._dealers.items()):
-            if not dealer.is_up and now - dealer.began_at > limit_s:
-                self._drop(side, linger_ms=0)
-                self._events.append(Disconnected(side, "no answer"))
+            if dealer.is_up and dealer.is_lost(now):
+                self._read_frames(dealer.socket, side)  # what arrived before the end still counts
+                self._lose(side, "it has stopped answering")
+            elif not dealer.is_up and now - dealer.began_at > limit_s:
+                self._lose(side, "no answer")
+
+    def _lose(self, side: Side, note: str) -> None:
+        self._drop(side, linger_ms=0)
+        self._events.append(Disconnected(side, note))
 
     def _drop(self, side: Side, linger_ms: int) -> None:
         self._pending.pop(side, None)
@@ -308,7 +379,7 @@ class ZmqTransport:
     def _read_monitor(self, side: Side, dealer: _Dealer) -> None:
         event = recv_monitor_message(dealer.monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            dealer.is_up = True
+            dealer.came_up()
             self._events.append(Connected(side))
             return
         was_up = dealer.is_up

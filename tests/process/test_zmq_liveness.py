@@ -1,0 +1,99 @@
+"""When is a peer gone? Real processes, frozen by SIGSTOP: one of them, or both, as when a whole machine stalls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.process
+
+PEER = Path(__file__).with_name("zmq_peer.py")
+DEADLINE_S = 10.0
+
+
+class Peer:
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        assert self.process.stdout is not None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.process.stdout, selectors.EVENT_READ)
+        self._unread = b""
+
+    def line(self, timeout_s: float = DEADLINE_S) -> str | None:
+        """The next line that it prints; None: nothing within the time."""
+        assert self.process.stdout is not None
+        ends_at = time.monotonic() + timeout_s
+        while b"\n" not in self._unread:
+            if not self._selector.select(max(0.0, ends_at - time.monotonic())):
+                return None
+            data = os.read(self.process.stdout.fileno(), 4096)
+            assert data, "it ended"
+            self._unread += data
+        text, _, self._unread = self._unread.partition(b"\n")
+        return text.decode()
+
+    def write(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode() + b"\n")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+
+@contextlib.contextmanager
+def linked() -> Iterator[tuple[Peer, Peer]]:
+    with contextlib.ExitStack() as stack:
+        listener = Peer()
+        stack.callback(listener.process.kill)
+        port = listener.line()
+        assert port is not None
+        caller = Peer(port)
+        stack.callback(caller.process.kill)
+        assert caller.line() == "connected"
+        caller.write("hello")
+        assert caller.line() == "hello"
+        yield listener, caller
+
+
+def test_a_frozen_peer_is_lost_within_five_seconds() -> None:
+    with linked() as (listener, caller):
+        listener.signal(signal.SIGSTOP)
+        began_at = time.monotonic()
+        event = caller.line()
+        assert event is not None
+        assert event.startswith("Disconnected")
+        assert time.monotonic() - began_at < 5.0
+
+
+def test_a_killed_peer_is_lost_at_once() -> None:
+    with linked() as (listener, caller):
+        listener.process.kill()
+        event = caller.line(1.0)
+        assert event is not None
+        assert event.startswith("Disconnected")
+
+
+@pytest.mark.parametrize("who", ["both", "caller", "listener"])
+def test_a_stall_is_no_loss(who: str) -> None:
+    """A machine that stands still for longer than any heartbeat, or one process for a moment, breaks no link."""
+    with linked() as (listener, caller):
+        peers = {"both": [listener, caller], "caller": [caller], "listener": [listener]}[who]
+        for peer in peers:
+            peer.signal(signal.SIGSTOP)
+        time.sleep(2.7 if who == "listener" else 7.0)  # the stall itself
+        for peer in peers:
+            peer.signal(signal.SIGCONT)
+        caller.write("after the stall")
+        assert caller.line() == "after the stall"
+        assert caller.line(3.0) is None

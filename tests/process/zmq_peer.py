@@ -1,0 +1,51 @@
+"""One end of a link over ZeroMQ in a process of its own: prints its port and its events, a line each.
+
+    python zmq_peer.py            listens
+    python zmq_peer.py PORT       connects there
+
+A line on standard input is sent as a message; the listening end answers with the same frames.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+from stagewire.config import Address
+from stagewire.ring.actions import Side
+from stagewire.ring.link import Connected, Received
+from stagewire.ring.zmq_link import ZmqTransport
+
+HOST = "127.0.0.1"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    transport = ZmqTransport(HOST, 1 << 20)
+    is_listening = len(sys.argv) == 1
+    if is_listening:
+        say(str(transport.bind(0)))
+    else:
+        transport.connect(Side.PREDECESSOR, Address(HOST, int(sys.argv[1])))
+    while True:
+        for event in transport.poll(0.1):
+            if isinstance(event, Received):
+                if is_listening:
+                    transport.send(Side.SUCCESSOR, event.peer, [bytes(frame) for frame in event.frames])
+                else:
+                    say(bytes(event.frames[0]).decode())
+            else:
+                say("connected" if isinstance(event, Connected) else f"{event}")
+        if select.select([0], [], [], 0)[0]:
+            data = os.read(0, 1000)
+            if not data:
+                return
+            transport.send(Side.PREDECESSOR, b"", [data.strip()])
+
+
+if __name__ == "__main__":
+    main()
