@@ -272,9 +272,15 @@ def _stage_folders(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("stage_*") if path.name.removeprefix("stage_").isdecimal())
 
 
+def _is_empty(folder: Path) -> bool:
+    """Also when a kill came before the very first manifest was whole."""
+    first = _partial_path(folder / MANIFEST_NAME)
+    return folder.is_dir() and all(path == first for path in folder.iterdir())
+
+
 def _refuse_strangers(output_dir: Path) -> None:
     for folder in _stage_folders(output_dir):
-        if not folder.is_dir() or any(folder.iterdir()):
+        if not _is_empty(folder):
             raise ConfigError(
                 f"{folder} exists, and {JOURNAL_NAME} does not say that it is of this export: {_WAYS_OUT}"
             )
@@ -287,7 +293,7 @@ def _discard(output_dir: Path, stream: IO[bytes], disk: Disk) -> None:
     """
     folders = _stage_folders(output_dir)
     for folder in folders:
-        if not (folder / MANIFEST_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / MANIFEST_NAME).is_file() and not _is_empty(folder):
             raise ConfigError(
                 f"{folder} has no {MANIFEST_NAME}, so no export has made it and --overwrite does not remove it: "
                 "move it away, or give another --output-dir"
