@@ -25,7 +25,7 @@ from stagewire.launch.screen import Screen
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
 from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
 
-__all__ = ["StageFailed", "Supervisor", "Timeouts"]
+__all__ = ["Progress", "StageFailed", "Supervisor", "Timeouts"]
 
 _LOG_TAIL_BYTES = 64 << 10
 _ORDER = list(Phase)
@@ -49,6 +49,17 @@ class Timeouts:
     head_stop: float = 10.0
     stop: float = 5.0
     poll: float = 0.2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is. ``failure`` says why it ended or will, empty while it has not."""
+
+    spec: StageSpec
+    phase: Phase
+    text: str
+    pid: int
+    failure: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class _Stage:
     process: asyncio.subprocess.Process
     log: Path
     phase: Phase = Phase.IMPORTING
+    text: str = ""
     failure: StatusEvent | None = None
     exited: asyncio.Task[None] = field(init=False)
 
@@ -97,6 +109,13 @@ class _Stage:
         if self.exit_code < 0 or self.exit_code == ConfigError.exit_code:
             return 0
         return {1: 1, 0: 2, PeerError.exit_code: 3}.get(self.exit_code, 1)
+
+    def progress(self) -> Progress:
+        failure = ""
+        if self.has_failed:
+            how = "" if self.process.returncode is None else describe_exit(self.process.returncode)
+            failure = self.failure.text if self.failure else f"stage {self.spec.index} {how}"
+        return Progress(self.spec, self.phase, self.text, self.process.pid, failure)
 
     def describe_failure(self) -> str:
         """The stage's own reason, its log, and what to try next where that is known."""
@@ -163,6 +182,10 @@ class Supervisor:
     def __repr__(self) -> str:
         phases = ", ".join(f"{stage.spec.index}: {stage.phase.value}" for stage in self._stages)
         return f"Supervisor({phases or 'nothing started'})"
+
+    def progress(self) -> list[Progress]:
+        """Of every stage that was started, in order."""
+        return [stage.progress() for stage in self._stages]
 
     async def run(self) -> int:
         """Serves until asked to stop. Returns 0 when that happened while serving, 128 + signal before.
@@ -294,7 +317,7 @@ class Supervisor:
             return True
         # The head's processes report each for itself, and linking repeats: only progress is shown.
         if _ORDER.index(event.phase) > _ORDER.index(stage.phase):
-            stage.phase = event.phase
+            stage.phase, stage.text = event.phase, event.text
             self._screen.show(event)
         return False
 

@@ -7,8 +7,9 @@ import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
@@ -16,8 +17,10 @@ from stagewire.checkpoint.manifest import check_files, read_export, stage_folder
 from stagewire.checkpoint.model_config import read_config, shape_of
 from stagewire.errors import ConfigError
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
-from stagewire.launch.screen import open_screen
+from stagewire.launch.screen import Screen, open_screen
 from stagewire.launch.spec import (
+    Resources,
+    StageSpec,
     VllmCommand,
     assign_resources,
     find_vllm,
@@ -27,7 +30,7 @@ from stagewire.launch.spec import (
 from stagewire.launch.supervisor import Supervisor, Timeouts
 from stagewire.plan.ranges import LayerRange, check_ranges, split_evenly
 
-__all__ = ["add_arguments", "private_dir", "run"]
+__all__ = ["EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "private_dir", "run"]
 
 DEFAULT_NUM_STAGES = 4
 DEFAULT_START_TIMEOUT_S = 600.0
@@ -55,6 +58,13 @@ failed (1 an error of a stage or a kill, 2 a setting, 3 another stage or the net
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_launch_arguments(parser)
+    parser.add_argument("--host", help="address that the API binds; default: vLLM's")
+    parser.add_argument("--port", type=int, default=8000, help="port of the API (default: %(default)s)")
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """What `decide` reads, but the API's address; returns the group that says where the stages come from."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="PATH", help="folder with config.json and the weights")
     model.add_argument(
@@ -72,8 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="START-END",
         help="each stage's layers, END not included; default: vLLM's own split",
     )
-    parser.add_argument("--host", help="address that the API binds; default: vLLM's")
-    parser.add_argument("--port", type=int, default=8000, help="port of the API (default: %(default)s)")
     parser.add_argument(
         "--base-port", type=int, default=15550, help="stage i binds this port + i (default: %(default)s)"
     )
@@ -81,6 +89,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-timeout", type=float, default=DEFAULT_START_TIMEOUT_S, metavar="S", help="default: %(default)g seconds"
     )
+    return model
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A pipeline that is decided and not started."""
+
+    specs: Sequence[StageSpec]
+    command: VllmCommand
+    resources: Sequence[Resources]
+    api: Api
+    source: Path
+    log_dir: Path
+    has_template: bool
+    start_timeout_s: float
+
+    def usage(self, api: Api, model: str) -> str:
+        """What to copy once it serves; ``api`` is where clients ask."""
+        where = f"Logs in {self.log_dir}{os.sep}stage_*.log. Ctrl-C stops everything."
+        return f"{usage(api, model, self.has_template)}\n{where}"
+
+    def supervisor(self, screen: Screen, private_dir: str, serving: Callable[[str], str]) -> Supervisor:
+        layers = ", ".join(str(spec.layers) for spec in self.specs)
+        screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.log_dir}")
+        timeouts = Timeouts(start=self.start_timeout_s)
+        parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.log_dir, serving)
+        return Supervisor(*parts, timeouts)
 
 
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
@@ -89,12 +124,29 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     Raises:
         StagewireError: a wrong setting, a stage that failed, a ring that is not ready in time.
     """
+    launch = decide(args, extra)
+    with private_dir() as folder:
+        supervisor = launch.supervisor(open_screen(launch.specs), folder, lambda model: launch.usage(launch.api, model))
+        return asyncio.run(supervisor.run())
+
+
+def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str, str] = os.environ) -> Launch:
+    """Everything that can be known before a process is started; makes the folder for the logs.
+
+    Args:
+        args: of `add_launch_arguments`, and ``host`` and ``port`` of the head's API.
+        extra: for every stage's `vllm serve`.
+        environ: says which GPUs and libraries there are.
+
+    Raises:
+        ConfigError: a wrong setting.
+    """
     _check_extra(extra)
     ranges, folders = _choose_stages(args)
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
     is_cpu = is_cpu_build()
-    resources = assign_resources(len(specs), os.environ, is_cpu)
+    resources = assign_resources(len(specs), environ, is_cpu)
     if args.start_timeout != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
         extra = [*extra, "--pipeline-start-timeout", f"{args.start_timeout:g}"]
     command = VllmCommand(find_vllm(), [str(folder) for folder in folders], args.host, args.port, tuple(extra))
@@ -106,18 +158,8 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     )
     log_dir = _make_log_dir(args.log_dir, len(specs))
     has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
-
-    def serving(model: str) -> str:
-        return f"{usage(api, model, has_template)}\nLogs in {log_dir}{os.sep}stage_*.log. Ctrl-C stops everything."
-
-    screen = open_screen(specs)
     source = args.pipeline_dir or model_dir
-    screen.say(f"{source}: layers {', '.join(map(str, ranges))} on {len(specs)} stages; logs in {log_dir}")
-    with private_dir() as folder:
-        supervisor = Supervisor(
-            specs, command, resources, api, screen, folder, log_dir, serving, Timeouts(start=args.start_timeout)
-        )
-        return asyncio.run(supervisor.run())
+    return Launch(specs, command, resources, api, source, log_dir, has_template, args.start_timeout)
 
 
 def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:
