@@ -149,7 +149,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     if config.is_head:
         from stagewire.vllm_plugin.head import serve_head
 
-        serve_head(original, args)
+        serve_head(original, args, config)
         return
     from stagewire.vllm_plugin.stage_host import serve_stage
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stagewire.config import parse_stage
+from stagewire.config import StageConfig
 from stagewire.observe.status import HEAD_SOCKET_ENV, NEWS_SOCKET_ENV, DatagramReceiver, Phase, StatusReceiver
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.http import EarlyServer, HeadHealth
@@ -33,11 +33,11 @@ MIDDLEWARE = "stagewire.vllm_plugin.http.RingMiddleware"
 HEALTH = HeadHealth()
 
 
-def serve_head(original: Callable[..., Any], args: argparse.Namespace) -> None:
+def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: StageConfig) -> None:
     """Runs vLLM's own API server, with our health and exit codes. Raises SystemExit with the ring's reason."""
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
-    HEALTH.pipeline = PipelineStatus(parse_stage(vars(args)))
+    HEALTH.pipeline = PipelineStatus(config)
     with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
         receiver = StatusReceiver(str(Path(folder) / "head.sock"))
         os.environ[HEAD_SOCKET_ENV] = receiver.path
