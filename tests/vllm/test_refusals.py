@@ -7,11 +7,17 @@ tests/unit/test_ring_*.py (all of it, in memory) and tests/vllm/test_bad_rings.p
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from stagewire.checkpoint.export import run_export
+from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.manifest import MANIFEST_NAME, encode_unfinished, stage_folder
+from stagewire.plan.ranges import split_evenly
 from support.models import make_llama
 
 pytestmark = pytest.mark.vllm
@@ -158,6 +164,72 @@ def test_refused(
 def test_right_settings_start(flags: dict[str, object], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartedError):
         serve(monkeypatch, model, flags)
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    run_export(plan_export(model, lambda num_layers: split_evenly(num_layers, 4)), folder, lambda _: None)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_pre_split_stage_needs_no_range(
+    stage: int, model: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {0: HEAD, 1: WORKER, 3: TAIL}[stage]
+    without = {name: value for name, value in flags.items() if name != "--pipeline-layer-range"}
+    own = stage_folder(exported, stage)
+    lines = []
+    for folder, given in ((model, flags), (own, without), (own, flags)):
+        with pytest.raises(StartedError):
+            serve(monkeypatch, folder, given)
+        lines += [line for line in capsys.readouterr().out.splitlines() if f"Stage {stage}: Loading" in line]
+    assert lines == [lines[0]] * 3, "the same layers and bytes as from the full checkpoint"
+    assert f"layers {8 * stage}-{8 * stage + 7}" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"--pipeline-layer-range": "8-17"}, "--pipeline-layer-range 8-17 contradicts .* with layers 8-16"),
+        ({"--pipeline-stage-idx": "2"}, "--pipeline-stage-idx 2 contradicts .* as stage 1 of 4"),
+        ({"--pipeline-total-stages": "5"}, "--pipeline-total-stages 5 contradicts .* as stage 1 of 4"),
+        (dict.fromkeys(WORKER, DROP), "is one stage of a pre-split model .* add --pipeline-stage-mode external"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_a_pre_split_stage(
+    change: dict[str, object],
+    expected: str,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, stage_folder(exported, 1), WORKER | change)
+    assert exit_info.value.code == 2
+    assert re.search(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [(encode_unfinished(1, 4), "is an unfinished export"), (b'{"format_version": 1}', "is damaged")],
+)
+def test_a_manifest_that_does_not_do(
+    manifest: bytes,
+    expected: str,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(stage_folder(exported, 1), tmp_path / "stage_1")
+    (folder / MANIFEST_NAME).write_bytes(manifest)
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, folder, WORKER)
+    assert exit_info.value.code == 2
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--pipeline-prev-stage-addr", "--pipeline-prev-stage-service-addr"])
