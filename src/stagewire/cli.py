@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagewire import __version__
-from stagewire.commands import export
+from stagewire.commands import export, plan
 from stagewire.errors import StagewireError
 from stagewire.launch import up
 
@@ -32,6 +32,10 @@ def _run_export(args: argparse.Namespace, extra: Sequence[str]) -> int:
     return export.run(args)
 
 
+def _run_plan(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    return plan.run(args, details=True)
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stagewire",
@@ -51,6 +55,16 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     up.add_arguments(up_parser)
     up_parser.set_defaults(run=_run_up, takes_extra=True)
+
+    plan_parser = commands.add_parser(
+        "plan",
+        help="check or calculate which layers each stage gets, before anything is started",
+        epilog=plan.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_arguments(plan_parser)
+    plan_parser.set_defaults(run=_run_plan, takes_extra=False)
 
     export_parser = commands.add_parser(
         "export", help="cut a checkpoint into one folder for each stage", allow_abbrev=False

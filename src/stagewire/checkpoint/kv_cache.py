@@ -187,19 +187,21 @@ def check_kv(layout: KvLayout, ranges: Sequence[LayerRange]) -> None:
         return
     split = ", ".join(map(str, ranges))
     lines = [f"  - {problem}" for problem in problems]
-    raise ConfigError("\n".join([f"this model cannot be split as {split}:", *lines, advise_split(layout, ranges)]))
+    raise ConfigError("\n".join([f"this model cannot be split as {split}:", *lines, advise_split(layout, ranges)[0]]))
 
 
-def advise_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> str:
-    """A line with ranges to paste, or how many stages the model can have."""
+def advise_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...] | None]:
+    """What to give instead of ``ranges``: a line with ranges to paste, and those ranges.
+
+    When the model cannot have so many stages the line says how many it can, with ranges for them, and that is all.
+    """
     found = fitting_split(layout, ranges)
     if found is not None:
-        return f"{found[0]}: {ranges_line(found[1])}"
-    num_layers = len(layout.layers)
-    most = most_stages(num_layers, layout.rule())
+        return f"{found[0]}: {ranges_line(found[1])}", found[1]
+    most = most_stages(len(layout.layers), layout.rule())
     largest = most_even_split(layout, most)
     example = f": {ranges_line(largest)}" if largest else ""
-    return f"{len(ranges)} stages are not possible, {most} at most{example}"
+    return f"{len(ranges)} stages are not possible, {most} at most{example}", None
 
 
 def _missing_kinds(layout: KvLayout, layers: LayerRange) -> Iterator[str]:

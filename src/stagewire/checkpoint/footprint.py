@@ -1,0 +1,162 @@
+"""What a stage takes of its machine: weights in memory and KV cache per token. From headers and config.json; pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo
+from stagewire.checkpoint.kv_cache import Kind, KvLayout
+from stagewire.checkpoint.model_config import ModelShape, language_settings
+from stagewire.checkpoint.ownership import layer_of, owns, shares_embedding
+from stagewire.errors import ConfigError
+from stagewire.plan.ranges import LayerRange
+
+__all__ = [
+    "DTYPES",
+    "KV_CACHE_DTYPES",
+    "Dtype",
+    "Footprint",
+    "is_quantized",
+    "kv_cache_dtype",
+    "measure",
+    "served_dtype",
+]
+
+_ITEM_BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "fp8": 1}
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+# Those of vLLM's CacheDType whose size is one number per element. The others add scales to each head or token.
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
+_CAST_WITH_THE_MODEL = frozenset(("F64", "F32", "F16", "BF16"))
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """``name`` is for people."""
+
+    name: str
+    item_bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sums over any range of layers in constant time, as the optimiser asks for thousands of them.
+
+    ``weights``, ``kv``, ``states`` are running sums over the layers: bytes, bytes per token, layers with constant
+    state. ``every``, ``first``, ``last`` are bytes of tensors outside the layers, ``both`` those among ``first`` and
+    ``last`` which a stage that is both has once.
+    """
+
+    weights: Sequence[int]
+    kv: Sequence[int]
+    states: Sequence[int]
+    every: int
+    first: int
+    last: int
+    both: int
+
+    def weight_bytes(self, start: int, end: int) -> int:
+        """Of the stage with layers start to end - 1, ends of the model included, in memory."""
+        is_first, is_last = start == 0, end == len(self.weights) - 1
+        ends = self.first * is_first + self.last * is_last - self.both * (is_first and is_last)
+        return self.every + ends + self.weights[end] - self.weights[start]
+
+    def kv_bytes_per_token(self, start: int, end: int) -> int:
+        return self.kv[end] - self.kv[start]
+
+    def num_state_layers(self, start: int, end: int) -> int:
+        return self.states[end] - self.states[start]
+
+
+def served_dtype(shape: ModelShape, option: str) -> Dtype:
+    """What vLLM computes in. Under ``auto`` a float32 checkpoint is served in 16 bits, in bfloat16 where the device
+    has it (``_resolve_auto_dtype``, vllm/config/model.py), and so is one that does not name its dtype.
+    """
+    if option != "auto":
+        return Dtype(option, _ITEM_BYTES[option])
+    if shape.torch_dtype in ("float16", "bfloat16"):
+        return Dtype(shape.torch_dtype, 2)
+    return Dtype("16 bits", 2)
+
+
+def kv_cache_dtype(config: Mapping[str, Any], served: Dtype, option: str) -> Dtype:
+    """What vLLM stores keys and values in. ``auto`` is the served dtype, unless the checkpoint was quantized with a
+    KV cache of its own (``get_kv_cache_quant_algo_string``, vllm/utils/torch_utils.py; attention.py for
+    compressed-tensors). Raises ``ConfigError`` for such a one that is not fp8.
+    """
+    if option != "auto":
+        return Dtype(option, 1 if option.startswith("fp8") else _ITEM_BYTES[option])
+    algorithm = _own_kv_algorithm(config)
+    if algorithm is None:
+        return served
+    if algorithm != "fp8":
+        raise ConfigError(
+            f"the checkpoint's quantization_config asks for a KV cache of {algorithm}, whose size is not known here; "
+            f"give --kv-cache-dtype, one of {', '.join(KV_CACHE_DTYPES[1:])}"
+        )
+    return Dtype("fp8", 1)
+
+
+def measure(index: CheckpointIndex, shape: ModelShape, layout: KvLayout, dtype: Dtype | None, kv: Dtype) -> Footprint:
+    """``dtype``: what the weights are cast to; ``None`` for a quantized checkpoint, whose tensors stay what they are.
+
+    ``kv`` counts are 0 throughout when the layout does not know its sizes.
+    """
+    shared = shares_embedding(index, shape)
+    layers, ends = [0] * shape.num_layers, {"every": 0, "first": 0, "last": 0, "both": 0}
+    for tensor in index.tensors.values():
+        num_bytes, layer = _bytes_in_memory(tensor, dtype), layer_of(tensor.name)
+        if layer is not None and layer < shape.num_layers:
+            layers[layer] += num_bytes
+            continue
+        for owner in _owners(tensor.name, layer, shared):
+            ends[owner] += num_bytes
+    return Footprint(
+        weights=_running(layers),
+        kv=_running([(layer.elements_per_token or 0) * kv.item_bytes for layer in layout.layers]),
+        states=_running([int(Kind.STATE in layer.kind) for layer in layout.layers]),
+        **ends,
+    )
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    settings = language_settings(config)
+    return any(settings.get(key) for key in ("quantization_config", "compression_config"))
+
+
+def _owners(name: str, layer: int | None, shared_embedding: bool) -> tuple[str, ...]:
+    """Of a tensor outside the decoder's layers, by asking for the first, a middle and the last stage of three."""
+    if layer is not None:
+        return ("last",)
+    first, middle, last = (owns(name, LayerRange(i, i + 1), 3, shared_embedding=shared_embedding) for i in range(3))
+    if middle:
+        return ("every",)
+    return tuple(owner for owner, has in (("first", first), ("last", last), ("both", first and last)) if has)
+
+
+def _bytes_in_memory(tensor: TensorInfo, dtype: Dtype | None) -> int:
+    if dtype is None or tensor.dtype not in _CAST_WITH_THE_MODEL:
+        return tensor.num_bytes
+    return math.prod(tensor.shape) * dtype.item_bytes
+
+
+def _own_kv_algorithm(config: Mapping[str, Any]) -> str | None:
+    """``fp8`` or another name; ``None`` when the checkpoint has no say in it."""
+    quantization = language_settings(config).get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
+    inner = quantization.get("quantization")
+    sections = [quantization, inner] if isinstance(inner, dict) else [quantization]
+    found = [section.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo") for section in sections]
+    scheme = next((value for value in found if value), None)
+    if isinstance(scheme, dict):
+        is_fp8 = scheme.get("num_bits") == 8 and scheme.get("type") == "float"
+        return "fp8" if is_fp8 else f"{scheme.get('num_bits')}-bit {scheme.get('type')}"
+    return None if scheme is None else str(scheme).lower()
+
+
+def _running(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(accumulate(values, initial=0))

@@ -1,0 +1,302 @@
+"""`stagewire plan`, and tools/offline_pipelining/validate_layer_ranges.py: which layers each stage gets, and what then.
+
+Standard library only, so that the tool runs from a bare clone, on a machine without vLLM or a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from stagewire.checkpoint.footprint import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    Footprint,
+    is_quantized,
+    kv_cache_dtype,
+    measure,
+    served_dtype,
+)
+from stagewire.checkpoint.index import read_index
+from stagewire.checkpoint.kv_cache import KvLayout, read_layout
+from stagewire.checkpoint.model_config import language_settings, read_config, shape_of
+from stagewire.commands.plan_choice import Question, StageTimes, choose
+from stagewire.commands.plan_text import Source, describe, describe_details, to_json
+from stagewire.errors import ConfigError, StagewireError
+from stagewire.plan.ranges import LayerRange
+
+__all__ = ["EPILOG", "add_arguments", "main", "run"]
+
+# vLLM's own (CacheConfig.gpu_memory_utilization, vllm/config/cache.py).
+DEFAULT_UTILIZATION = 0.92
+_NS_PER_MS = 10**6
+_MAX_MS = 10**9
+_UNIT_BYTES = {
+    f"{letter}{infix}b": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+_SIZE_TEXT = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)\s*([a-z]{2,3})\s*", re.IGNORECASE)
+_LOCAL = "the GPUs here"
+
+EPILOG = """\
+Without --memory and --balance the split is vLLM's own, which is what `stagewire up` starts.
+
+Exit codes: 0 the split is valid; 1 it does not fit the model or the memory; 2 the question is malformed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="PATH", help="folder with config.json; with the weights too for the figures of each stage")
+    add("--total-layers", type=int, metavar="N", help="number of layers, instead of a model")
+    add("--num-stages", type=int, metavar="N", help="number of stages to split the model over")
+    add("--ranges", nargs="+", metavar="START-END", help="each stage's layers to check, END not included")
+    add("--json", action="store_true", help="everything as JSON")
+    add("--details", action="store_true", help="weights and KV cache of each stage, from the checkpoint's headers")
+    add("--dtype", choices=DTYPES, help="as for vLLM (default: auto)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="as for vLLM (default: auto)")
+    add(
+        "--memory",
+        nargs="?",
+        const=_LOCAL,
+        metavar="SIZES",
+        help="memory of each stage's device, for instance 24GiB,12GiB, or one for all; alone: of the GPUs here. "
+        "Chooses the split with the most KV cache on its smallest stage",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help=f"as for vLLM: the share of the memory that it uses (default: {DEFAULT_UTILIZATION})",
+    )
+    add("--balance", choices=["time"], help="choose the split whose slowest stage is fastest")
+    add("--layer-ms", metavar="MS", help="measured time of one layer; several, by commas, for unequal machines")
+    add("--head-ms", metavar="MS", help="measured time of the final norm and the head")
+    add("--embed-ms", metavar="MS", help="measured time of the embedding (default: 0)")
+
+
+def run(args: argparse.Namespace, *, details: bool = False) -> int:
+    """Prints the answer; 0 when the split is valid, 1 when it does not fit. ``details``: wherever there are weights.
+
+    Raises:
+        ConfigError: a malformed question. With --json that is printed too, and 2 returned.
+    """
+    try:
+        source, question = _read(args, details)
+    except ConfigError as error:
+        if not args.json:
+            raise
+        _say(json.dumps({"valid": False, "error": str(error)}, indent=2))
+        return error.exit_code
+    answer = choose(question)
+    if args.json:
+        _say(to_json(source, question, answer))
+    else:
+        _say(describe(source, question, answer))
+        if figures := describe_details(source, question, answer):
+            _say(f"\n{figures}")
+    return 0 if answer.is_valid else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The tool: as `stagewire plan`, with details only when they are asked for."""
+    parser = argparse.ArgumentParser(
+        prog="validate_layer_ranges.py",
+        description="Check which layers each stage of a pipeline gets, or calculate them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except StagewireError as error:
+        print(f"validate_layer_ranges.py: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+
+
+def _read(args: argparse.Namespace, details: bool) -> tuple[Source, Question]:
+    """All that is malformed by itself at once; then what has to be read to be judged."""
+    problems: list[str] = list(_contradictions(args))
+    ranges = _collect(problems, _parse_all, args.ranges, LayerRange.parse)
+    memory = _collect(problems, _parse_memory, args.memory)
+    layer_ns = _collect(problems, _parse_all, args.layer_ms and args.layer_ms.split(","), _parse_ms)
+    ends = [_collect(problems, _parse_ms, text) for text in (args.head_ms, args.embed_ms)]
+    if problems:
+        raise ConfigError("\n  - ".join([_how_many(problems), *problems]) if len(problems) > 1 else problems[0])
+    num_stages = _count_stages(args, ranges, memory, layer_ns)
+    layout, source, footprint = _read_model(args, details)
+    times = None if layer_ns is None else StageTimes(_for_each(layer_ns, num_stages), ends[0] or 0, ends[1] or 0)
+    return source, Question(
+        num_layers=_num_layers(args, layout),
+        num_stages=num_stages,
+        ranges=ranges,
+        layout=layout,
+        footprint=footprint,
+        memory=None if memory is None else _for_each(memory, num_stages),
+        utilization=DEFAULT_UTILIZATION if args.gpu_memory_utilization is None else args.gpu_memory_utilization,
+        times=times,
+    )
+
+
+def _how_many(problems: Sequence[str]) -> str:
+    return f"{len(problems)} things are wrong with what was asked:"
+
+
+def _collect(problems: list[str], parse: Callable[..., Any], value: Any, *more: Any) -> Any:
+    """``parse(value)``, ``None`` for ``None``; what it refuses goes to ``problems``."""
+    if value is None:
+        return None
+    try:
+        return parse(value, *more)
+    except ConfigError as error:
+        problems += [line for line in str(error).splitlines() if line]
+        return None
+
+
+def _contradictions(args: argparse.Namespace) -> Iterator[str]:
+    if args.model is None and args.total_layers is None:
+        yield "no model: give --model PATH, or --total-layers N"
+    for flag, value in (("--total-layers", args.total_layers), ("--num-stages", args.num_stages)):
+        if value is not None and value < 1:
+            yield f"{flag} must be at least 1, found {value}"
+    for flag in ("details", "memory", "dtype", "kv_cache_dtype"):
+        if args.model is None and getattr(args, flag):
+            yield f"{_flag(flag)} is about a model's weights and KV cache: give --model PATH"
+    if args.gpu_memory_utilization is not None and args.memory is None:
+        yield "--gpu-memory-utilization is a share of --memory: give that too"
+    if args.gpu_memory_utilization is not None and not 0 < args.gpu_memory_utilization <= 1:
+        yield f"--gpu-memory-utilization must be above 0 and at most 1, found {args.gpu_memory_utilization:g}"
+    for flag in ("layer_ms", "head_ms", "embed_ms"):
+        given = getattr(args, flag) is not None
+        if given and args.balance is None:
+            yield f"{_flag(flag)} is for --balance time: give that too"
+        if not given and args.balance == "time" and flag != "embed_ms":
+            yield f"--balance time needs {_flag(flag)}, measured: it has no figures of its own"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _count_stages(
+    args: argparse.Namespace,
+    ranges: Sequence[LayerRange] | None,
+    memory: Sequence[int] | None,
+    layer_ns: Sequence[int] | None,
+) -> int:
+    """From whatever says it; all that say it must agree. One memory, or one time, is for any number of stages."""
+    said = {} if args.num_stages is None else {f"--num-stages {args.num_stages}": args.num_stages}
+    if ranges is not None:
+        said[f"{len(ranges)} in --ranges"] = len(ranges)
+    if layer_ns is not None and len(layer_ns) > 1:
+        said[f"{len(layer_ns)} in --layer-ms"] = len(layer_ns)
+    if memory is not None and args.memory == _LOCAL:
+        # Stages take the first ones, so that there may be more.
+        if not said or len(memory) < max(said.values()):
+            said[f"{len(memory)} GPUs here"] = len(memory)
+    elif memory is not None and len(memory) > 1:
+        said[f"{len(memory)} in --memory"] = len(memory)
+    if not said:
+        raise ConfigError("how many stages? Give --num-stages N, or --ranges, or one --memory for each stage")
+    if len(set(said.values())) > 1:
+        raise ConfigError(f"how many stages? {', '.join(said)}: make them agree, or leave some out")
+    return int(next(iter(said.values())))
+
+
+def _num_layers(args: argparse.Namespace, layout: KvLayout | None) -> int:
+    if layout is None:
+        return int(args.total_layers)
+    found = len(layout.layers)
+    if args.total_layers not in (None, found):
+        raise ConfigError(
+            f"--total-layers {args.total_layers} but {args.model} has {found} layers: leave --total-layers out"
+        )
+    return found
+
+
+def _read_model(args: argparse.Namespace, details: bool) -> tuple[KvLayout | None, Source, Footprint | None]:
+    """The weights' headers only when figures are asked for, or ``details`` and they are there."""
+    if args.model is None:
+        return None, Source(None), None
+    model_dir = Path(args.model).expanduser()
+    config = read_config(model_dir)
+    shape, layout = shape_of(config, model_dir / "config.json"), read_layout(config)
+    asked = [_flag(name) for name in ("details", "memory", "dtype", "kv_cache_dtype") if getattr(args, name)]
+    index = read_index(model_dir) if asked or details else None
+    if index is None and asked:
+        raise ConfigError(f"{asked[0]} needs the headers of safetensors weights, and {model_dir} holds none")
+    if args.memory is not None and (layout.unknown or not any(layer.elements_per_token for layer in layout.layers)):
+        why = layout.unknown or "no layer of this model has a KV cache that grows with the tokens"
+        raise ConfigError(f"--memory is planned by KV cache tokens, whose size is not known: {why}")
+    if index is None:
+        return layout, Source(args.model), None
+    dtype = served_dtype(shape, args.dtype or "auto")
+    kv = kv_cache_dtype(config, dtype, args.kv_cache_dtype or "auto")
+    weights = None if is_quantized(config) else dtype
+    positions = language_settings(config).get("max_position_embeddings")
+    source = Source(
+        args.model,
+        weights=weights.name if weights else "what they are quantized to",
+        kv=kv.name,
+        unknown=layout.unknown,
+        max_positions=positions if isinstance(positions, int) else None,
+    )
+    return layout, source, measure(index, shape, layout, weights, kv)
+
+
+def _parse_memory(text: str) -> tuple[int, ...]:
+    if text == _LOCAL:
+        from stagewire.launch.gpus import gpu_memory_bytes
+
+        return tuple(gpu_memory_bytes(os.environ))
+    return _parse_all(text.split(","), _parse_size)
+
+
+def _parse_all(texts: Sequence[str], parse: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Every one of ``texts`` parsed. Raises ``ConfigError`` with all that are malformed, a line each."""
+    problems: list[str] = []
+    values = tuple(_collect(problems, parse, text) for text in texts)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _parse_size(text: str) -> int:
+    match = _SIZE_TEXT.fullmatch(text)
+    unit = _UNIT_BYTES.get(match[2].lower()) if match else None
+    if match is None or unit is None or not Decimal(match[1]):
+        raise ConfigError(
+            f'--memory "{text}" is no size: expected a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, '
+            "for instance 24GiB; several, by commas, one for each stage"
+        )
+    return int(Decimal(match[1]) * unit)
+
+
+def _parse_ms(text: str) -> int:
+    """Nanoseconds."""
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        value = Decimal(-1)
+    if not value.is_finite() or not 0 <= value <= _MAX_MS:
+        raise ConfigError(f'"{text}" is no time: expected milliseconds, for instance 0.42')
+    return int(value * _NS_PER_MS)
+
+
+def _for_each(values: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    return tuple(values) * num_stages if len(values) == 1 else tuple(values[:num_stages])
+
+
+def _say(text: str) -> None:
+    """Also where the terminal's encoding has no check mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
