@@ -27,7 +27,11 @@ def make_llama(folder: Path, tokenizer_of: Path, num_layers: int = 32, **overrid
         **overrides,
     }
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder, max_shard_size="5MB")
+    copy_tokenizer(tokenizer_of, folder)
+    return folder
+
+
+def copy_tokenizer(tokenizer_of: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (tokenizer_of / name).is_file():
             shutil.copy(tokenizer_of / name, folder / name)
-    return folder

@@ -18,9 +18,9 @@ from typing import IO, Any
 from stagewire.checkpoint.model_config import read_config
 from stagewire.errors import ConfigError
 
-__all__ = ["CheckpointIndex", "TensorInfo", "fingerprint", "read_files", "read_index", "read_metadata"]
+__all__ = ["INDEX_NAME", "CheckpointIndex", "TensorInfo", "fingerprint", "read_files", "read_index", "read_metadata"]
 
-_INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 # The safetensors library's own limit (MAX_HEADER_SIZE).
 _MAX_HEADER_BYTES = 100_000_000
@@ -75,7 +75,7 @@ def read_index(model_dir: Path) -> CheckpointIndex | None:
     ``None`` when the folder holds no safetensors at all. Raises ``ConfigError``, naming file and tensor, for a shard
     that is missing, malformed or cut short, and for a tensor that its shard lacks or that two files hold.
     """
-    weight_map = _read_weight_map(model_dir / _INDEX_NAME)
+    weight_map = _read_weight_map(model_dir / INDEX_NAME)
     files = sorted(set(weight_map.values())) or sorted(path.name for path in model_dir.glob("*.safetensors"))
     if not files:
         return None
@@ -231,7 +231,7 @@ def _merge_shards(shards: list[list[TensorInfo]], weight_map: Mapping[str, str])
         other = tensors.get(tensor.name)
         if other is not None and tensor.name not in weight_map:
             raise ConfigError(
-                f"tensor {tensor.name} is in {other.file} and in {tensor.file}, and no {_INDEX_NAME} says which holds; "
+                f"tensor {tensor.name} is in {other.file} and in {tensor.file}, and no {INDEX_NAME} says which holds; "
                 "remove the copy that does not belong to this model"
             )
         if weight_map.get(tensor.name, tensor.file) == tensor.file:
@@ -243,7 +243,7 @@ def _check_weight_map(weight_map: Mapping[str, str], tensors: Mapping[str, Tenso
     for name, file in weight_map.items():
         if name not in tensors:
             raise ConfigError(
-                f"{_INDEX_NAME} says that tensor {name} is in {model_dir / file}, which does not hold it; "
+                f"{INDEX_NAME} says that tensor {name} is in {model_dir / file}, which does not hold it; "
                 "the index and the shards are of different checkpoints: download both again"
             )
 

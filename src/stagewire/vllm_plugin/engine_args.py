@@ -22,6 +22,10 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS_CPU = 128
 DEFAULT_MAX_NUM_SEQS = 256
 
+# vLLM reads whole checkpoints in these; other formats are somebody's choice.
+REPLACED_LOAD_FORMATS = ("auto", "hf", "safetensors")
+LOAD_FORMAT = "stagewire"  # vllm_plugin/range_loader.py
+
 _BY_RING = "the ring does this between stages"
 _NOT_YET = "not carried between stages yet"
 _ONE_ENGINE = "a pipeline is one engine; start several pipelines behind a load balancer instead"
@@ -99,6 +103,8 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
     engine_args.distributed_executor_backend = RingExecutor
     engine_args.scheduler_cls = RingScheduler
     engine_args.async_scheduling = False
+    if engine_args.load_format in REPLACED_LOAD_FORMATS:
+        engine_args.load_format = LOAD_FORMAT
     if engine_args.max_num_batched_tokens is None:
         engine_args.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS
     if engine_args.max_num_seqs is None:

@@ -1,0 +1,58 @@
+"""A sharded checkpoint on a model hub: of its weight files, only those that hold tensors of one stage.
+
+Only names matter: the hub's index says which file holds which tensor. Imports huggingface_hub when it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from stagewire.checkpoint.index import INDEX_NAME
+from stagewire.errors import ConfigError
+
+__all__ = ["INDEX_NAME", "download_own", "find_file"]
+
+
+def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None = None) -> Path | None:
+    """Path of one small file in the local cache, downloaded if need be; ``None`` when the repository has none.
+
+    Its folder's name is the commit. Raises ``ConfigError`` when the hub cannot be reached and the cache has no copy.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{repo}: {file} is neither in the local cache nor to be had from the hub ({error}); "
+            "give a folder's path, or check the network and HF_ENDPOINT"
+        ) from error
+    except EntryNotFoundError:
+        return None
+
+
+def download_own(
+    repo: str,
+    revision: str | None,
+    subfolder: str | None,
+    cache_dir: str | None,
+    choose: Callable[[Sequence[str]], Iterable[str]],
+) -> tuple[Path, list[str]] | None:
+    """The folder with the files that hold the tensors that ``choose`` picks from all names, and their names in it.
+
+    ``None`` when the repository has no safetensors index: there is nothing to choose from.
+    """
+    from huggingface_hub import snapshot_download
+
+    inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
+    index = find_file(repo, revision, inside + INDEX_NAME, cache_dir)
+    if index is None:
+        return None
+    weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+    files = sorted({weight_map[name] for name in choose(list(weight_map))})
+    patterns = [inside + file for file in files]
+    folder = snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
+    return Path(folder) / inside, files

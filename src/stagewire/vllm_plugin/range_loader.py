@@ -1,0 +1,242 @@
+"""Loads the tensors that a stage owns and reads no others, whatever files they lie in.
+
+A subclass of vLLM's default loader: which files a model has, what it asks for besides (secondary weights, patterns of
+its own), and the check that every parameter was initialised stay vLLM's. Only where the bytes come from is ours.
+External mode chooses it (engine_args.py); other load formats that a user asked for are left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from stagewire.checkpoint import hub
+from stagewire.checkpoint.index import TensorInfo, read_files
+from stagewire.checkpoint.ownership import layer_of, owns
+from stagewire.checkpoint.reader import TensorReader
+from stagewire.config import StageConfig
+from stagewire.errors import ConfigError
+from stagewire.observe.status import StatusSender
+from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
+from stagewire.vllm_plugin.settings import RingSettings
+
+__all__ = ["RangeLoader", "register"]
+
+NEWS_INTERVAL_S = 0.5
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+
+
+def register() -> None:
+    """In the process that loads: vLLM's table of loaders is per process."""
+    from vllm.model_executor import model_loader
+
+    if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not RangeLoader:
+        register_model_loader(LOAD_FORMAT)(RangeLoader)
+
+
+class RangeLoader(DefaultModelLoader):
+    """See the module."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        # Everything that vLLM decides by load format is decided as for "auto".
+        load_config = copy.copy(load_config)
+        load_config.load_format = "auto"
+        super().__init__(load_config)
+        self._stage: StageConfig | None = None
+        self._own: _Ownership | None = None
+        self._progress: _Progress | None = None
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self._stage = RingSettings.read(get_current_vllm_config())
+        self._own = _Ownership(self._stage, model, model_config)
+        self._progress = _Progress(self._stage)
+        self.counter_before_loading_weights = time.perf_counter()
+        super().load_weights(model, model_config)
+        self._progress.report()
+
+    def _prepare_weights(
+        self,
+        model_name_or_path: str,
+        subfolder: str | None,
+        revision: str | None,
+        fall_back_to_pt: bool,
+        allow_patterns_overrides: list[str] | None,
+    ) -> tuple[str, list[str], bool, str]:
+        """vLLM's own, but of a sharded checkpoint on a hub only the files that hold own tensors are downloaded."""
+        if self._own is not None and allow_patterns_overrides is None and not os.path.isdir(model_name_or_path):
+            found = hub.download_own(
+                model_name_or_path, revision, subfolder, self.load_config.download_dir, self._own.choose_names
+            )
+            if found is not None:
+                folder, files = found
+                return str(folder), [str(folder / file) for file in files], True, hub.INDEX_NAME
+        prepared: tuple[str, list[str], bool, str] = super()._prepare_weights(
+            model_name_or_path, subfolder, revision, fall_back_to_pt, allow_patterns_overrides
+        )
+        return prepared
+
+    def _get_weights_iterator(
+        self, source: DefaultModelLoader.Source
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """``source``'s own tensors. A checkpoint without safetensors is read by vLLM, whole."""
+        assert self._own is not None
+        assert self._progress is not None
+        folder, files, is_safetensors, _ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        if not is_safetensors or self.load_config.safetensors_load_strategy == "torchao":
+            kind = "torchao's own format" if is_safetensors else "not safetensors"
+            self._progress.say(f"{source.model_or_path} is {kind}: vLLM's own loader reads it, and reads all of it")
+            whole: Generator[tuple[str, torch.Tensor], None, None] = super()._get_weights_iterator(source)
+            return whole
+        return self._read_own(source, Path(folder), files)
+
+    def _read_own(
+        self, source: DefaultModelLoader.Source, folder: Path, files: Sequence[str]
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        assert self._own is not None
+        assert self._progress is not None
+        index = read_files(folder, sorted(os.path.relpath(file, folder) for file in files))
+        chosen = self._own.choose(index.tensors.values(), source.prefix)
+        if source.is_unused_weight is not None:
+            chosen = [tensor for tensor in chosen if not source.is_unused_weight(tensor.name)]
+        for tensor in chosen:
+            _dtype_of(tensor, folder)
+        reader = TensorReader(folder, chosen, _allocate)
+        self._progress.begin(chosen, index.header_bytes)
+        for tensor, buffer in reader:
+            self._progress.advance(tensor.num_bytes)
+            yield source.prefix + tensor.name, _as_torch(tensor, buffer, folder)
+            del buffer
+
+
+class _Ownership:
+    """Which tensors this stage reads.
+
+    The table of checkpoint/ownership.py decides by name. What it gives to another stage and is in no layer is read all
+    the same when this stage's model has built it: some models keep embeddings on every stage.
+    """
+
+    def __init__(self, stage: StageConfig, model: nn.Module, model_config: ModelConfig) -> None:
+        self._layers = stage.layers
+        self._num_layers = model_config.get_total_num_hidden_layers()
+        # As vLLM resolved it, after its own look at the checkpoint (maybe_untie_word_embeddings).
+        self._is_tied = bool(getattr(model_config.hf_config, "tie_word_embeddings", False)) or bool(
+            getattr(model_config.hf_text_config, "tie_word_embeddings", False)
+        )
+        self._built = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+        self._built |= {name.rpartition(".")[0] for name, _ in model.named_buffers()}
+        self._mapper = getattr(model, "hf_to_vllm_mapper", None)
+
+    def choose(self, tensors: Iterable[TensorInfo], prefix: str) -> list[TensorInfo]:
+        tensors = list(tensors)
+        names = set(self.choose_names([prefix + tensor.name for tensor in tensors]))
+        return [tensor for tensor in tensors if prefix + tensor.name in names]
+
+    def choose_names(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self._is_own(name)]
+
+    def _is_own(self, name: str) -> bool:
+        if owns(name, self._layers, self._num_layers, shared_embedding=self._is_tied):
+            return True
+        return layer_of(name) is None and self._is_built(name)
+
+    def _is_built(self, name: str) -> bool:
+        mapped = name if self._mapper is None else self._mapper.map_name(name)
+        if mapped is None:
+            return False
+        module = mapped.rpartition(".")[0]
+        return any(built == module or built.endswith(f".{module}") for built in self._built)
+
+
+class _Progress:
+    """Says how far loading is, to whoever started this stage, and at the end what was read."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        self._stage = stage
+        self._status = StatusSender(stage.stage)
+        self._began_at = time.perf_counter()
+        self._said_at = 0.0
+        self._num_tensors = 0
+        self._own_bytes = 0
+        self._header_bytes = 0
+        self._done_bytes = 0
+
+    def say(self, text: str) -> None:
+        sys.stdout.write(f"Stage {self._stage.stage}: {text}\n")
+        sys.stdout.flush()
+
+    def begin(self, tensors: Sequence[TensorInfo], header_bytes: int) -> None:
+        self._num_tensors += len(tensors)
+        self._own_bytes += sum(tensor.num_bytes for tensor in tensors)
+        self._header_bytes += header_bytes
+
+    def advance(self, num_bytes: int) -> None:
+        self._done_bytes += num_bytes
+        now = time.perf_counter()
+        if now - self._said_at >= NEWS_INTERVAL_S:
+            self._said_at = now
+            done, own = self._done_bytes / 1e9, self._own_bytes / 1e9
+            self._status.note(f"{self._stage.layers.describe()}: {done:.2f} of {own:.2f} GB")
+
+    def report(self) -> None:
+        """Nothing when vLLM's own loading read it: what that read is not known here."""
+        if not self._own_bytes:
+            return
+        took_s = time.perf_counter() - self._began_at
+        share = (self._done_bytes + self._header_bytes) / self._own_bytes
+        self.say(
+            f"loaded {self._stage.layers.describe()}: {self._num_tensors} tensors, {self._done_bytes / 1e9:.2f} GB "
+            f"read in {took_s:.1f} s ({share:.0%} of own bytes)"
+        )
+
+
+def _allocate(num_bytes: int) -> memoryview:
+    return memoryview(torch.empty(num_bytes, dtype=torch.uint8).numpy())
+
+
+def _as_torch(tensor: TensorInfo, buffer: memoryview, folder: Path) -> torch.Tensor:
+    """Shares the buffer's memory. # [*tensor.shape]"""
+    dtype = _dtype_of(tensor, folder)
+    if not tensor.num_bytes:
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(tensor.shape)
+
+
+def _dtype_of(tensor: TensorInfo, folder: Path) -> Any:
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise ConfigError(
+            f"{folder / tensor.file}: tensor {tensor.name} is of type {tensor.dtype}, which has no torch type here "
+            f"(known: {', '.join(sorted(_DTYPES))}); give --load-format auto to read it with vLLM's own loader"
+        )
+    return dtype

@@ -1,0 +1,149 @@
+"""Reading chosen tensors: the right bytes, no other bytes, and errors that name file and tensor."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagewire.checkpoint import reader as reader_module
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, read_files
+from stagewire.checkpoint.reader import TensorReader
+from stagewire.errors import ConfigError
+
+SIZES = st.lists(st.integers(min_value=0, max_value=300), min_size=1, max_size=12)
+
+
+def write(path: Path, sizes: dict[str, int]) -> dict[str, bytes]:
+    """One safetensors file of U8 tensors with random content; returns it by name."""
+    content = {name: random.Random(name).randbytes(size) for name, size in sizes.items()}
+    entries, begin = [], 0
+    for name, size in sizes.items():
+        entries.append(f'"{name}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{begin},{begin + size}]}}')
+        begin += size
+    header = ("{" + ",".join(entries) + "}").encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"".join(content.values()))
+    return content
+
+
+def allocate(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
+
+
+def read(folder: Path, tensors: list[TensorInfo]) -> dict[str, bytes]:
+    return {tensor.name: bytes(buffer) for tensor, buffer in TensorReader(folder, tensors, allocate)}
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> CheckpointIndex:
+    """Files a and b with tensors of 10 to 50 bytes."""
+    for file in "ab":
+        write(tmp_path / f"{file}.safetensors", {f"{file}{i}": 10 * i for i in range(1, 6)})
+    return read_files(tmp_path, ["a.safetensors", "b.safetensors"])
+
+
+@given(sizes=SIZES, data=st.data())
+@settings(deadline=None)
+def test_any_choice_of_tensors(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    content = write(folder / "x.safetensors", {f"t{i}": size for i, size in enumerate(sizes)})
+    chosen = data.draw(st.lists(st.sampled_from(sorted(content)), unique=True))
+    tensors = read_files(folder, ["x.safetensors"]).tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "CHUNK_BYTES", 64)
+        assert read(folder, [tensors[name] for name in chosen]) == {name: content[name] for name in chosen}
+
+
+def test_no_byte_of_another_tensor_is_asked_for(
+    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[tuple[str, int]] = set()
+    read_vector, advise = os.preadv, os.posix_fadvise
+
+    def note(file: int, offset: int, length: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{file}"))
+        asked.update((name, offset + i) for i in range(length))
+
+    def preadv(file: int, buffers: list[memoryview], offset: int) -> int:
+        note(file, offset, sum(len(buffer) for buffer in buffers))
+        return read_vector(file, buffers, offset)
+
+    def posix_fadvise(file: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            note(file, offset, length)
+        advise(file, offset, length, advice)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    monkeypatch.setattr(reader_module, "CHUNK_BYTES", 16)
+    chosen = [index.tensors[name] for name in ("a2", "a3", "b5")]
+    reader = TensorReader(tmp_path, chosen, allocate)
+    assert [tensor.name for tensor, _ in reader] == ["a2", "a3", "b5"]
+    assert reader.num_bytes_read == 20 + 30 + 50
+    own = {(t.file, t.offset + i) for t in chosen for i in range(t.num_bytes)}
+    assert asked == own
+
+
+def test_the_system_is_told_of_what_comes_but_not_too_far(
+    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[int] = []
+
+    def posix_fadvise(_file: int, _offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            announced.append(length)
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    monkeypatch.setattr(reader_module, "AHEAD_BYTES", 60)
+    walk = iter(TensorReader(tmp_path, list(index.tensors.values()), allocate))
+    assert next(walk)[0].name == "a1"
+    assert announced == [10, 20, 30], "60 bytes ahead, whole tensors"
+    assert next(walk)[0].name == "a2"
+    assert announced == [10, 20, 30, 40]
+
+
+def test_nothing_is_kept(tmp_path: Path) -> None:
+    size = 4 << 20
+    write(tmp_path / "x.safetensors", {f"t{i}": size for i in range(8)})
+    tensors = list(read_files(tmp_path, ["x.safetensors"]).tensors.values())
+    tracemalloc.start()
+    for each in TensorReader(tmp_path, tensors, allocate):
+        del each
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size + (1 << 20)
+
+
+def test_files_are_closed(tmp_path: Path, index: CheckpointIndex) -> None:
+    def open_files() -> Iterator[str]:
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                yield os.readlink(f"/proc/self/fd/{name}")
+            except FileNotFoundError:
+                pass  # the one that listed them
+
+    walk = iter(TensorReader(tmp_path, list(index.tensors.values()), allocate))
+    next(walk)
+    assert any(str(tmp_path) in name for name in open_files())
+    walk.close()  # type: ignore[attr-defined]
+    assert not any(str(tmp_path) in name for name in open_files())
+
+
+def test_a_file_that_was_cut_after_its_header_was_read(tmp_path: Path, index: CheckpointIndex) -> None:
+    path = tmp_path / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=r"b\.safetensors: tensor b5 \(50 bytes from byte \d+\) cannot be read: the "):
+        read(tmp_path, list(index.tensors.values()))
+
+
+def test_a_file_that_is_gone(tmp_path: Path, index: CheckpointIndex) -> None:
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"b\.safetensors: tensor b1 cannot be read: .*No such file"):
+        read(tmp_path, list(index.tensors.values()))

@@ -1,0 +1,207 @@
+"""What a stage loads: the same parameters as vLLM's own loader gives it, bit for bit, from its own tensors alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stagewire.config import Address, StageConfig
+from stagewire.errors import ConfigError
+from stagewire.plan.ranges import LayerRange
+from support.models import copy_tokenizer, make_llama
+
+pytestmark = pytest.mark.vllm
+
+RANGES = ("0-2", "2-3", "3-6")
+NUM_LAYERS = 6
+SMALL: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 64,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """vLLM's process groups and the environment as they were."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    before = dict(os.environ)
+    yield
+    cleanup_dist_env_and_memory()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def load(model: Path, stage: int, load_format: str, **options: Any) -> dict[str, Any]:
+    """Parameters and buffers of one stage's model, by name."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.usage.usage_lib import UsageContext
+
+    from stagewire.vllm_plugin.engine_args import apply_external_mode
+    from stagewire.vllm_plugin.stage_worker import StageWorker
+    from vllm import AsyncEngineArgs
+
+    config = StageConfig(stage, len(RANGES), LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
+    arguments = AsyncEngineArgs(
+        model=str(model),
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_batched_tokens=256,
+        kv_cache_memory_bytes=20_000_000,
+        load_format=load_format,
+        **options,
+    )
+    apply_external_mode(arguments, config)
+    if load_format == "auto":
+        assert arguments.load_format == "stagewire"
+    vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    worker = StageWorker(config, vllm_config)
+    model_of_stage = worker.runner.get_model()
+    values = {name: value.detach().clone() for name, value in model_of_stage.named_parameters()}
+    values |= {name: value.detach().clone() for name, value in model_of_stage.named_buffers()}
+    worker.shutdown()
+    cleanup_dist_env_and_memory()
+    return values
+
+
+def stock_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on external mode leaves vLLM's own loader in place."""
+    monkeypatch.setattr("stagewire.vllm_plugin.engine_args.REPLACED_LOAD_FORMATS", ())
+
+
+def save(config: Any, folder: Path, tokenizer_of: Path, shard: str = "200KB") -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard)
+    copy_tokenizer(tokenizer_of, folder)
+    return folder
+
+
+def llama_untied(folder: Path, tokenizer_of: Path) -> Path:
+    return make_llama(folder, tokenizer_of, NUM_LAYERS, tie_word_embeddings=False)
+
+
+def llama_tied(folder: Path, tokenizer_of: Path) -> Path:
+    return make_llama(folder, tokenizer_of, NUM_LAYERS, tie_word_embeddings=True)
+
+
+def llama_tied_by_mistake(folder: Path, tokenizer_of: Path) -> Path:
+    """The config says tied, the checkpoint holds a head of its own: vLLM believes the checkpoint."""
+    llama_untied(folder, tokenizer_of)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return folder
+
+
+def one_file(folder: Path, tokenizer_of: Path) -> Path:
+    from transformers import Qwen2Config
+
+    return save(Qwen2Config(**SMALL), folder, tokenizer_of, "1GB")
+
+
+def gpt2(folder: Path, tokenizer_of: Path) -> Path:
+    """vLLM builds its token and position embeddings on every stage."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(vocab_size=49152, n_embd=64, n_layer=NUM_LAYERS, n_head=4, n_positions=512, dtype="float32")
+    return save(config, folder, tokenizer_of)
+
+
+def experts(folder: Path, tokenizer_of: Path) -> Path:
+    from transformers import Qwen2MoeConfig
+
+    settings = {**SMALL, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    return save(Qwen2MoeConfig(**settings), folder, tokenizer_of)
+
+
+def gemma(folder: Path, tokenizer_of: Path) -> Path:
+    from transformers import Gemma2Config
+
+    return save(Gemma2Config(**SMALL, head_dim=16), folder, tokenizer_of)
+
+
+MODELS: list[Callable[[Path, Path], Path]] = [
+    llama_untied,
+    llama_tied,
+    llama_tied_by_mistake,
+    one_file,
+    gpt2,
+    experts,
+    gemma,
+]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_stage_holds_what_vllms_own_loader_gives_it(
+    make: Callable[[Path, Path], Path],
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    model = make(tmp_path / "model", model_dir)
+    ours = [load(model, stage, "auto") for stage in range(len(RANGES))]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "loaded layer" in line]
+    assert [line.partition(":")[0] for line in lines] == ["Stage 0", "Stage 1", "Stage 2"]
+    assert all(" of own bytes)" in line for line in lines)
+    stock_format(monkeypatch)
+    for stage, own in enumerate(ours):
+        stock = load(model, stage, "safetensors")
+        assert own.keys() == stock.keys()
+        different = [name for name, value in own.items() if not torch.equal(value, stock[name])]
+        assert not different, f"stage {stage}: {different}"
+        assert own, "a stage without parameters"
+
+
+def test_a_type_that_torch_lacks_is_refused_before_anything_is_read(tmp_path: Path, model_dir: Path) -> None:
+    model = one_file(tmp_path / "model", model_dir)
+    path = model / "model.safetensors"
+    name = "model.layers.2.input_layernorm.weight"
+    content = path.read_bytes()
+    at = content.index(f'"{name}"'.encode())
+    path.write_bytes(content[:at] + content[at:].replace(b'"F32"', b'"F9X"', 1))
+    with pytest.raises(ConfigError, match=rf"model\.safetensors: tensor {name} is of type F9X"):
+        load(model, 1, "auto")
+
+
+def test_a_checkpoint_without_safetensors_takes_vllms_own_path(
+    tmp_path: Path, model_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    model = one_file(tmp_path / "model", model_dir)
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(tensors, model / "pytorch_model.bin")
+    values = load(model, 1, "auto")
+    assert torch.equal(
+        values["model.layers.2.input_layernorm.weight"], tensors["model.layers.2.input_layernorm.weight"]
+    )
+    out = capfd.readouterr().out
+    assert "is not safetensors: vLLM's own loader reads it, and reads all of it" in out
+    assert "loaded layer" not in out
+
+
+def test_a_format_that_somebody_chose_is_left_alone() -> None:
+    from stagewire.vllm_plugin.engine_args import apply_external_mode
+    from vllm import AsyncEngineArgs
+
+    arguments = AsyncEngineArgs(model=os.curdir, load_format="dummy")
+    apply_external_mode(arguments, StageConfig(0, 2, LayerRange(0, 1), 15550, Address("127.0.0.1", 15551)))
+    assert arguments.load_format == "dummy"
