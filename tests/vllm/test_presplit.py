@@ -1,0 +1,71 @@
+"""Stages that load from their own folders give the tokens of one process with the full model, which is gone by then."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from stagewire.checkpoint.export import run_export
+from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.manifest import stage_folder
+from stagewire.plan.ranges import LayerRange
+from support.stages import Ring, SingleProcess
+from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256", "--max-num-seqs", "16"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "200M", "--block-size", "32"),
+]
+RANGES = ("0-9", "9-20", "20-30")
+CONCURRENCY = 4
+SERVED = "demo"
+
+
+@dataclass
+class PreSplitRing(Ring):
+    """Each stage from its own folder, without a range."""
+
+    def command(self, stage: int) -> list[str]:
+        command = super().command(stage)
+        at = command.index("--pipeline-layer-range")
+        del command[at : at + 2]
+        command[command.index(str(self.model))] = str(stage_folder(self.model, stage))
+        return command
+
+
+@pytest.fixture(scope="module")
+def exported(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[list[Answer]]]]:
+    """The export of a copy that is removed, and one process's answers from that copy."""
+    folder = tmp_path_factory.mktemp("presplit")
+    source = shutil.copytree(model_dir, folder / "source")
+    plan = plan_export(source, lambda _: [LayerRange.parse(text) for text in RANGES])
+    run_export(plan, folder / "out", lambda _: None)
+    work = requests(8, seed=8, text=license_text(), longest_words=200)
+    with SingleProcess(source, [*SETTINGS, "--served-model-name", SERVED], {"OMP_NUM_THREADS": "2"}) as single:
+        answers = [run(single.url, Path(SERVED), work, concurrency) for concurrency in (CONCURRENCY, 1)]
+    shutil.rmtree(source)
+    yield folder / "out", answers
+    shutil.rmtree(folder)
+
+
+def test_tokens_equal_the_full_model_s(exported: tuple[Path, list[list[Answer]]], say: Callable[[str], None]) -> None:
+    pipeline_dir, references = exported
+    work = requests(8, seed=8, text=license_text(), longest_words=200)
+    with ExitStack() as stack:
+        ring = stack.enter_context(PreSplitRing(pipeline_dir, RANGES, [*SETTINGS, "--served-model-name", SERVED]))
+        result = compare(run(ring.url, Path(SERVED), work, CONCURRENCY), references)
+        logs = [stage.text() for stage in ring.stages]
+    say(f"pre-split: {result.num_tokens} tokens, {len(result.ties)} ties, within {result.worst_logprob:.1e}")
+    assert not result.wrong, "\n".join(result.wrong)
+    assert result.num_tokens > 0
+    assert result.worst_logprob <= LOGPROB_TOLERANCE
+    lines = ("Stage 0: Loading layers 0-8... (0.12 GB)", "Stage 1: Loading layers 9-19... (0.08 GB)")
+    for line, log in zip((*lines, "Stage 2: Loading layers 20-29... (0.13 GB)"), logs, strict=True):
+        assert line in log
