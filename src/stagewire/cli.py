@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagewire import __version__
-from stagewire.commands import export, plan
+from stagewire.commands import export, front, plan, status
 from stagewire.errors import StagewireError
 from stagewire.launch import up
 
@@ -17,6 +17,14 @@ __all__ = ["main"]
 
 def _run_up(args: argparse.Namespace, extra: Sequence[str]) -> int:
     return up.run(args, extra)
+
+
+def _run_front(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    return front.run(args, extra)
+
+
+def _run_status(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    return status.run(args)
 
 
 def _run_demo_model(args: argparse.Namespace, extra: Sequence[str]) -> int:
@@ -55,6 +63,21 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     up.add_arguments(up_parser)
     up_parser.set_defaults(run=_run_up, takes_extra=True)
+
+    front_parser = commands.add_parser(
+        "front",
+        help="a pipeline behind one public HTTP port, with the status of every stage",
+        usage=front.USAGE,
+        epilog=front.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    front.add_arguments(front_parser)
+    front_parser.set_defaults(run=_run_front, takes_extra=True)
+
+    status_parser = commands.add_parser("status", help="how each stage of a running pipeline is", allow_abbrev=False)
+    status.add_arguments(status_parser)
+    status_parser.set_defaults(run=_run_status, takes_extra=False)
 
     plan_parser = commands.add_parser(
         "plan",
