@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stagewire.checkpoint.model_config import ModelShape, read_model_shape
+from stagewire.checkpoint.model_config import ModelShape, language_settings, read_model_shape
 from stagewire.errors import ConfigError
 
 
@@ -102,3 +102,14 @@ def test_missing(tmp_path: Path) -> None:
         read_model_shape(tmp_path)
     with pytest.raises(ConfigError, match="does not exist or is not a folder"):
         read_model_shape(tmp_path / "nowhere")
+
+
+def test_the_settings_of_the_language_model() -> None:
+    text = {"num_attention_heads": 8, "head_dim": None}
+    assert language_settings({"head_dim": 1280, "num_attention_heads": 2, "text_config": text}) == {
+        "num_attention_heads": 8
+    }
+    assert (
+        language_settings({"num_attention_heads": 2, "text_config": {"model_type": "llama"}})["num_attention_heads"]
+        == 2
+    )

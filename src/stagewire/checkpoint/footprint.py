@@ -30,6 +30,7 @@ _ITEM_BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4,
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 # Those of vLLM's CacheDType whose size is one number per element. The others add scales to each head or token.
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _CAST_WITH_THE_MODEL = frozenset(("F64", "F32", "F16", "BF16"))
 
 
@@ -123,8 +124,7 @@ def measure(index: CheckpointIndex, shape: ModelShape, layout: KvLayout, dtype: 
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
-    settings = language_settings(config)
-    return any(settings.get(key) for key in ("quantization_config", "compression_config"))
+    return _quantization(config) is not None
 
 
 def _owners(name: str, layer: int | None, shared_embedding: bool) -> tuple[str, ...]:
@@ -145,8 +145,8 @@ def _bytes_in_memory(tensor: TensorInfo, dtype: Dtype | None) -> int:
 
 def _own_kv_algorithm(config: Mapping[str, Any]) -> str | None:
     """``fp8`` or another name; ``None`` when the checkpoint has no say in it."""
-    quantization = language_settings(config).get("quantization_config")
-    if not isinstance(quantization, dict):
+    quantization = _quantization(config)
+    if quantization is None:
         return None
     inner = quantization.get("quantization")
     sections = [quantization, inner] if isinstance(inner, dict) else [quantization]
@@ -156,6 +156,12 @@ def _own_kv_algorithm(config: Mapping[str, Any]) -> str | None:
         is_fp8 = scheme.get("num_bits") == 8 and scheme.get("type") == "float"
         return "fp8" if is_fp8 else f"{scheme.get('num_bits')}-bit {scheme.get('type')}"
     return None if scheme is None else str(scheme).lower()
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """At the top level or, of a multimodal model, in its language model (``get_quantization_config`` in vLLM)."""
+    found = (section.get(key) for section in (config, language_settings(config)) for key in _QUANTIZATION_KEYS)
+    return next((value for value in found if isinstance(value, dict) and value), None)
 
 
 def _running(values: Sequence[int]) -> tuple[int, ...]:

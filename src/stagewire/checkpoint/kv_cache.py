@@ -250,6 +250,7 @@ class _Model:
     types: frozenset[str]
     words: tuple[str, ...] | None
     num_layers: int
+    architectures: tuple[str, ...]
 
     @property
     def is_gemma3n(self) -> bool:
@@ -266,9 +267,10 @@ class _Model:
 
 def _read_model(config: Mapping[str, Any]) -> _Model:
     settings = language_settings(config)
-    num_layers = shape_of(config).num_layers
+    shape = shape_of(config)
     types = frozenset(str(section.get("model_type")) for section in (config, settings))
-    return _Model(settings, types, _layer_words(settings, num_layers), num_layers)
+    words = _layer_words(settings, shape.num_layers)
+    return _Model(settings, types, words, shape.num_layers, shape.architectures)
 
 
 def _layer_words(settings: Mapping[str, Any], num_layers: int) -> tuple[str, ...] | None:
@@ -314,7 +316,7 @@ def _attention_rule(model: _Model) -> Callable[[int], bool]:
         return lambda i: i % (period or 1) == offset
     if group := model.count("layer_group_size"):  # Bailing
         # Version 3 has full attention in the layers after the last whole group.
-        is_v3 = any("V3" in str(name) for name in model.settings.get("architectures", ()))
+        is_v3 = any("BailingMoeV3" in name for name in model.architectures)
         grouped = model.num_layers // group * group if is_v3 else model.num_layers
         return lambda i: (i + 1) % group == 0 or i >= grouped
     if interval := model.count("full_attention_interval", default=4 if model.types & _EVERY_FOURTH else None):

@@ -83,9 +83,18 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's settings in one dict: of nested sections the innermost, ``None`` counting as absent."""
-    sections = [config, *_text_sections(config)]
-    return {key: value for section in sections for key, value in section.items() if value is not None}
+    """The language model's settings; ``None`` counts as absent.
+
+    Those of the innermost section that names its attention heads, as vLLM takes a nested config whole or not at all
+    (``get_hf_text_config``): top-level numbers may be of another part. Without such a section, all of them in one.
+    """
+    sections = [_present(section) for section in (config, *_text_sections(config))]
+    whole = next((section for section in reversed(sections) if "num_attention_heads" in section), None)
+    return whole or {key: value for section in sections for key, value in section.items()}
+
+
+def _present(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def _text_sections(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
