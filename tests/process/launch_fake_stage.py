@@ -17,10 +17,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from stagewire.observe.status import Phase, StatusSender
 
+ANSWERS: dict[str, object] = {
+    "/v1/models": {"data": [{"id": "fake-model"}]},
+    "/pipeline/status": {"is_ready": True, "state": "serving", "reason": "", "steps": None, "stages": []},
+}
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self._answer({"data": [{"id": "fake-model"}]} if self.path == "/v1/models" else {})
+        self._answer(ANSWERS.get(self.path, {}))
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -19,6 +19,7 @@ from stagewire.errors import ConfigError
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
 from stagewire.launch.screen import Screen, open_screen
 from stagewire.launch.spec import (
+    CommandBuilder,
     Resources,
     StageSpec,
     VllmCommand,
@@ -97,7 +98,7 @@ class Launch:
     """A pipeline that is decided and not started."""
 
     specs: Sequence[StageSpec]
-    command: VllmCommand
+    command: CommandBuilder
     resources: Sequence[Resources]
     api: Api
     source: Path
