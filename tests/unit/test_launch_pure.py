@@ -191,7 +191,7 @@ def test_a_split_that_vllm_cannot_run_is_refused_before_anything_starts(tmp_path
     up.add_arguments(parser)
     args = parser.parse_args(["--model", str(tmp_path), "--num-stages", "3"])
     with pytest.raises(
-        ConfigError, match=r"stage 0: layers \[0, 3\) have no .*\n.*3 stages are not possible, 2 at most"
+        ConfigError, match=r"stage 0 with layers \[0, 3\): no KV cache layer.*\n.*3 stages are not possible, 2 at most"
     ):
         up.run(args, [])
 

@@ -430,17 +430,17 @@ def test_a_hybrid_model(ask: Any, tmp_path: Path) -> None:
     model = make_model(tmp_path, {**LLAMA_3_8B, **QWEN3_NEXT}, dtype=None)
     assert ask("--model", model, "--num-stages", 4)[0] == 0
     answer = figures(ask, "--model", model, "--ranges", "0-3", "3-8", "8-16")
-    assert answer["problems"][0].startswith("stage 0: layers [0, 3) have no KV cache layer, those are 3, 7, 11, 15")
+    assert answer["problems"][0].startswith("stage 0 with layers [0, 3): no KV cache layer, those are 3, 7, 11, 15")
     assert answer["corrected_ranges"] == ["0-4", "4-8", "8-16"]
     # vLLM's own split is what the launcher would start: refused, with one that works.
     kinds = ["mamba", "full_attention", "full_attention", *["mamba"] * 5]
     uneven = make_model(tmp_path / "uneven", {**LLAMA_3_8B, "num_hidden_layers": 8, "layer_types": kinds})
     answer = figures(ask, "--model", uneven, "--num-stages", 2)
     assert (answer["ranges"], answer["corrected_ranges"]) == (["0-4", "4-8"], ["0-2", "2-8"])
-    assert "have no KV cache layer, those are 1 to 2" in answer["problems"][0]
+    assert "no KV cache layer, those are 1 to 2" in answer["problems"][0]
     answer = figures(ask, "--model", uneven, "--num-stages", 2, "--memory", "24GiB")
     assert (answer["valid"], answer["ranges"]) == (True, ["0-2", "2-8"])
-    assert answer["compared"][0]["problem"].startswith("stage 1: layers [4, 8) have no KV cache layer")
+    assert answer["compared"][0]["problem"].startswith("stage 1 with layers [4, 8): no KV cache layer")
     assert answer["compared"][0]["kv_tokens"] is None
     code, out, _ = ask("--model", model, "--num-stages", 5)
     assert code == 1

@@ -55,8 +55,8 @@ _WORDS_OF_KIND = {
 _KIND_OF_WORD = {word: kind for kind, words in _WORDS_OF_KIND.items() for word in words.split()}
 _MODEL_TYPES = {
     "states only": "mamba mamba2 falcon_mamba",
-    "every fourth": """qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text
-        olmo_hybrid""",
+    "every fourth": """qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text glm5_next
+        glm5_next_text olmo_hybrid""",
     # One KV head unless config.json says otherwise.
     "multi-query": "falcon RefinedWeb RefinedWebModel gpt_bigcode",
     # vLLM's is_deepseek_mla (model_arch_config_convertor.py) without the drafters: one latent vector per token.
@@ -139,17 +139,14 @@ def read_layout(config: Mapping[str, Any]) -> KvLayout:
 def check_own_kv(config: Mapping[str, Any], layers: LayerRange) -> list[str]:
     """What is wrong with one stage's range, as far as that stage can tell; an empty list when nothing is."""
     layout = read_layout(config)
-    boundaries = [point for point in (layers.start, layers.end) if 0 < point < len(layout.layers)]
-    return [*_missing_kinds(layout, layers), *_cuts(layout, boundaries)]
+    own = {_describe(layers): layers}
+    return [*_missing_kinds(layout, own), *_cuts(layout, own)]
 
 
 def find_kv_problems(layout: KvLayout, ranges: Sequence[LayerRange]) -> list[str]:
     """Every stage without a kind of layer, every boundary that cuts layers which share a cache."""
-    problems = [
-        f"stage {i}: {problem}" for i, layers in enumerate(ranges) for problem in _missing_kinds(layout, layers)
-    ]
-    boundaries = {point for layers in ranges for point in (layers.start, layers.end)}
-    return problems + list(_cuts(layout, sorted(point for point in boundaries if 0 < point < len(layout.layers))))
+    stages = {f"stage {stage} with {_describe(layers)}": layers for stage, layers in enumerate(ranges)}
+    return [*_missing_kinds(layout, stages), *_cuts(layout, stages)]
 
 
 def fitting_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...]] | None:
@@ -204,28 +201,39 @@ def advise_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, t
     return f"{len(ranges)} stages are not possible, {most} at most{example}", None
 
 
-def _missing_kinds(layout: KvLayout, layers: LayerRange) -> Iterator[str]:
-    own = layout.layers[layers.start : layers.end]
+def _missing_kinds(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterator[str]:
+    """One problem for each kind, with every one of ``stages`` (names and ranges) that lacks it."""
     for kind in layout.kinds:
-        if own and not any(kind in layer.kind for layer in own):
-            name = _KIND_NAMES[kind]
+        of_kind = layout.of_kind(kind)
+        lacking = [
+            name
+            for name, layers in stages.items()
+            if layers.start < len(layout.layers) and not any(layer in layers for layer in of_kind)
+        ]
+        if lacking:
             needed = " and a ".join(f"{_KIND_NAMES[each]} layer" for each in layout.kinds)
             yield (
-                f"layers [{layers.start}, {layers.end}) have no {name} layer, those are "
-                f"{_list_layers(layout.of_kind(kind))}; each stage needs a {needed}, because vLLM takes block size and "
-                "row order from the layers that a process holds"
+                f"{', '.join(lacking)}: no {_KIND_NAMES[kind]} layer, those are {_list_layers(of_kind)}; each stage "
+                f"needs a {needed}, because vLLM takes block size and row order from the layers that a process holds"
             )
 
 
-def _cuts(layout: KvLayout, boundaries: Sequence[int]) -> Iterator[str]:
-    for boundary in boundaries:
+def _cuts(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterator[str]:
+    """One problem for each boundary, named by the stage that starts there, else by the one that ends there."""
+    ends = {layers.end: f"{name}: the end {layers.end}" for name, layers in stages.items()}
+    starts = {layers.start: f"{name}: the start {layers.start}" for name, layers in stages.items()}
+    for boundary, name in sorted((ends | starts).items()):
         sharers = layout.cut_sharers(boundary)
         if sharers:
             targets = sorted({target for i in sharers if (target := layout.layers[i].shares) is not None})
             yield (
-                f"the boundary at {boundary} cuts layers that share a KV cache: {_list_layers(sharers)} use the cache "
-                f"of {_list_layers(targets)}, which vLLM looks for in the same process"
+                f"{name} cuts layers that share a KV cache: {_list_layers(sharers)} use the cache of "
+                f"{_list_layers(targets)}, which vLLM looks for in the same process"
             )
+
+
+def _describe(layers: LayerRange) -> str:
+    return f"layers [{layers.start}, {layers.end})"
 
 
 def _list_layers(layers: Sequence[int]) -> str:
