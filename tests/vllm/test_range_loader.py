@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from stagewire.checkpoint.export import run_export
+from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.ownership import layer_of
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
@@ -43,8 +46,8 @@ def clean_process() -> Iterator[None]:
     os.environ.update(before)
 
 
-def load(model: Path, stage: int, load_format: str, **options: Any) -> dict[str, Any]:
-    """Parameters and buffers of one stage's model, by name."""
+def load(model: Path, stage: int, load_format: str, *, is_run: bool = False, **options: Any) -> dict[str, Any]:
+    """Parameters and buffers of one stage's model, by name. ``is_run``: after a forward pass, as vLLM's warm-up is."""
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.usage.usage_lib import UsageContext
 
@@ -67,6 +70,8 @@ def load(model: Path, stage: int, load_format: str, **options: Any) -> dict[str,
         assert arguments.load_format == "stagewire"
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     worker = StageWorker(config, vllm_config)
+    if is_run:
+        worker.runner._dummy_run(8)
     model_of_stage = worker.runner.get_model()
     values = {name: value.detach().clone() for name, value in model_of_stage.named_parameters()}
     values |= {name: value.detach().clone() for name, value in model_of_stage.named_buffers()}
@@ -166,6 +171,26 @@ def test_a_stage_holds_what_vllms_own_loader_gives_it(
         different = [name for name, value in own.items() if not torch.equal(value, stock[name])]
         assert not different, f"stage {stage}: {different}"
         assert own, "a stage without parameters"
+
+
+@pytest.mark.parametrize("make", [llama_untied, llama_tied_by_mistake, gpt2, experts, gemma])
+def test_a_pre_split_stage_holds_the_same(
+    make: Callable[[Path, Path], Path], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what it never uses: its forward pass runs without."""
+    import torch
+
+    model = make(tmp_path / "model", model_dir)
+    full = [load(model, stage, "auto") for stage in range(len(RANGES))]
+    run_export(plan_export(model, lambda _: [LayerRange.parse(text) for text in RANGES]), tmp_path / "out", print)
+    model.rename(tmp_path / "gone")
+    for stage, expected in enumerate(full):
+        own = load(tmp_path / "out" / f"stage_{stage}", stage, "auto", is_run=True)
+        assert [name for name, value in own.items() if not torch.equal(value, expected[name])] == []
+        assert [name for name in expected.keys() - own.keys() if layer_of(name) is not None] == []
+    if make is llama_untied:
+        stock_format(monkeypatch)
+        load(tmp_path / "out" / "stage_1", 1, "safetensors")
 
 
 def test_a_type_that_torch_lacks_is_refused_before_anything_is_read(tmp_path: Path, model_dir: Path) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_index, read_metadata
+from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import MANIFEST_NAME
-from stagewire.checkpoint.model_config import ModelShape, read_model_shape
+from stagewire.checkpoint.model_config import ModelShape, read_config, read_model_shape
 from stagewire.checkpoint.ownership import Role, role_of, shares_embedding, stage_tensors
 from stagewire.errors import ConfigError, InternalError
 from stagewire.plan.ranges import LayerRange, check_ranges
@@ -130,7 +131,8 @@ def plan_export(model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRa
     """Reads the checkpoint's headers; ``choose_ranges`` is asked with the model's depth.
 
     Raises ``ConfigError`` as ``read_model_shape`` and ``read_index`` do, for a checkpoint without safetensors, for a
-    folder that is a pre-split stage itself, and for ranges that do not cover the model over at least two stages.
+    folder that is a pre-split stage itself, and for ranges that do not cover the model over at least two stages or that
+    vLLM cannot run (``check_kv``).
     """
     shape = read_model_shape(model_dir)
     if (model_dir / MANIFEST_NAME).exists():
@@ -139,6 +141,7 @@ def plan_export(model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRa
         )
     ranges = tuple(choose_ranges(shape.num_layers))
     check_ranges(ranges, shape.num_layers)
+    check_kv(read_layout(read_config(model_dir)), ranges)
     if len(ranges) < 2:
         raise ConfigError("1 stage: a pipeline has at least 2; one process serves the full checkpoint, as it is")
     index = _read_safetensors(model_dir)

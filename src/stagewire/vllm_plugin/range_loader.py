@@ -23,13 +23,15 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from stagewire.checkpoint import hub
-from stagewire.checkpoint.index import TensorInfo, read_files
+from stagewire.checkpoint.index import TensorInfo, read_files, read_index
+from stagewire.checkpoint.manifest import read_manifest
 from stagewire.checkpoint.ownership import layer_of, owns
 from stagewire.checkpoint.reader import TensorReader
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.observe.status import StatusSender
 from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
+from stagewire.vllm_plugin.presplit import drop_absent
 from stagewire.vllm_plugin.settings import RingSettings
 
 __all__ = ["RangeLoader", "register"]
@@ -73,6 +75,8 @@ class RangeLoader(DefaultModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._stage = RingSettings.read(get_current_vllm_config())
+        if read_manifest(Path(model_config.model)) is not None:
+            _drop_absent(self._stage, model, model_config)
         self._own = _Ownership(self._stage, model, model_config)
         self._progress = _Progress(self._stage)
         self.counter_before_loading_weights = time.perf_counter()
@@ -139,6 +143,21 @@ class RangeLoader(DefaultModelLoader):
             del buffer
 
 
+def _is_tied(model_config: ModelConfig) -> bool:
+    """As vLLM resolved it, after its own look at the checkpoint (maybe_untie_word_embeddings)."""
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+
+def _drop_absent(stage: StageConfig, model: nn.Module, model_config: ModelConfig) -> None:
+    index = read_index(Path(model_config.model))
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    names = list(index.tensors) if index else []
+    mapped = names if mapper is None else [name for name in map(mapper.map_name, names) if name is not None]
+    num_layers = model_config.get_total_num_hidden_layers()
+    drop_absent(model, stage, num_layers, is_tied=_is_tied(model_config), present=mapped)
+
+
 class _Ownership:
     """Which tensors this stage reads.
 
@@ -149,10 +168,7 @@ class _Ownership:
     def __init__(self, stage: StageConfig, model: nn.Module, model_config: ModelConfig) -> None:
         self._layers = stage.layers
         self._num_layers = model_config.get_total_num_hidden_layers()
-        # As vLLM resolved it, after its own look at the checkpoint (maybe_untie_word_embeddings).
-        self._is_tied = bool(getattr(model_config.hf_config, "tie_word_embeddings", False)) or bool(
-            getattr(model_config.hf_text_config, "tie_word_embeddings", False)
-        )
+        self._is_tied = _is_tied(model_config)
         self._built = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
         self._built |= {name.rpartition(".")[0] for name, _ in model.named_buffers()}
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
