@@ -198,6 +198,10 @@ def test_more_stages_than_layers(ask: Any, llama: Path) -> None:
     assert code == 1
     assert "33 stages need at least 33 layers, the model has 32" in out
     assert out.endswith("Give --num-stages 32 or less\n")
+    code, out, _ = ask("--total-layers", 2, "--ranges", "0-1", "1-2", "2-3")
+    assert code == 1
+    assert "stage 2 owns layers [2, 3) but the model has 2 layers, 0 to 1" in out
+    assert out.endswith("Give 2 ranges or fewer: every stage needs a layer\n")
 
 
 @pytest.mark.parametrize(

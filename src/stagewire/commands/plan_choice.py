@@ -120,7 +120,7 @@ class Answer:
 def choose(question: Question) -> Answer:
     """The split that was asked about, or the best one, judged."""
     num_layers, num_stages = question.num_layers, question.num_stages
-    if num_stages > num_layers:
+    if question.ranges is None and num_stages > num_layers:
         problem = f"{num_stages} stages need at least {num_stages} layers, the model has {num_layers}"
         return Answer((), (problem,), f"Give --num-stages {num_layers} or less")
     best = _best(question) if question.memory or question.times else None
@@ -176,7 +176,11 @@ def _refuse(question: Question, split: Split, problems: Sequence[str]) -> Answer
         advice, corrected = advise_split(question.layout, split)
     else:
         kept, corrected = next(repairs(split, question.num_layers), (None, None))
-        advice = f"{kept}: {ranges_line(corrected)}" if corrected else "Give one range for each stage"
+        advice = (
+            f"{kept}: {ranges_line(corrected)}"
+            if corrected
+            else f"Give {question.num_layers} ranges or fewer: every stage needs a layer"
+        )
     return Answer(split, tuple(problems), advice, corrected)
 
 
