@@ -94,7 +94,7 @@ def run_export(
     Args:
         plan: all its files.
         output_dir: takes ``stage_0``, ``stage_1``..., and the journal.
-        say: gets a line of progress for each file.
+        say: gets a line of progress for each file of weights.
         is_overwriting: whether an export that is already there, of whatever model, is thrown away.
 
     Raises:
@@ -351,7 +351,8 @@ def _write_files(
         records[file.key] = _write_file(plan, file, output_dir / file.key, stream, disk)
         written += file.num_bytes
         so_far = f"{number} of {len(missing)} files, {describe_bytes(written)} of {describe_bytes(total)}"
-        say(f"{file.key}: {describe_bytes(file.num_bytes)} ({so_far})")
+        if file.name.endswith(".safetensors"):  # the others are many, and written in no time
+            say(f"{file.key}: {describe_bytes(file.num_bytes)} ({so_far})")
 
 
 def _write_file(plan: ExportPlan, file: OutputFile, path: Path, stream: IO[bytes], disk: Disk) -> FileRecord:
