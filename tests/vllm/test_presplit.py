@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
 from stagewire.checkpoint.manifest import stage_folder
+from stagewire.config import Address, StageConfig
+from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
+from stagewire.ring.admission import EXPORT_SETTING
 from support.stages import Ring, SingleProcess
 from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
 
@@ -69,3 +73,31 @@ def test_tokens_equal_the_full_model_s(exported: tuple[Path, list[list[Answer]]]
     lines = ("Stage 0: Loading layers 0-8... (0.12 GB)", "Stage 1: Loading layers 9-19... (0.08 GB)")
     for line, log in zip((*lines, "Stage 2: Loading layers 20-29... (0.13 GB)"), logs, strict=True):
         assert line in log
+
+
+def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
+    """So that full and pre-split stages mix; a fine-tuned copy, equal by its headers, is another export."""
+    from stagewire.vllm_plugin.fingerprint import make_identity
+
+    def shared(folder: Path, stage: int) -> dict[str, str]:
+        config = StageConfig(stage, 3, LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
+        vllm_config = Mock()
+        vllm_config.model_config = Mock(model=str(folder), hf_overrides={})
+        return {name: value for name, value in make_identity(config, vllm_config).shared.items() if "Mock" not in value}
+
+    tuned = shutil.copytree(model_dir, tmp_path / "tuned")
+    with next(tuned.glob("*.safetensors")).open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"x")
+    ids = set()
+    for source, name in ((model_dir, "a"), (tuned, "b")):
+        plan = plan_export(source, lambda _: [LayerRange.parse(text) for text in RANGES])
+        (export_id,) = {manifest.export_id for manifest in run_export(plan, tmp_path / name, lambda _: None)}
+        ids.add(export_id)
+        for stage in range(3):
+            expected = shared(model_dir, stage) | {EXPORT_SETTING: export_id}
+            assert shared(stage_folder(tmp_path / name, stage), stage) == expected
+    assert len(ids) == 2
+    assert shared(model_dir, 0)[EXPORT_SETTING] == ""
+    with pytest.raises(ConfigError, match="--pipeline-stage-idx 1 contradicts"):
+        shared(stage_folder(tmp_path / "a", 0), 1)
