@@ -815,6 +815,7 @@ def test_the_tool_needs_the_standard_library_only(tmp_path: Path) -> None:
         (["--pipeline-parallel-size", 3, "--ranges", "0-3", "3-6"], "3 but --ranges has 2"),
         (["--pipeline-parallel-size", 7], "7 stages need at least 7 layers"),
         (["--ranges", "0-3", "3-7"], "the model has 6 layers"),
+        (["--ranges", "0-3", "3-6", "--verify"], "--verify exports nothing: drop --model, --ranges, or --verify"),
     ],
 )
 def test_the_tool_refuses(options: list[object], message: str, model: Path, tmp_path: Path) -> None:

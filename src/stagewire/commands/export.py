@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: a wrong setting, a checkpoint that cannot be cut, an export that is not what it was.
     """
     output_dir = args.output_dir.expanduser()
+    if args.verify and (unused := [flag for flag, value in _export_flags(args) if value]):
+        raise ConfigError(f"--verify exports nothing: drop {', '.join(unused)}, or --verify")
     try:
         if args.verify:
             _say_verified(verify_export(output_dir, _say), output_dir)
@@ -68,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _export_flags(args: argparse.Namespace) -> list[tuple[str, object]]:
+    names = ("model", "pipeline_parallel_size", "ranges", "overwrite")
+    return [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
 
 
 def _export(args: argparse.Namespace, output_dir: Path) -> None:
