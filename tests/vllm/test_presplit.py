@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -101,3 +102,44 @@ def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
     assert shared(model_dir, 0)[EXPORT_SETTING] == ""
     with pytest.raises(ConfigError, match="--pipeline-stage-idx 1 contradicts"):
         shared(stage_folder(tmp_path / "a", 0), 1)
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "stage", "absent"),
+    [
+        (True, 0, {"norm"}),
+        (True, 1, {"embed", "norm", "head"}),
+        (True, 2, set()),
+        (False, 0, {"norm", "head"}),
+        (False, 1, {"embed", "norm", "head"}),
+        (False, 2, {"embed"}),
+    ],
+)
+def test_what_is_another_stage_s_is_taken_out_and_stops_whoever_uses_it(
+    is_tied: bool, stage: int, absent: set[str]
+) -> None:
+    import torch
+    from torch import nn
+
+    from stagewire.vllm_plugin.presplit import drop_absent
+
+    model: Any = nn.Module()
+    model.model = nn.Module()
+    model.model.embed_tokens = nn.Embedding(4, 2)
+    model.model.layers = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+    model.model.norm = nn.LayerNorm(2)
+    model.lm_head = model.model.embed_tokens if is_tied else nn.Linear(2, 4, bias=False)
+
+    def named() -> dict[str, Any]:
+        return {"embed": model.model.embed_tokens, "norm": model.model.norm, "head": model.lm_head}
+
+    config = StageConfig(stage, 3, LayerRange(stage, stage + 1), 15550, Address("127.0.0.1", 15549))
+    before = named()
+    present = ["embed_tokens.weight", "norm.weight", "lm_head.weight"]
+    assert drop_absent(model, config, 3, is_tied=is_tied, present=present) == [], "what is in the folder stays"
+    drop_absent(model, config, 3, is_tied=is_tied, present=[f"model.layers.{stage}.weight"])
+    assert {name for name, module in named().items() if module is not before[name]} == absent
+    for name in absent:
+        with pytest.raises(ConfigError, match=f"stage {stage}'s model uses .* in another stage's folder"):
+            named()[name](torch.zeros(1, dtype=torch.long))
+    assert all(isinstance(layer, nn.Linear) for layer in model.model.layers)
