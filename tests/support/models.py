@@ -9,7 +9,9 @@ from typing import Any
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def make_llama(folder: Path, tokenizer_of: Path, num_layers: int = 32, **overrides: Any) -> Path:
+def make_llama(
+    folder: Path, tokenizer_of: Path, num_layers: int = 32, max_shard_size: str = "5MB", **overrides: Any
+) -> Path:
     """A Llama with random weights and the demo model's vocabulary; returns ``folder``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,7 +28,7 @@ def make_llama(folder: Path, tokenizer_of: Path, num_layers: int = 32, **overrid
         "dtype": "float32",
         **overrides,
     }
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder, max_shard_size="5MB")
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder, max_shard_size=max_shard_size)
     copy_tokenizer(tokenizer_of, folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import struct
@@ -91,6 +92,33 @@ def test_no_byte_of_another_tensor_is_asked_for(
     assert asked == own
 
 
+@pytest.mark.parametrize(("window_bytes", "from_ahead"), [(0, 100), (10, 80), (40, 20), (1000, 0)])
+def test_the_system_reads_ahead_only_where_it_stays_in_the_run(
+    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch, window_bytes: int, from_ahead: int
+) -> None:
+    """Of a run of 100 bytes, all but twice the window at its end."""
+    monkeypatch.setattr(reader_module, "_window_bytes", lambda _: window_bytes)
+    exact: set[int] = set()
+    read: dict[bool, int] = {True: 0, False: 0}
+    read_vector, advise = os.preadv, os.posix_fadvise
+
+    def posix_fadvise(file: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_RANDOM:
+            exact.add(file)
+        advise(file, offset, length, advice)
+
+    def preadv(file: int, buffers: list[memoryview], offset: int) -> int:
+        count = read_vector(file, buffers, offset)
+        read[file in exact] += count
+        return count
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    monkeypatch.setattr(os, "preadv", preadv)
+    for _ in TensorReader(tmp_path, [index.tensors[name] for name in ("a1", "a2", "a3", "a4")], allocate):
+        pass
+    assert read == {False: from_ahead, True: 100 - from_ahead}
+
+
 def test_the_system_is_told_of_what_comes_but_not_too_far(
     tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +129,7 @@ def test_the_system_is_told_of_what_comes_but_not_too_far(
             announced.append(length)
 
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
-    monkeypatch.setattr(reader_module, "AHEAD_BYTES", 60)
+    monkeypatch.setattr(reader_module, "ANNOUNCED_BYTES", 60)
     walk = iter(TensorReader(tmp_path, list(index.tensors.values()), allocate))
     assert next(walk)[0].name == "a1"
     assert announced == [10, 20, 30], "60 bytes ahead, whole tensors"
@@ -124,10 +152,8 @@ def test_nothing_is_kept(tmp_path: Path) -> None:
 def test_files_are_closed(tmp_path: Path, index: CheckpointIndex) -> None:
     def open_files() -> Iterator[str]:
         for name in os.listdir("/proc/self/fd"):
-            try:
+            with contextlib.suppress(FileNotFoundError):  # the one that listed them
                 yield os.readlink(f"/proc/self/fd/{name}")
-            except FileNotFoundError:
-                pass  # the one that listed them
 
     walk = iter(TensorReader(tmp_path, list(index.tensors.values()), allocate))
     next(walk)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from stagewire.checkpoint.export import run_export
@@ -16,7 +17,9 @@ from stagewire.checkpoint.ownership import layer_of
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
+from support.hub_server import HubServer
 from support.models import copy_tokenizer, make_llama
+from support.stages import Ring
 
 pytestmark = pytest.mark.vllm
 
@@ -230,3 +233,37 @@ def test_a_format_that_somebody_chose_is_left_alone() -> None:
     arguments = AsyncEngineArgs(model=os.curdir, load_format="dummy")
     apply_external_mode(arguments, StageConfig(0, 2, LayerRange(0, 1), 15550, Address("127.0.0.1", 15551)))
     assert arguments.load_format == "dummy"
+
+
+class HubRing(Ring):
+    """Every stage with a cache of its own, as on a host of its own."""
+
+    def command(self, stage: int) -> list[str]:
+        return ["env", f"HF_HOME={self.folder / f'home_{stage}'}", *super().command(stage)]
+
+    def weights(self, stage: int) -> set[str]:
+        """The weight files that this stage has downloaded."""
+        return {path.name for path in (self.folder / f"home_{stage}").rglob("*.safetensors")}
+
+
+def test_of_a_model_on_a_hub_only_files_with_own_tensors_are_downloaded(tmp_path: Path, model_dir: Path) -> None:
+    small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    folder = make_llama(tmp_path / "model", model_dir, NUM_LAYERS, "150KB", **small)
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weight_map.values())) > 6
+    own = [
+        {"model.embed_tokens.weight", *(name for name in weight_map if layer_of(name) in range(2))},
+        {"model.norm.weight", "lm_head.weight", *(name for name in weight_map if layer_of(name) in range(2, 6))},
+    ]
+    extra = ["--enforce-eager", "--max-model-len", "64", "--kv-cache-memory-bytes", "20M"]
+    with HubServer("someone/tiny", folder) as server:
+        env = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+        ring = HubRing(Path("someone/tiny"), ("0-2", "2-6"), extra, env)
+        with ring:
+            for stage, names in enumerate(own):
+                assert ring.weights(stage) == {weight_map[name] for name in names}
+            body = {"model": "someone/tiny", "prompt": "San Francisco is a", "max_tokens": 5, "temperature": 0}
+            answer = httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False)
+            assert answer.status_code == 200, answer.text
+    sent = [name for name in server.downloads if name.endswith(".safetensors")]
+    assert sorted(sent) == sorted(file for names in own for file in {weight_map[name] for name in names})

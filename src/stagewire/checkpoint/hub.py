@@ -18,20 +18,28 @@ __all__ = ["INDEX_NAME", "download_own", "find_file"]
 def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None = None) -> Path | None:
     """Path of one small file in the local cache, downloaded if need be; ``None`` when the repository has none.
 
-    Its folder's name is the commit. Raises ``ConfigError`` when the hub cannot be reached and the cache has no copy.
+    Its folder's name is the commit. Raises ``ConfigError`` when the hub does not know or does not give it, or cannot be
+    reached and the cache has no copy.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(
-            f"{repo}: {file} is neither in the local cache nor to be had from the hub ({error}); "
-            "give a folder's path, or check the network and HF_ENDPOINT"
-        ) from error
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise _not_to_be_had(repo, file, error) from error
     except EntryNotFoundError:
         return None
+    except HfHubHTTPError as error:  # among them: no such repository, no such revision, no right to read it
+        raise _not_to_be_had(repo, file, error) from error
+
+
+def _not_to_be_had(repo: str, file: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"{repo} is no folder here, and {file} of a hub model of that name is neither in the local cache nor to be had "
+        f"from the hub: {reason}; give a folder's path, or check the name, --revision, the network and HF_ENDPOINT"
+    )
 
 
 def download_own(

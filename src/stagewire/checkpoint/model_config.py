@@ -13,7 +13,9 @@ from typing import Any
 
 from stagewire.errors import ConfigError
 
-__all__ = ["ModelShape", "language_settings", "read_config", "read_model_shape", "shape_of"]
+__all__ = ["CONFIG_NAME", "ModelShape", "language_settings", "read_config", "read_model_shape", "shape_of"]
+
+CONFIG_NAME = "config.json"
 
 # Where multimodal models keep the language model's settings: text_config, decoder and generator are transformers'
 # get_text_config(), llm_config is vLLM's own alias for it, the others are the models' own (DeepSeek-VL2, Qwen-Omni).
@@ -48,10 +50,10 @@ class ModelShape:
 
 def read_model_shape(model_dir: Path) -> ModelShape:
     """Raises ``ConfigError`` when the folder or config.json is missing or malformed, or names no depth."""
-    return shape_of(read_config(model_dir), model_dir / "config.json")
+    return shape_of(read_config(model_dir), model_dir / CONFIG_NAME)
 
 
-def shape_of(config: Mapping[str, Any], path: Path | str = "config.json") -> ModelShape:
+def shape_of(config: Mapping[str, Any], path: Path | str = CONFIG_NAME) -> ModelShape:
     """The shape that a parsed config.json describes; ``path`` is for messages. Raises ``ConfigError`` for no depth."""
     sections = [config, *_text_sections(config)]
     tied, architectures = config.get("tie_word_embeddings"), config.get("architectures")
@@ -65,7 +67,7 @@ def shape_of(config: Mapping[str, Any], path: Path | str = "config.json") -> Mod
 
 def read_config(model_dir: Path) -> dict[str, Any]:
     """config.json of a model's folder. Raises ``ConfigError`` when there is none, or it is not a JSON object."""
-    path = model_dir / "config.json"
+    path = model_dir / CONFIG_NAME
     if not model_dir.is_dir():
         raise ConfigError(
             f"model folder {model_dir} does not exist or is not a folder; "

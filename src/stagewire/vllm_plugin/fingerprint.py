@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from stagewire import __version__
+from stagewire.checkpoint import hub
 from stagewire.checkpoint.index import fingerprint
 from stagewire.checkpoint.manifest import check_place, read_manifest
+from stagewire.checkpoint.model_config import CONFIG_NAME
 from stagewire.config import StageConfig
 from stagewire.ring.admission import EXPORT_SETTING
 from stagewire.ring.runtime import new_incarnation
@@ -78,9 +80,15 @@ def _model_identity(config: StageConfig, model: Any) -> dict[str, str]:
     """
     path = Path(model.model)
     if not path.is_dir():
-        return {"model": f"{model.model}@{model.revision or 'main'}", EXPORT_SETTING: ""}
+        return {"model": _hub_commit(model), EXPORT_SETTING: ""}
     manifest = read_manifest(path)
     if manifest is None:
         return {"model": fingerprint(path), EXPORT_SETTING: ""}
     check_place(manifest, path, config.stage, config.num_stages, config.layers)
     return {"model": manifest.source_fingerprint, EXPORT_SETTING: manifest.export_id}
+
+
+def _hub_commit(model: Any) -> str:
+    """Name and commit; a branch may have moved between two stages' downloads."""
+    config = hub.find_file(model.model, model.revision, CONFIG_NAME)
+    return f"{model.model}@{config.parent.name if config else model.revision}"

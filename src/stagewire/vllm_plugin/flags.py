@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stagewire.checkpoint import hub
 from stagewire.checkpoint.index import read_index
+from stagewire.checkpoint.kv_cache import check_own_kv
 from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, check_place, read_manifest
-from stagewire.checkpoint.model_config import read_model_shape
+from stagewire.checkpoint.model_config import CONFIG_NAME, read_config, read_model_shape
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
 from stagewire.config import DEFAULT_START_TIMEOUT_S, DEFAULT_STEP_TIMEOUT_S, StageConfig, is_external, parse_stage
 from stagewire.errors import ConfigError, StagewireError
@@ -129,7 +131,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     status = StatusSender(config.stage)
     status.send(Phase.IMPORTING)
     _check_entry_point(config, args)
-    _check_checkpoint(config, args.model)
+    _check_checkpoint(config, args.model, args.revision)
     vllm_config = _resolve(args)
     from stagewire.vllm_plugin.stage_worker import check_model
 
@@ -195,21 +197,32 @@ def announce_load(config: StageConfig, model: str) -> str:
     return short
 
 
-def _check_checkpoint(config: StageConfig, model: str) -> None:
-    """For a folder: the range against config.json and the index against its files, in a moment and before vLLM."""
+def _check_checkpoint(config: StageConfig, model: str, revision: str | None) -> None:
+    """The range against config.json, and a folder's index against its files, in a moment and before vLLM."""
     path = Path(model)
-    if not path.is_dir():
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ConfigError(
-                f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name"
-            )
-        return
-    manifest = read_manifest(path)
+    folder = path if path.is_dir() else _hub_folder(model, revision)
+    manifest = read_manifest(folder)
     if manifest is not None:
-        check_files(path, manifest)
-    shape = read_model_shape(path)
-    check_own_range(config.stage, config.num_stages, config.layers, shape.num_layers)
-    read_index(path)
+        check_files(folder, manifest)
+    check_own_range(config.stage, config.num_stages, config.layers, read_model_shape(folder).num_layers)
+    problems = check_own_kv(read_config(folder), config.layers)
+    if problems:
+        raise ConfigError(
+            f"stage {config.stage} cannot run --pipeline-layer-range {config.layers}: {'; '.join(problems)}; "
+            f"`stagewire plan --model {model} --num-stages {config.num_stages}` gives a split that works"
+        )
+    if folder is path:
+        read_index(path)
+
+
+def _hub_folder(model: str, revision: str | None) -> Path:
+    """Where the cache has config.json of a name on a model hub."""
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name")
+    config = hub.find_file(model, revision, CONFIG_NAME)
+    if config is None:
+        raise ConfigError(f"{model} on the hub has no {CONFIG_NAME}: give a model in HuggingFace format")
+    return config.parent
 
 
 def _resolve(args: argparse.Namespace) -> Any:
