@@ -195,7 +195,9 @@ class Front:
         failures = [stage.failure for stage in stages if stage.failure]
         if failures:
             return failures[0]
-        text = f"the head at {self._head} cannot be reached ({error or type(error).__name__})"
+        reason = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        why = "connection refused" if isinstance(reason, ConnectionRefusedError) else str(reason) or repr(reason)
+        text = f"the head at {self._head} cannot be reached ({why})"
         where = ", ".join(f"stage {stage.spec.index} is at {_words(stage)}" for stage in stages)
         return f"{text}; {where}" if where else text
 
