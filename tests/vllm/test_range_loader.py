@@ -267,3 +267,48 @@ def test_of_a_model_on_a_hub_only_files_with_own_tensors_are_downloaded(tmp_path
             assert answer.status_code == 200, answer.text
     sent = [name for name in server.downloads if name.endswith(".safetensors")]
     assert sorted(sent) == sorted(file for names in own for file in {weight_map[name] for name in names})
+
+
+class TestMemory:
+    """Where tensors lie on their way: used again, but never under a tensor that somebody keeps."""
+
+    MIB = 1 << 20
+
+    def test_what_somebody_keeps_is_not_used_again(self) -> None:
+        import torch
+
+        from stagewire.vllm_plugin.range_loader import _Memory
+
+        memory = _Memory(100 * self.MIB)
+        kept, addresses = [], set()
+        for value in range(8):
+            tensor = torch.frombuffer(memory.take(self.MIB), dtype=torch.uint8)
+            tensor.fill_(value)
+            addresses.add(tensor.data_ptr())
+            if value % 2:
+                kept.append((value, tensor.view(2, -1)[1]))  # a view is enough to keep it
+            del tensor
+        assert len(addresses) == 4, "what one does not keep the next one gets"
+        assert all(bool((view == value).all()) for value, view in kept)
+
+    def test_spare_memory_is_never_more_than_what_is_left_to_read(self) -> None:
+        from stagewire.vllm_plugin.range_loader import _Memory
+
+        sizes = [size * self.MIB for size in (64, 8, 8, 8, 4, 2, 1)]
+        memory = _Memory(sum(sizes))
+        left = sum(sizes)
+        for size in sizes:
+            buffer = memory.take(size)
+            left -= size
+            assert sum(map(len, memory._buffers)) <= max(left, size) + size
+            del buffer
+        assert sum(map(len, memory._buffers)) <= 2 * sizes[-1], "what is at hand"
+
+    def test_much_smaller_tensors_do_not_occupy_large_memory(self) -> None:
+        from stagewire.vllm_plugin.range_loader import _Memory
+
+        memory = _Memory(1000 * self.MIB)
+        large = memory.take(64 * self.MIB)
+        del large
+        small = memory.take(2 * self.MIB)
+        assert len(small.obj) == 2 * self.MIB  # type: ignore[arg-type]

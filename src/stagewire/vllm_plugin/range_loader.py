@@ -7,7 +7,9 @@ External mode chooses it (engine_args.py); other load formats that a user asked 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import mmap
 import os
 import sys
 import time
@@ -37,6 +39,8 @@ from stagewire.vllm_plugin.settings import RingSettings
 __all__ = ["RangeLoader", "register"]
 
 NEWS_INTERVAL_S = 0.5
+# Smaller buffers cost little.
+REUSED_BYTES = 1 << 20
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -135,7 +139,7 @@ class RangeLoader(DefaultModelLoader):
             chosen = [tensor for tensor in chosen if not source.is_unused_weight(tensor.name)]
         for tensor in chosen:
             _dtype_of(tensor, folder)
-        reader = TensorReader(folder, chosen, _allocate)
+        reader = TensorReader(folder, chosen, _Memory(sum(tensor.num_bytes for tensor in chosen)).take)
         self._progress.begin(chosen, index.header_bytes)
         for tensor, buffer in reader:
             self._progress.advance(tensor.num_bytes)
@@ -236,8 +240,46 @@ class _Progress:
         )
 
 
-def _allocate(num_bytes: int) -> memoryview:
-    return memoryview(torch.empty(num_bytes, dtype=torch.uint8).numpy())
+class _Memory:
+    """Where tensors lie on their way into parameters.
+
+    Fresh memory costs more than reading into it, so what no tensor refers to any more is used again; in huge pages,
+    where the system has them. Spare memory is never more than what is still to be read, so that a loading stage never
+    holds more than its weights and the tensor at hand.
+
+    Args:
+        num_bytes: of all tensors to come.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left_bytes = num_bytes
+        self._buffers: list[mmap.mmap] = []
+
+    def take(self, num_bytes: int) -> memoryview:
+        self._left_bytes -= num_bytes
+        buffer = self._find(num_bytes)
+        self._release(buffer)
+        return memoryview(buffer)[:num_bytes]
+
+    def _find(self, num_bytes: int) -> mmap.mmap:
+        for buffer in self._buffers:
+            # Referred to by the list, by this loop and by the call; a tensor on it would be one more.
+            if num_bytes <= len(buffer) <= 2 * num_bytes and sys.getrefcount(buffer) == 3:
+                return buffer
+        buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        if num_bytes >= REUSED_BYTES:
+            self._buffers.append(buffer)
+        return buffer
+
+    def _release(self, taken: mmap.mmap) -> None:
+        """Gives back spare memory, the oldest first, until no more of it is left than bytes to read."""
+        spare_bytes = sum(map(len, self._buffers))
+        for buffer in self._buffers[:]:
+            if spare_bytes > self._left_bytes and buffer is not taken:
+                self._buffers.remove(buffer)
+                spare_bytes -= len(buffer)
 
 
 def _as_torch(tensor: TensorInfo, buffer: memoryview, folder: Path) -> torch.Tensor:
