@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 import subprocess
@@ -16,7 +17,8 @@ from stagewire import cli
 from stagewire.checkpoint.index import read_index
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.checkpoint.ownership import stage_bytes
-from stagewire.commands import plan
+from stagewire.commands import export, plan
+from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
 
 TOOL = Path(__file__).parents[2] / "tools" / "offline_pipelining" / "validate_layer_ranges.py"
@@ -471,3 +473,30 @@ def test_a_size_that_is_not_known(ask: Any, tmp_path: Path) -> None:
     assert code == 0
     assert "KV bytes/token" not in out
     assert "KV cache: not known, because config.json has index_topk" in out
+
+
+def test_an_export_is_split_as_the_plan_says(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By memory and by time; a planned split differs from vLLM's own, or this would show nothing."""
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    even = ("0-8", "8-16", "16-24", "24-32")
+    for options in (
+        ["--memory", "24GiB,12GiB,12GiB,12GiB"],
+        ["--balance", "time", "--layer-ms", "1", "--head-ms", "4"],
+    ):
+        assert cli.main(["plan", "--model", str(llama), "--num-stages", "4", "--json", *options]) == 0
+        planned = json.loads(capsys.readouterr().out)["ranges"]
+        args = parser.parse_args(
+            ["--model", str(llama), "--pipeline-parallel-size", "4", "--output-dir", "unused", *options]
+        )
+        chosen = tuple(str(layers) for layers in export._choose_ranges(args, 32))
+        assert list(chosen) == planned
+        assert chosen != even
+    args = parser.parse_args(["--model", str(llama), "--output-dir", "unused", "--ranges", *even, "--memory", "1GiB"])
+    with pytest.raises(ConfigError, match="drop --memory"):
+        export._choose_ranges(args, 32)
+    args = parser.parse_args(
+        ["--model", str(llama), "--output-dir", "unused", "--pipeline-parallel-size", "2", "--memory", "1GiB"]
+    )
+    with pytest.raises(ConfigError, match=r"stage 0 with layers .* does not fit"):
+        export._choose_ranges(args, 32)

@@ -13,6 +13,7 @@ from pathlib import Path
 from stagewire.checkpoint.export import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, TensorSums, plan_export
 from stagewire.checkpoint.manifest import Manifest
+from stagewire.commands import plan
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.plan.ranges import LayerRange, split_evenly
 
@@ -30,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranges",
         nargs="+",
         metavar="START-END",
-        help="each stage's layers, END not included; default: vLLM's own split",
+        help="each stage's layers, END not included; default: vLLM's own split, or what --memory or --balance choose",
     )
+    plan.add_choice_arguments(parser)
     add("--overwrite", action="store_true", help="throw away an export that is already in the output folder")
     add("--verify", action="store_true", help="export nothing: read every byte again and compare it with the manifests")
 
@@ -73,47 +75,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export_flags(args: argparse.Namespace) -> list[tuple[str, object]]:
-    names = ("model", "pipeline_parallel_size", "ranges", "overwrite")
+    names = ("model", "pipeline_parallel_size", "ranges", "memory", "balance", "overwrite")
     return [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
 
 
 def _export(args: argparse.Namespace, output_dir: Path) -> None:
     if args.model is None:
         raise ConfigError("--model is missing: the folder of the full checkpoint (only --verify needs none)")
-    plan = plan_export(
-        args.model.expanduser(), lambda num_layers: _choose_ranges(args.ranges, args.pipeline_parallel_size, num_layers)
-    )
-    _say_plan(plan)
-    manifests = run_export(plan, output_dir, _say, is_overwriting=args.overwrite)
-    _say_sums(plan.sums)
+    export = plan_export(args.model.expanduser(), lambda num_layers: _choose_ranges(args, num_layers))
+    _say_plan(export)
+    manifests = run_export(export, output_dir, _say, is_overwriting=args.overwrite)
+    _say_sums(export.sums)
     _say(
-        f"Export {manifests[0].export_id} is complete in {output_dir}: {describe_bytes(plan.num_bytes)} in "
-        f"{len(plan.files)} files\n\nServe it with: stagewire up --pipeline-dir {output_dir}"
+        f"Export {manifests[0].export_id} is complete in {output_dir}: {describe_bytes(export.num_bytes)} in "
+        f"{len(export.files)} files\n\nServe it with: stagewire up --pipeline-dir {output_dir}"
     )
 
 
-def _choose_ranges(texts: Sequence[str] | None, num_stages: int | None, num_layers: int) -> tuple[LayerRange, ...]:
-    """What was typed; without ranges, vLLM's own split."""
-    if texts is None:
+def _choose_ranges(args: argparse.Namespace, num_layers: int) -> tuple[LayerRange, ...]:
+    """What was typed; without ranges, what memory or time ask for; without those, vLLM's own split."""
+    num_stages: int | None = args.pipeline_parallel_size
+    if args.ranges is None and (args.memory or args.balance):
+        return plan.choose_ranges(argparse.Namespace(**{**vars(args), "num_stages": num_stages}))
+    unused = [flag for flag in ("memory", "balance") if getattr(args, flag)]
+    if unused:
+        raise ConfigError(f"--ranges says all: drop --{', --'.join(unused)}")
+    if args.ranges is None:
         if num_stages is None:
             raise ConfigError("give --pipeline-parallel-size N, the number of stages, or --ranges")
         return split_evenly(num_layers, num_stages)
-    if num_stages not in (None, len(texts)):
+    if num_stages not in (None, len(args.ranges)):
         raise ConfigError(
-            f"--pipeline-parallel-size {num_stages} but --ranges has {len(texts)}: give one of them, or the same number"
+            f"--pipeline-parallel-size {num_stages} but --ranges has {len(args.ranges)}: "
+            "give one of them, or the same number"
         )
-    return tuple(LayerRange.parse(text) for text in texts)
+    return tuple(LayerRange.parse(text) for text in args.ranges)
 
 
 def _say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 
-def _say_plan(plan: ExportPlan) -> None:
-    _say(f"{plan.model_dir}: {plan.num_layers} layers, {describe_bytes(plan.sums.checkpoint_bytes)} of tensors")
-    for stage, (layers, num_bytes) in enumerate(zip(plan.ranges, plan.sums.stage_bytes, strict=True)):
+def _say_plan(export: ExportPlan) -> None:
+    _say(f"{export.model_dir}: {export.num_layers} layers, {describe_bytes(export.sums.checkpoint_bytes)} of tensors")
+    for stage, (layers, num_bytes) in enumerate(zip(export.ranges, export.sums.stage_bytes, strict=True)):
         _say(f"  Stage {stage}: {layers.describe()}, {describe_bytes(num_bytes)}")
-    for name in plan.left_out:
+    for name in export.left_out:
         _say(f"  {name} is not copied: too large for a file that is no weights")
 
 

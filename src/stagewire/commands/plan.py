@@ -32,7 +32,7 @@ from stagewire.commands.plan_text import Source, describe, describe_details, to_
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.plan.ranges import LayerRange
 
-__all__ = ["EPILOG", "add_arguments", "main", "run"]
+__all__ = ["EPILOG", "add_arguments", "add_choice_arguments", "choose_ranges", "main", "run"]
 
 # vLLM's own (CacheConfig.gpu_memory_utilization, vllm/config/cache.py).
 DEFAULT_UTILIZATION = 0.92
@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranges", nargs="+", metavar="START-END", help="each stage's layers to check, END not included")
     add("--json", action="store_true", help="everything as JSON")
     add("--details", action="store_true", help="weights and KV cache of each stage, from the checkpoint's headers")
+    add_choice_arguments(parser)
+
+
+def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a split can be chosen by; `choose_ranges` reads it."""
+    add = parser.add_argument
     add("--dtype", choices=DTYPES, help="as for vLLM (default: auto)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="as for vLLM (default: auto)")
     add(
@@ -103,6 +109,24 @@ def run(args: argparse.Namespace, *, details: bool = False) -> int:
         if figures := describe_details(source, question, answer):
             _say(f"\n{figures}")
     return 0 if answer.is_valid else 1
+
+
+def choose_ranges(args: argparse.Namespace) -> tuple[LayerRange, ...]:
+    """The split that `stagewire plan` gives for the same arguments.
+
+    Args:
+        args: ``model``, ``num_stages``, ``ranges``, and those of `add_choice_arguments`.
+
+    Raises:
+        ConfigError: a malformed question, or a split that does not fit.
+    """
+    question = _read(argparse.Namespace(**vars(args), total_layers=None, details=False), details=False)[1]
+    answer = choose(question)
+    if not answer.is_valid:
+        raise ConfigError(
+            "\n  - ".join(["no split into stages fits:", *answer.problems, *filter(None, [answer.advice])])
+        )
+    return answer.split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
