@@ -1207,3 +1207,37 @@ def test_seams_page_names_tests_that_exist() -> None:
 def test_wire_page_has_every_message_with_its_number() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", (DOCS / "wire.md").read_text(), re.MULTILINE))
     assert {int(number): name for number, name in rows.items()} == {n: cls.__name__ for n, cls in KINDS.items()}
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_our_load_format_gives_our_loader() -> None:
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from stagewire.vllm_plugin import range_loader
+    from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
+
+    range_loader.register()
+    given = LoadConfig(load_format=LOAD_FORMAT)
+    loader = get_model_loader(given)
+    assert type(loader) is range_loader.RangeLoader
+    assert loader.load_config.load_format == "auto", "what vLLM decides by format"
+    assert given.load_format == LOAD_FORMAT, "the given one is not changed"
+
+
+def test_default_loader_asks_the_methods_that_are_overridden() -> None:
+    """Both hooks exist with these parameters, and loading goes through them."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from stagewire.vllm_plugin.range_loader import RangeLoader
+
+    for name in ("load_weights", "_prepare_weights", "_get_weights_iterator"):
+        ours, theirs = (inspect.signature(getattr(each, name)) for each in (RangeLoader, DefaultModelLoader))
+        assert list(ours.parameters) == list(theirs.parameters), name
+    assert "self._get_weights_iterator(" in inspect.getsource(DefaultModelLoader.get_all_weights)
+    assert "self.get_all_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
+    assert "self._prepare_weights(" in inspect.getsource(DefaultModelLoader._get_weights_iterator)
+    fields = {field.name for field in dataclasses.fields(DefaultModelLoader.Source)}
+    assert {"model_or_path", "revision", "subfolder", "prefix", "is_unused_weight"} <= fields
