@@ -23,6 +23,7 @@ import httpx
 
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.plan.ranges import split_evenly
+from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -57,9 +58,16 @@ DEFAULT_MODEL = ROOT / ".demo" / "model"
 
 @dataclass
 class PinnedRing(Ring):
-    """A ring whose stages are pinned with `taskset`, one list of cores each; an empty one is not pinned."""
+    """A ring whose stages are pinned with `taskset`, one list of cores each; an empty one is not pinned.
+
+    Rings that wait for their turn are cold, and some virtual machines then hold a core up for ten seconds.
+    """
 
     cores: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.env = {PROBE_PATIENCE_ENV: "30", **self.env}
 
     def command(self, stage: int) -> list[str]:
         pin = self.cores[stage] if self.cores else ""

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from stagewire.errors import ConfigError
+from stagewire.ring.zmq_link import ZmqTransport
+
 pytestmark = pytest.mark.process
 
 PEER = Path(__file__).with_name("zmq_peer.py")
@@ -97,3 +100,20 @@ def test_a_stall_is_no_loss(who: str) -> None:
         caller.write("after the stall")
         assert caller.line() == "after the stall"
         assert caller.line(3.0) is None
+
+
+def test_patience_is_set_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGEWIRE_PEER_PATIENCE_S", "12")
+    with linked() as (listener, caller):
+        listener.signal(signal.SIGSTOP)
+        assert caller.line(6.0) is None
+        listener.signal(signal.SIGCONT)
+        caller.write("after the stall")
+        assert caller.line() == "after the stall"
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf", "61"])
+def test_malformed_patience_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("STAGEWIRE_PEER_PATIENCE_S", text)
+    with pytest.raises(ConfigError, match="STAGEWIRE_PEER_PATIENCE_S="):
+        ZmqTransport("127.0.0.1", 1 << 20)

@@ -26,7 +26,7 @@ from stagewire.wire.messages import StageReport
 __all__ = ["Health", "NewsSender", "PipelineStatus", "RingNews", "StageNews", "resident_bytes"]
 
 NEWS_INTERVAL_S = 1.0
-# Reports come once a second; a heartbeat that is missed ends the ring after 4.5 s.
+# Reports come once a second; a peer that stops answering ends the ring after 4 s.
 LATE_REPORT_S = 3.0
 # Above the heartbeats' patience, because a forward pass may hold the interpreter for a while.
 SILENCE_S = 10.0
