@@ -50,6 +50,10 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     sender = StatusSender(stage)
     sender.send(Phase.LOADING, f"pid {os.getpid()}")
+    if stage == 1 and behaviour == "serve":  # the ring links before a stage has loaded
+        sender.send(Phase.LINKED, "early")
+        sender.send(Phase.LOADING, "half", share=0.5)
+        sender.send(Phase.LOADED)
     if behaviour == "fail":
         sender.send(Phase.FAILED, "layers 3-5 are already taken", int(code))
         sys.exit(int(code))

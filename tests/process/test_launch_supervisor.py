@@ -110,6 +110,8 @@ def test_all_stages_start_answer_and_stop_in_order(launch: Launch) -> None:
     launcher.wait_for("serving fake-model")
     assert {f"stage {i}  importing" for i in range(3)} <= set(launcher.lines)
     assert {f"stage {i}  ready" for i in range(3)} <= set(launcher.lines)
+    told = [line.removeprefix("stage 1  ") for line in launcher.lines if line.startswith("stage 1 ")]
+    assert told[2:] == ["loading half", "loaded", "linked early", "ready"], "a link that comes early is shown in turn"
     private = launcher.private_dir()
     assert private.stat().st_mode & 0o777 == 0o700
     launcher.process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from stagewire.launch import up
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
 from stagewire.launch.cores import assign_cores
 from stagewire.launch.hints import describe_exit, hint, last_error
+from stagewire.launch.screen import PlainScreen
 from stagewire.launch.spec import (
     StageSpec,
     VllmCommand,
@@ -24,6 +26,7 @@ from stagewire.launch.spec import (
     stage_environment,
     visible_gpus,
 )
+from stagewire.observe.status import Phase, StatusEvent
 from stagewire.plan.ranges import LayerRange
 
 RANGES = (LayerRange(0, 7), LayerRange(7, 15), LayerRange(15, 30))
@@ -198,3 +201,19 @@ def test_a_split_that_vllm_cannot_run_is_refused_before_anything_starts(tmp_path
 
 def test_a_spec_is_comparable() -> None:
     assert StageSpec(0, 1, LayerRange(0, 1), 1, 1).is_head
+
+
+def test_plain_lines_of_the_way_through_a_phase_come_by_quarters() -> None:
+    out = io.StringIO()
+    screen = PlainScreen(out)
+    screen.show(StatusEvent(1, Phase.LOADING, "layers 7-14 (4.00 GB)"))
+    for percent in range(1, 101):
+        screen.show(StatusEvent(1, Phase.LOADING, f"{percent} %", share=percent / 100))
+        screen.show(StatusEvent(2, Phase.LOADING, f"{percent} %", share=percent / 1000))
+    screen.show(StatusEvent(1, Phase.LOADED))
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "stage 1  loading layers 7-14 (4.00 GB)",
+        *(f"stage 1  loading {percent} %" for percent in (25, 50, 75, 100)),
+        "stage 1  loaded",
+    ]

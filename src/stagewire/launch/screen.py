@@ -24,7 +24,7 @@ def describe(event: StatusEvent) -> str:
 
 class Screen(Protocol):
     def show(self, event: StatusEvent) -> None:
-        """A stage has entered a phase."""
+        """A stage has entered a phase, or is further in it."""
 
     def say(self, text: str) -> None:
         """Something else worth a line."""
@@ -37,10 +37,17 @@ class Screen(Protocol):
 
 
 class PlainScreen:
+    """A line for each event; of the way through a phase, one for each quarter."""
+
     def __init__(self, out: TextIO) -> None:
         self._out = out
+        self._shown: dict[int, tuple[Phase, int]] = {}  # by stage: phase and quarter
 
     def show(self, event: StatusEvent) -> None:
+        shown = (event.phase, int(event.share * 4))
+        if event.share and self._shown.get(event.stage, (event.phase, 0)) == shown:
+            return
+        self._shown[event.stage] = shown
         self.say(f"stage {event.stage}  {describe(event)}")
 
     def say(self, text: str) -> None:
@@ -89,7 +96,9 @@ class LiveScreen(PlainScreen):
             super().show(event)
         elif event.phase in _STEPS:
             self._progress.update(
-                self._tasks[event.stage], description=escape(describe(event)), completed=_STEPS.index(event.phase)
+                self._tasks[event.stage],
+                description=escape(describe(event)),
+                completed=_STEPS.index(event.phase) + event.share,
             )
         else:
             self._progress.update(self._tasks[event.stage], description=f"[red]{event.phase.value}")

@@ -90,6 +90,7 @@ class _Stage:
     log: Path
     phase: Phase = Phase.IMPORTING
     text: str = ""
+    early_link: StatusEvent | None = None
     failure: StatusEvent | None = None
     exited: asyncio.Task[None] = field(init=False)
 
@@ -103,6 +104,9 @@ class _Stage:
         if self.failure is not None and self.failure.exit_code:
             return self.failure.exit_code
         return 1 if self.process.returncode is None else self.process.returncode
+
+    def is_before(self, phase: Phase) -> bool:
+        return _ORDER.index(self.phase) < _ORDER.index(phase)
 
     def blame(self) -> int:
         """0 for the likeliest root cause. Exit code 3 is "lost a peer": it follows from somebody else's end."""
@@ -315,11 +319,19 @@ class Supervisor:
         if event.phase is Phase.FAILED:
             stage.failure = stage.failure or event
             return True
+        if event.phase is Phase.LINKED and stage.is_before(Phase.LOADED):
+            stage.early_link = event  # the ring links while stages load; what takes longer is shown
+            return False
         # The head's processes report each for itself, and linking repeats: only progress is shown.
-        if _ORDER.index(event.phase) > _ORDER.index(stage.phase):
-            stage.phase, stage.text = event.phase, event.text
-            self._screen.show(event)
+        if stage.is_before(event.phase) or (event.share and event.phase is stage.phase):
+            self._advance(stage, event)
+            if event.phase is Phase.LOADED and stage.early_link is not None:
+                self._advance(stage, stage.early_link)
         return False
+
+    def _advance(self, stage: _Stage, event: StatusEvent) -> None:
+        stage.phase, stage.text = event.phase, event.text
+        self._screen.show(event)
 
     async def _find_root_cause(self) -> StageFailed:
         """Waits a moment for others: the stage that lost its peer is often heard before the peer's own end."""

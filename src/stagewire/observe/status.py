@@ -53,11 +53,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class StatusEvent:
+    """``share``: how much of a phase is done, where that is known; 0 at its beginning."""
+
     stage: int
     phase: Phase
     text: str = ""
     exit_code: int = 0
     pid: int = 0
+    share: float = 0.0
 
 
 class DatagramSender:
@@ -131,9 +134,9 @@ class StatusSender:
     def __repr__(self) -> str:
         return f"StatusSender(stage={self._stage}, {self._sender!r})"
 
-    def send(self, phase: Phase, text: str = "", exit_code: int = 0) -> None:
+    def send(self, phase: Phase, text: str = "", exit_code: int = 0, share: float = 0.0) -> None:
         self._phase = phase
-        event = StatusEvent(self._stage, phase, text[: MAX_DATAGRAM_BYTES // 4], exit_code, os.getpid())
+        event = StatusEvent(self._stage, phase, text[: MAX_DATAGRAM_BYTES // 4], exit_code, os.getpid(), share)
         self._sender.send(json.dumps(asdict(event)).encode())
 
     def note(self, text: str) -> None:

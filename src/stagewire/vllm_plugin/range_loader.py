@@ -31,7 +31,7 @@ from stagewire.checkpoint.ownership import layer_of, owns
 from stagewire.checkpoint.reader import TensorReader
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.observe.status import StatusSender
+from stagewire.observe.status import Phase, StatusSender
 from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
 from stagewire.vllm_plugin.presplit import drop_absent
 from stagewire.vllm_plugin.settings import RingSettings
@@ -225,8 +225,8 @@ class _Progress:
         now = time.perf_counter()
         if now - self._said_at >= NEWS_INTERVAL_S:
             self._said_at = now
-            done, own = self._done_bytes / 1e9, self._own_bytes / 1e9
-            self._status.note(f"{self._stage.layers.describe()}: {done:.2f} of {own:.2f} GB")
+            text = f"{self._stage.layers.describe()}: {self._done_bytes / 1e9:.2f} of {self._own_bytes / 1e9:.2f} GB"
+            self._status.send(Phase.LOADING, text, share=self._done_bytes / self._own_bytes)
 
     def report(self) -> None:
         """Nothing when vLLM's own loading read it: what that read is not known here."""
