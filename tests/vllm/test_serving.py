@@ -153,12 +153,12 @@ def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:
 
 def test_preemption_gives_the_same_tokens(ring: Ring, model_dir: Path) -> None:
     """A KV cache far too small for the load on one stage: vLLM preempts, every stage follows, tokens stay the same."""
-    work = [Request(" ".join(license_text().split()[i * 20 : i * 20 + 100]), 96) for i in range(12)]
+    work = [Request(" ".join(license_text().split()[i * 20 : i * 20 + 100]), 64) for i in range(8)]
     expected = run(ring.url, ring.model, work, 1)
     until_idle(ring)
     settings = [*SETTINGS, "--num-gpu-blocks-override", "36"]
     with Ring(model_dir, ("0-20", "20-30"), settings) as small:
-        answers = run(small.url, small.model, work, 12)
+        answers = run(small.url, small.model, work, 8)
         metrics = httpx.get(f"{small.url}/metrics", trust_env=False).text
     (line,) = [each for each in metrics.splitlines() if each.startswith("vllm:num_preemptions_total{")]
     assert float(line.split()[-1]) > 0, "the load did not cause a preemption"
