@@ -52,7 +52,7 @@ def main() -> None:
     sender.send(Phase.LOADING, f"pid {os.getpid()}")
     if stage == 1 and behaviour == "serve":  # the ring links before a stage has loaded
         sender.send(Phase.LINKED, "early")
-        sender.send(Phase.LOADING, "half", share=0.5)
+        sender.advance(Phase.LOADING, "half", 0.5)
         sender.send(Phase.LOADED)
     if behaviour == "fail":
         sender.send(Phase.FAILED, "layers 3-5 are already taken", int(code))

@@ -5,7 +5,8 @@ Owns the vocabulary (`Phase`, `StatusEvent`) and the one-way channel. Knows noth
 Two listeners exist: the launcher (`LAUNCHER_SOCKET_ENV`), which draws progress, and the head's API server
 (`HEAD_SOCKET_ENV`), which turns the ring's state into /ready and 503s. The API server also listens for news of the
 ring once a second (`NEWS_SOCKET_ENV`), on a socket of its own: a queue that is full of news has room for an event. A
-sender never blocks and never raises: a listener that went away is no reason for a stage to stop.
+sender never raises: a listener that went away is no reason for a stage to stop. It waits a few seconds at most, and
+only with an event that the listener needs, for one whose queue is full.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -36,6 +38,7 @@ NEWS_SOCKET_ENV = "STAGEWIRE_NEWS_SOCKET"
 
 # Far below what a Unix socket takes by default (net.core.wmem_default, 212992). A longer one would arrive cut.
 MAX_DATAGRAM_BYTES = 32768
+SEND_TIMEOUT_S = 5
 
 
 class Phase(StrEnum):
@@ -64,20 +67,23 @@ class StatusEvent:
 
 
 class DatagramSender:
-    """Sends to Unix datagram sockets, without waiting: what does not fit into a queue is lost."""
+    """Sends to Unix datagram sockets. Their queues are short (net.unix.max_dgram_qlen, 10 by default)."""
 
     def __init__(self, paths: list[str]) -> None:
         self._paths = paths
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        # Python's own timeout does not know of the other end's queue; the kernel's does.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
 
     def __repr__(self) -> str:
         return f"DatagramSender({self._paths})"
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, *, is_droppable: bool) -> None:
+        """What is droppable is lost where a queue is full; the rest waits a moment for a listener that is held up."""
+        flags = socket.MSG_DONTWAIT if is_droppable else 0
         for path in self._paths:
             with contextlib.suppress(OSError):
-                self._socket.sendto(data, path)
+                self._socket.sendto(data, flags, path)
 
     def close(self) -> None:
         self._socket.close()
@@ -134,17 +140,28 @@ class StatusSender:
     def __repr__(self) -> str:
         return f"StatusSender(stage={self._stage}, {self._sender!r})"
 
-    def send(self, phase: Phase, text: str = "", exit_code: int = 0, share: float = 0.0) -> None:
+    def send(self, phase: Phase, text: str = "", exit_code: int = 0) -> None:
+        """The stage enters a phase."""
         self._phase = phase
-        event = StatusEvent(self._stage, phase, text[: MAX_DATAGRAM_BYTES // 4], exit_code, os.getpid(), share)
-        self._sender.send(json.dumps(asdict(event)).encode())
+        self._send(StatusEvent(self._stage, phase, _clip(text), exit_code, os.getpid()), is_droppable=False)
+
+    def advance(self, phase: Phase, text: str, share: float) -> None:
+        """The stage is further in a phase, which it may have entered in another process."""
+        self._send(StatusEvent(self._stage, phase, _clip(text), 0, os.getpid(), share), is_droppable=True)
 
     def note(self, text: str) -> None:
         """The same phase as before, with news: whom the stage waits for."""
-        self.send(self._phase, text)
+        self._send(StatusEvent(self._stage, self._phase, _clip(text), 0, os.getpid()), is_droppable=True)
+
+    def _send(self, event: StatusEvent, *, is_droppable: bool) -> None:
+        self._sender.send(json.dumps(asdict(event)).encode(), is_droppable=is_droppable)
 
     def close(self) -> None:
         self._sender.close()
+
+
+def _clip(text: str) -> str:
+    return text[: MAX_DATAGRAM_BYTES // 4]
 
 
 class StatusReceiver(DatagramReceiver):

@@ -89,13 +89,14 @@ class NewsSender:
 
     def tell(self, news: RingNews) -> None:
         self.skip()
-        self._sender.send(_ENCODER.encode(news))
+        self._sender.send(_ENCODER.encode(news), is_droppable=True)
 
     def tell_stages(self, reports: Sequence[StageReport], times: Sequence[StageTimes]) -> None:
         """``times``: of every stage in order, or empty."""
         pairs = [(report, times[report.stage] if report.stage < len(times) else None) for report in reports]
         for begin in range(0, len(pairs), STAGES_PER_DATAGRAM):
-            self._sender.send(_ENCODER.encode(StageNews(pairs[begin : begin + STAGES_PER_DATAGRAM])))
+            part = StageNews(pairs[begin : begin + STAGES_PER_DATAGRAM])
+            self._sender.send(_ENCODER.encode(part), is_droppable=True)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ class _Progress:
         if now - self._said_at >= NEWS_INTERVAL_S:
             self._said_at = now
             text = f"{self._stage.layers.describe()}: {self._done_bytes / 1e9:.2f} of {self._own_bytes / 1e9:.2f} GB"
-            self._status.send(Phase.LOADING, text, share=self._done_bytes / self._own_bytes)
+            self._status.advance(Phase.LOADING, text, self._done_bytes / self._own_bytes)
 
     def report(self) -> None:
         """Nothing when vLLM's own loading read it: what that read is not known here."""
