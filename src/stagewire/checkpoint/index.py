@@ -76,6 +76,7 @@ def read_index(model_dir: Path) -> CheckpointIndex | None:
     that is missing, malformed or cut short, and for a tensor that its shard lacks or that two files hold.
     """
     weight_map = _read_weight_map(model_dir / INDEX_NAME)
+    _check_present(model_dir, weight_map)
     files = sorted(set(weight_map.values())) or sorted(path.name for path in model_dir.glob("*.safetensors"))
     if not files:
         return None
@@ -127,6 +128,17 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         if not _is_plain_path(file):
             raise ConfigError(f"{path} places tensor {name} in {file!r}; expected a file inside the model's folder")
     return weight_map
+
+
+def _check_present(model_dir: Path, weight_map: Mapping[str, str]) -> None:
+    for file in sorted(set(weight_map.values())):
+        if not (model_dir / file).is_file():
+            names = sorted(name for name, each in weight_map.items() if each == file)
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(
+                f"shard {model_dir / file} is missing, where {INDEX_NAME} places tensor {names[0]}{more}; "
+                "is the download complete, or was the file renamed?"
+            )
 
 
 def _is_plain_path(file: object) -> bool:
