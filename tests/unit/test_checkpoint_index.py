@@ -132,7 +132,8 @@ def test_two_copies_without_an_index(tmp_path: Path) -> None:
 def test_a_shard_is_missing(tmp_path: Path) -> None:
     write_sharded(tmp_path, *shard_by_shard(SHAPES))
     (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model-1\.safetensors is missing, where .* places tensor model\.layers\.0\.w;"):
+    expected = r"model-1\.safetensors is missing, where .* places tensor model\.layers\.0\.w;"
+    with pytest.raises(ConfigError, match=expected):
         read_index(tmp_path)
 
 
