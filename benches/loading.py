@@ -124,8 +124,8 @@ def print_reads(names: Mapping[int, str], own: Sequence[Sequence[TensorInfo]], f
             cells += [f"{min(read) / 1e6:.1f}", f"{min(read) / own_bytes:.3f}-{max(read) / own_bytes:.3f}"]
         rows.append([name, f"{own_bytes / 1e6:.1f}", *cells])
     print_table(
-        "Read from a cold disk in the load phase, MB: the least of all rounds (code that the system has dropped is read\n"
-        "again, which counts too); ratio to own tensor bytes, least and most",
+        "Read from a cold disk in the load phase, MB: the least of all rounds (code that the system has dropped is\n"
+        "read again, which counts too); ratio to own tensor bytes, least and most",
         ["", "own", "full", "ratio", "vLLM's loader", "ratio", "pre-split", "ratio"],
         rows,
     )
