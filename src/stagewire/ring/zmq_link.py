@@ -58,6 +58,8 @@ PROBE_PATIENCE_ENV = "STAGEWIRE_PEER_PATIENCE_S"
 PROBE_PATIENCE_S = 1.5
 MAX_PROBE_PATIENCE_S = 60.0
 MAX_COUNTED_TURN_S = 0.3
+# Looking at the probes costs as much as a small message: not at every one.
+LOOK_INTERVAL_S = 0.1
 # A port that accepts and says nothing is given up after this time; ZeroMQ's default is 30 s.
 HANDSHAKE_TIMEOUT_MS = 5000
 CONNECT_TIMEOUT_MS = 5000
@@ -168,7 +170,7 @@ class _Probe(_Connection):
         self._seen_at = time.monotonic()
 
     def is_unanswered(self, now: float) -> bool:
-        """Call it at every turn. Whether the peer's I/O thread has been silent for too long."""
+        """Call it a few times a second. Whether the peer's I/O thread has been silent for too long."""
         while self.monitor.poll(0):
             self._is_up = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
         turn_s = min(now - self._seen_at, MAX_COUNTED_TURN_S)
@@ -239,6 +241,7 @@ class ZmqTransport:
         self._bind_host = bind_host
         self._max_frame_bytes = max_frame_bytes
         self._patience_s = _read_patience()
+        self._next_look_at = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         _set_common(self._router, max_frame_bytes)
@@ -348,6 +351,9 @@ class ZmqTransport:
 
     def _give_up(self, now: float) -> None:
         """On peers that do not answer the probe, and on attempts whose end the monitor did not report."""
+        if now < self._next_look_at:
+            return
+        self._next_look_at = now + LOOK_INTERVAL_S
         limit_s = (CONNECT_TIMEOUT_MS + HANDSHAKE_TIMEOUT_MS) / 1000 + 1
         for side, dealer in list(self._dealers.items()):
             if dealer.is_up and dealer.is_lost(now):
