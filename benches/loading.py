@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--measure", type=int, nargs="+", metavar="STAGE", help="default: every stage")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--reading-only", action="store_true", help="only 3., which takes seconds per round")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--max-foreign", type=float, default=0.04, help="share of the machine")
     parser.add_argument("--max-wait", type=float, default=60.0, help="seconds to wait for a quiet machine")
@@ -229,6 +230,8 @@ def main() -> None:
         assert index is not None
         print(f"checkpoint: {index.total_bytes / 1e9:.2f} GB", flush=True)
         measure_reading(options, model)
+        if options.reading_only:
+            return
         export_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         layers = [LayerRange.parse(each) for each in even_ranges(model, options.stages)]
         run_export(plan_export(model, lambda _: layers), export_dir, lambda _: None)

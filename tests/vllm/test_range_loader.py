@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,46 @@ def clean_process() -> Iterator[None]:
     os.environ.update(before)
 
 
+class Packed:
+    """A weight as vLLM's CPU kernels want it: a second copy, which does not need the first."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight.detach().clone()
+
+    def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
+        from torch.nn.functional import linear
+
+        return linear(x, self.weight, bias)
+
+
+def pack(monkeypatch: pytest.MonkeyPatch, *, keeps_all: bool) -> None:
+    """Replaces what vLLM does where the CPU has packed kernels: the same on every machine, whatever its CPU.
+
+    ``keeps_all``: rows stay, also where vLLM gives them up for the packed copy, so that they can be compared.
+    """
+    import torch
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = Packed(layer.weight)
+        if remove_weight and not keeps_all:
+            layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", dispatch)
+
+
 def load(model: Path, stage: int, load_format: str, *, is_run: bool = False, **options: Any) -> dict[str, Any]:
     """Parameters and buffers of one stage's model, by name. ``is_run``: after a forward pass, as vLLM's warm-up is."""
+    with loaded(model, stage, load_format, **options) as worker:
+        if is_run:
+            worker.runner._dummy_run(8)
+        model_of_stage = worker.runner.get_model()
+        values = {name: value.detach().clone() for name, value in model_of_stage.named_parameters()}
+        return values | {name: value.detach().clone() for name, value in model_of_stage.named_buffers()}
+
+
+@contextmanager
+def loaded(model: Path, stage: int, load_format: str, **options: Any) -> Iterator[Any]:
+    """One stage's worker in this process, with its weights."""
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.usage.usage_lib import UsageContext
 
@@ -73,14 +112,9 @@ def load(model: Path, stage: int, load_format: str, *, is_run: bool = False, **o
         assert arguments.load_format == "stagewire"
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     worker = StageWorker(config, vllm_config)
-    if is_run:
-        worker.runner._dummy_run(8)
-    model_of_stage = worker.runner.get_model()
-    values = {name: value.detach().clone() for name, value in model_of_stage.named_parameters()}
-    values |= {name: value.detach().clone() for name, value in model_of_stage.named_buffers()}
+    yield worker
     worker.shutdown()
     cleanup_dist_env_and_memory()
-    return values
 
 
 def stock_format(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +197,7 @@ def test_a_stage_holds_what_vllms_own_loader_gives_it(
     import torch
 
     model = make(tmp_path / "model", model_dir)
+    pack(monkeypatch, keeps_all=True)
     ours = [load(model, stage, "auto") for stage in range(len(RANGES))]
     lines = [line for line in capfd.readouterr().out.splitlines() if "loaded layer" in line]
     assert [line.partition(":")[0] for line in lines] == ["Stage 0", "Stage 1", "Stage 2"]
@@ -174,6 +209,41 @@ def test_a_stage_holds_what_vllms_own_loader_gives_it(
         different = [name for name, value in own.items() if not torch.equal(value, stock[name])]
         assert not different, f"stage {stage}: {different}"
         assert own, "a stage without parameters"
+        assert all(value.numel() for value in own.values()), "nothing was there to compare"
+
+
+@pytest.mark.parametrize(
+    ("make", "vocabulary"),
+    [
+        (llama_untied, [{"embed_tokens": "rows"}, {}, {"lm_head": "packed"}]),
+        (llama_tied, [{"embed_tokens": "rows"}, {}, {"embed_tokens": "rows", "lm_head": "packed"}]),
+    ],
+)
+def test_of_the_vocabulary_a_stage_keeps_only_what_it_reads(
+    make: Callable[[Path, Path], Path],
+    vocabulary: list[dict[str, str]],
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM keeps rows and a packed matrix of each, because one process may need both."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    model = make(tmp_path / "model", model_dir)
+    pack(monkeypatch, keeps_all=False)
+    for stage, expected in enumerate(vocabulary):
+        with loaded(model, stage, "auto") as worker:
+            found = {
+                name.rpartition(".")[2]: " and ".join(
+                    [
+                        *(["rows"] if module.weight.numel() else []),
+                        *(["packed"] if isinstance(module.cpu_linear, Packed) else []),
+                    ]
+                )
+                for name, module in worker.runner.get_model().named_modules()
+                if isinstance(module, VocabParallelEmbedding)
+            }
+        assert found == expected, f"stage {stage}"
 
 
 @pytest.mark.parametrize("make", [llama_untied, llama_tied_by_mistake, gpt2, experts, gemma])
@@ -184,6 +254,7 @@ def test_a_pre_split_stage_holds_the_same(
     import torch
 
     model = make(tmp_path / "model", model_dir)
+    pack(monkeypatch, keeps_all=True)
     full = [load(model, stage, "auto") for stage in range(len(RANGES))]
     run_export(plan_export(model, lambda _: [LayerRange.parse(text) for text in RANGES]), tmp_path / "out", print)
     model.rename(tmp_path / "gone")

@@ -25,6 +25,9 @@ CHUNK_BYTES = 8 << 20
 NUM_THREADS = 4
 # How far announcements run ahead of what was taken, in the page cache and not in this process's memory.
 ANNOUNCED_BYTES = 128 << 20
+# Linux fetches no more for one announcement than the larger of its window and of the device's largest request
+# (mm/readahead.c, force_page_cache_ra), and says nothing of the rest.
+ANNOUNCEMENT_BYTES = 1 << 20
 # The system's reading ahead reaches twice its window (mm/readahead.c); where the window is not known, a generous one.
 _WINDOWS = 2
 _UNKNOWN_WINDOW_BYTES = 16 << 20
@@ -126,8 +129,8 @@ class TensorReader:
             tensor = self.tensors[self._num_announced]
             file = self._open(tensor)
             split = _exact_from(tensor, run_ends[self._num_announced], file)
-            if split < tensor.num_bytes:
-                os.posix_fadvise(file.exact, tensor.offset + split, tensor.num_bytes - split, os.POSIX_FADV_WILLNEED)
+            for begin, end in _chunks(split, tensor.num_bytes, ANNOUNCEMENT_BYTES):
+                os.posix_fadvise(file.exact, tensor.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
             self._num_announced += 1
 
     def _open(self, tensor: TensorInfo) -> _File:
@@ -163,8 +166,8 @@ def _exact_from(tensor: TensorInfo, run_end: int, file: _File) -> int:
     return max(0, min(tensor.num_bytes, run_end - _WINDOWS * file.window_bytes - tensor.offset))
 
 
-def _chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    return ((at, min(at + CHUNK_BYTES, end)) for at in range(begin, end, CHUNK_BYTES))
+def _chunks(begin: int, end: int, size: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    return ((at, min(at + size, end)) for at in range(begin, end, size))
 
 
 def _window_bytes(file: int) -> int:

@@ -18,7 +18,7 @@ import psutil
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 
-__all__ = ["apply_compiler", "apply_kv_budget", "reexec_with_libraries", "set_threads"]
+__all__ = ["apply_compiler", "apply_kv_budget", "reexec_with_libraries", "release_second_copies", "set_threads"]
 
 # Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
 KV_SHARE = 0.25
@@ -103,6 +103,38 @@ def set_threads(config: StageConfig) -> None:
     threads = max(1, cores // config.num_stages) if shares_host(config) else cores
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+
+
+def release_second_copies(model: Any, vllm_config: Any, *, is_tail: bool) -> None:
+    """Gives back what vLLM packs for the vocabulary's matrices and a stage never reads, up to a copy of each.
+
+    Where the CPU has packed kernels vLLM keeps two copies of every embedding and head: rows to look up, and a packed
+    matrix for logits. One process with tied weights needs both. Before the tail nobody asks for logits; on the tail
+    nobody looks up in a head.
+
+    Args:
+        model: loaded, on a CPU.
+        vllm_config: of this stage.
+        is_tail: whether this stage computes logits.
+    """
+    import torch
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+    # Both read the head's own rows: adapters its type, logits in another type its values.
+    reads_rows = vllm_config.lora_config is not None or (
+        vllm_config.model_config.head_dtype != vllm_config.model_config.dtype
+    )
+    packed = [
+        each for each in model.modules() if isinstance(getattr(each, "quant_method", None), UnquantizedEmbeddingMethod)
+    ]
+    heads = [each for each in packed if isinstance(each, ParallelLMHead)]
+    for module in packed:
+        if not is_tail or (heads and module not in heads):
+            module.cpu_linear = torch.nn.functional.linear  # right for any use, only slower
+        elif heads and not reads_rows:
+            module.cpu_linear = None  # freed first, so that there are never three copies
+            dispatch_cpu_unquantized_gemm(module, remove_weight=True)
 
 
 def reexec_with_libraries() -> None:

@@ -23,7 +23,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
-from stagewire.vllm_plugin import pipeline_group, range_loader
+from stagewire.vllm_plugin import cpu, pipeline_group, range_loader
 from stagewire.vllm_plugin.call_codec import check_call
 from stagewire.vllm_plugin.step_codec import row_digest
 from stagewire.wire.codec import Frame
@@ -93,6 +93,8 @@ class StageWorker:
             self._init_device(f"file://{folder}/world")
         range_loader.register()
         self._wrapper.load_model()
+        if current_platform.is_cpu():
+            cpu.release_second_copies(self.runner.get_model(), vllm_config, is_tail=config.is_tail)
         current_platform.update_block_size_for_backend(vllm_config)
         self.plan = self._plan_tensors()
 
