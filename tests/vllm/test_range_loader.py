@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -39,10 +40,13 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def clean_process() -> Iterator[None]:
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM's process groups and the environment as they were."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    # vLLM collects garbage four times for each worker, each time through all that was ever imported: not here.
+    gc.freeze()
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
     before = dict(os.environ)
     yield
     cleanup_dist_env_and_memory()
