@@ -101,6 +101,7 @@ SIGNATURES = {
         "**uvicorn_kwargs",
     ],
     "vllm.v1.engine.utils:get_engine_process_shutdown_timeout": ["request_timeout", "process_timeout"],
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ["self", "grammar_output"],
 }
 
 
@@ -196,6 +197,41 @@ def test_grace_is_only_for_an_end_without_drain(monkeypatch: pytest.MonkeyPatch)
     timeout = utils.get_engine_process_shutdown_timeout
     assert timeout(0, 0) == compat.ENGINE_STOP_GRACE_S
     assert [timeout(30, 0), timeout(0, 7), timeout(0, None)] == [0, 7, None]
+
+
+def test_vllm_still_rewinds_generators_that_cannot_be() -> None:
+    """When this fails, upstream has changed what `keep_generators_of_discarded_rows` goes round: it may go."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    with pytest.raises(RuntimeError):
+        torch.Generator("cpu").get_offset()
+
+
+def test_discarded_row_leaves_its_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three seeded rows the middle one is in prefill; below the batch lies a stale mark that means nothing."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def sample_tokens(self: Any, grammar_output: Any) -> str:  # what vLLM's does with generators on CPU
+        for row, generator in self.input_batch.generators.items():
+            torch.randint(0, 2**31, (1,), generator=generator)
+            if row < 3 and self.discard_request_mask.np[row]:
+                generator.get_offset()
+        return f"sampled after {grammar_output}"
+
+    monkeypatch.setattr(GPUModelRunner, "sample_tokens", sample_tokens)
+    compat.keep_generators_of_discarded_rows()
+    generators = {row: torch.Generator("cpu").manual_seed(row) for row in (0, 1, 2)}
+    before = {row: generator.get_state() for row, generator in generators.items()}
+    batch = SimpleNamespace(num_reqs=3, generators=dict(generators))
+    runner: Any = SimpleNamespace(
+        input_batch=batch, discard_request_mask=SimpleNamespace(np=np.array([False, True, False, True]))
+    )
+
+    assert GPUModelRunner.sample_tokens(runner, "a grammar") == "sampled after a grammar"
+    assert batch.generators == generators
+    drawn = {row for row, generator in generators.items() if not torch.equal(generator.get_state(), before[row])}
+    assert drawn == {0, 2}
 
 
 def test_head_uses_settings_of_the_api_server_that_exist() -> None:

@@ -13,7 +13,15 @@ from typing import Any
 
 from stagewire.errors import ConfigError
 
-__all__ = ["PATCHES", "SUPPORTED", "check_version", "install_flag_patches", "let_engine_say_goodbye", "wrap"]
+__all__ = [
+    "PATCHES",
+    "SUPPORTED",
+    "check_version",
+    "install_flag_patches",
+    "keep_generators_of_discarded_rows",
+    "let_engine_say_goodbye",
+    "wrap",
+]
 
 SUPPORTED = ((0, 32), (0, 33))  # from, below
 _MARK = "__stagewire_patch__"
@@ -57,6 +65,12 @@ PATCHES = (
         "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a "
         "head's process, where it gets the grace that ROCm gets",
         "the grace is not for ROCm alone",
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+        "a seeded request whose prompt is computed in chunks ends stock vLLM on CPU: it draws a token for every chunk, "
+        "throws it away and rewinds the generator, which CPU generators cannot do; only where a stage's layers run",
+        "vLLM does not draw for rows that it discards, or can rewind a CPU generator",
     ),
 )
 
@@ -110,6 +124,35 @@ def let_engine_say_goodbye() -> None:
         return get_engine_process_shutdown_timeout
 
     wrap(utils, "get_engine_process_shutdown_timeout", make)
+
+
+def keep_generators_of_discarded_rows() -> None:
+    """In a process that runs layers: a row whose token is thrown away leaves its request's generator as it was.
+
+    `GPUModelRunner._bookkeeping_sync` calls ``set_offset(get_offset() - 4)`` for such rows; without a generator in the
+    batch nothing is drawn from it and nothing is rewound. Others than CPU generators can be, and stay.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def sample_tokens(self: Any, grammar_output: Any) -> Any:
+            batch = self.input_batch
+            is_discarded = self.discard_request_mask.np
+            aside = {
+                row: generator
+                for row, generator in batch.generators.items()
+                if row < batch.num_reqs and is_discarded[row] and generator.device.type == "cpu"
+            }
+            for row in aside:
+                del batch.generators[row]  # the very dict that the sampler reads
+            try:
+                return original(self, grammar_output)
+            finally:
+                batch.generators.update(aside)
+
+        return sample_tokens
+
+    wrap(GPUModelRunner, "sample_tokens", make)
 
 
 def _expected() -> str:

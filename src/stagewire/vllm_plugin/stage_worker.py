@@ -23,7 +23,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
-from stagewire.vllm_plugin import cpu, pipeline_group, range_loader
+from stagewire.vllm_plugin import compat, cpu, pipeline_group, range_loader
 from stagewire.vllm_plugin.call_codec import check_call
 from stagewire.vllm_plugin.step_codec import row_digest
 from stagewire.wire.codec import Frame
@@ -88,6 +88,7 @@ class StageWorker:
         counts = partition_counts(config.stage, config.num_stages, config.layers, num_layers)
         # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
         os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
+        compat.keep_generators_of_discarded_rows()
         self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=config.stage)
         with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
             self._init_device(f"file://{folder}/world")

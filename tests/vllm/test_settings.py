@@ -1,0 +1,92 @@
+"""vLLM's own settings that change numerics or layout, given to every stage and to the one process alike."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from support.stages import Ring, SingleProcess
+from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+
+COMMON = [
+    *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-memory-bytes", "200M"),
+]
+EAGER = [*COMMON, "--enforce-eager"]
+PATIENT = {PROBE_PATIENCE_ENV: "30"}
+# The one that is cheap and moves most boundaries is in every run of the tests.
+MATRIX = [
+    pytest.param([*EAGER, "--max-num-batched-tokens", "32", "--block-size", "16"], id="budget 32, blocks of 16"),
+    *(
+        pytest.param(settings, id=name, marks=pytest.mark.slow)
+        for name, settings in {
+            "blocks of 64": [*EAGER, "--block-size", "64"],
+            "budget 32": [*EAGER, "--max-num-batched-tokens", "32"],
+            "KV cache in fp8_e4m3": [*EAGER, "--kv-cache-dtype", "fp8_e4m3"],
+            "KV cache in fp8_e5m2": [*EAGER, "--kv-cache-dtype", "fp8_e5m2"],
+            "KV cache in bfloat16": [*EAGER, "--kv-cache-dtype", "bfloat16"],
+            "compiled, blocks of 16": [*COMMON, "--block-size", "16"],
+            "compiled, budget 32": [*COMMON, "--max-num-batched-tokens", "32"],
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize("settings", MATRIX)
+def test_settings_that_change_numerics_or_layout(
+    settings: Sequence[str], model_dir: Path, say: Callable[[str], None]
+) -> None:
+    # vLLM chooses another budget for one process than external mode does; a given one comes last and wins.
+    settings = ["--max-num-batched-tokens", "256", *settings]
+    work = requests(16, seed=21, text=license_text(), longest_words=150)
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        servers = (Ring(model_dir, ("0-8", "8-13", "13-30"), settings, PATIENT), SingleProcess(model_dir, settings))
+        ring, single = pool.map(stack.enter_context, servers)
+        references = [run(single.url, model_dir, work, size) for size in (16, 1)]
+        result = compare(run(ring.url, model_dir, work, 16), references)
+    say(
+        f"{result.num_tokens} tokens equal but for {len(result.ties)} ties, "
+        f"log-probabilities within {result.worst_logprob:.1e}"
+    )
+    assert not result.wrong, "\n".join(result.wrong)
+    assert result.worst_logprob <= LOGPROB_TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_compiled_code(model_dir: Path, tmp_path: Path, say: Callable[[str], None]) -> None:
+    """Stages compile side by side into caches of their own, and a second start compiles nothing."""
+    assert shutil.which("g++"), "stock vLLM on CPU compiles with g++: install it"
+    env = {**PATIENT, "VLLM_CACHE_ROOT": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    work = requests(4, seed=22, text=license_text(), longest_words=60)
+    took_s: list[float] = []
+    compile_s: list[list[float]] = []
+    answers = []
+    for _ in range(2):
+        began_at = time.monotonic()
+        with Ring(model_dir, ("0-10", "10-20", "20-30"), [*COMMON, "--max-num-batched-tokens", "256"], env) as ring:
+            took_s.append(time.monotonic() - began_at)
+            answers.append([answer.token_ids for answer in run(ring.url, model_dir, work, 4)])
+            compile_s.append([_compile_seconds(stage.text()) for stage in ring.stages])
+    say(
+        f"ready after {took_s[0]:.1f} s, the second time {took_s[1]:.1f} s; "
+        f"compiling: {compile_s[0]} s, the second time {compile_s[1]} s for each stage"
+    )
+    assert took_s[1] < took_s[0]
+    assert answers[0] == answers[1]
+    assert sum(compile_s[1]) < sum(compile_s[0]) / 2
+
+
+def _compile_seconds(log: str) -> float:
+    """As vLLM says it, added up."""
+    found = re.findall(r"torch\.compile took ([0-9.]+) s in total", log)
+    assert found, "the log does not say how long compiling took"
+    return sum(map(float, found))
