@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ SETTINGS = [
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
 ]
 PATIENT = {PROBE_PATIENCE_ENV: "30"}
-# Stock vLLM gives the rest of a batch no `logprobs` beside a request with this (docs/vllm-seams.md).
+# Of one process: beside a request with this, stock vLLM gives the rest of a batch no `logprobs` (docs/vllm-seams.md).
 ASKED_ALONE = ("logprob_token_ids",)
 
 
@@ -107,22 +107,23 @@ def questions() -> dict[Key, Callable[[Api], Any]]:
     return asked
 
 
-def ask_everything(api: Api, asked: Mapping[Key, Callable[[Api], Any]]) -> dict[Key, Any]:
-    """Answers, or the exceptions in their place; all at once but for those that spoil their neighbours'."""
-
-    def ask_some(keys: Sequence[Key]) -> dict[Key, Any]:
-        with ThreadPoolExecutor(len(keys)) as pool:
-            futures = {key: pool.submit(asked[key], api) for key in keys}
-        return {key: future.exception() or future.result() for key, future in futures.items()}
-
-    alone = [key for key in asked if key[1] in ASKED_ALONE]
-    return ask_some([key for key in asked if key not in alone]) | ask_some(alone)
+def ask_at_once(api: Api, asked: Mapping[Key, Callable[[Api], Any]]) -> dict[Key, Any]:
+    """Answers, or the exceptions in their place."""
+    with ThreadPoolExecutor(len(asked)) as pool:
+        futures = {key: pool.submit(ask, api) for key, ask in asked.items()}
+    return {key: future.exception() or future.result() for key, future in futures.items()}
 
 
 @pytest.fixture(scope="module")
 def answers(pair: Pair) -> tuple[dict[Key, Any], dict[Key, Any]]:
     """Of the ring and of the reference, to all cases: features meet in one batch there as they do in production."""
-    ring, single = pair.ask(lambda api: ask_everything(api, questions()))
+
+    def ask(api: Api) -> dict[Key, Any]:
+        apart = {} if api is pair.ring else {key: asked for key, asked in questions().items() if key[1] in ASKED_ALONE}
+        together = {key: asked for key, asked in questions().items() if key not in apart}
+        return ask_at_once(api, together) | (ask_at_once(api, apart) if apart else {})
+
+    ring, single = pair.ask(ask)
     return ring, single
 
 

@@ -102,6 +102,19 @@ SIGNATURES = {
     ],
     "vllm.v1.engine.utils:get_engine_process_shutdown_timeout": ["request_timeout", "process_timeout"],
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ["self", "grammar_output"],
+    "vllm.v1.sample.sampler:Sampler.forward": [
+        "self",
+        "logits",
+        "sampling_metadata",
+        "predict_bonus_token",
+        "logprobs_mode_override",
+    ],
+    "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs": [
+        "self",
+        "logprobs",
+        "logprob_token_ids",
+        "sampled",
+    ],
 }
 
 
@@ -232,6 +245,40 @@ def test_discarded_row_leaves_its_generator_alone(monkeypatch: pytest.MonkeyPatc
     assert batch.generators == generators
     drawn = {row for row, generator in generators.items() if not torch.equal(generator.get_state(), before[row])}
     assert drawn == {0, 2}
+
+
+def test_vllm_still_gives_neighbours_of_chosen_logprobs_none() -> None:
+    """When this fails, upstream has changed what `keep_logprobs_of_neighbours` mends: it may go."""
+    from vllm.v1.sample.sampler import Sampler
+
+    source = inspect.getsource(inspect.unwrap(Sampler.forward))
+    assert "logprobs_tensors = logprob_token_ids_tensors" in source
+
+
+@pytest.mark.parametrize(("count", "width"), [(3, 4), (1, 3), (None, 3)])
+def test_neighbours_of_chosen_logprobs_keep_theirs(
+    count: int | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 1 asks for two tokens by id, rows 0 and 2 for their ``count`` likeliest."""
+    from vllm.v1.sample.sampler import Sampler
+
+    for name in ("forward", "gather_specific_token_logprobs"):
+        monkeypatch.setattr(Sampler, name, inspect.unwrap(getattr(Sampler, name)))
+    compat.keep_logprobs_of_neighbours()
+    monkeypatch.setattr("vllm.v1.sample.sampler.PIN_MEMORY", False)
+    sampler: Any = Sampler()
+    sampler.stagewire_num_logprobs = count
+    logprobs = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    sampled = torch.tensor([4, 5, 6])
+    found = sampler.gather_specific_token_logprobs(logprobs, {1: [7, 8]}, sampled)
+    assert found.logprobs.shape == (3, width)
+    assert found.logprob_token_ids[1, :3].tolist() == [5, 7, 8]
+    assert torch.equal(found.logprobs[1, :3], logprobs[1, [5, 7, 8]])
+    if count is not None:
+        top = sampler.gather_logprobs(logprobs, count, token_ids=sampled)
+        for row in (0, 2):
+            assert torch.equal(found.logprob_token_ids[row, : count + 1], top.logprob_token_ids[row])
+            assert torch.equal(found.logprobs[row, : count + 1], top.logprobs[row])
 
 
 def test_head_uses_settings_of_the_api_server_that_exist() -> None:

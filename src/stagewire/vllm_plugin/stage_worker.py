@@ -89,6 +89,7 @@ class StageWorker:
         # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
         os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
         compat.keep_generators_of_discarded_rows()
+        compat.keep_logprobs_of_neighbours()
         self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=config.stage)
         with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
             self._init_device(f"file://{folder}/world")
