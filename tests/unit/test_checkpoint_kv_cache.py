@@ -319,3 +319,67 @@ def test_what_one_stage_can_tell_alone() -> None:
     (end,) = check_own_kv(GEMMA_4, LayerRange(0, 14))
     assert "layers [0, 14): the end 14 cuts" in end
     assert check_own_kv(GEMMA_4, LayerRange(0, 35)) == []
+
+
+GLM_4_5 = {"model_type": "glm4_moe", "num_hidden_layers": 92, "num_attention_heads": 96, "first_k_dense_replace": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "dense"),
+    [
+        (GLM_4_5, {0, 1, 2}),
+        ({"model_type": "afmoe", "num_hidden_layers": 4, "num_dense_layers": 2}, {0, 1}),
+        ({"model_type": "step3p5", "num_hidden_layers": 4}, {0}),
+        ({"model_type": "step3p5", "num_hidden_layers": 4, "moe_layers_enum": "2,3"}, {0, 1}),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 4, "decoder_sparse_step": 2}, {0, 2}),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 4, "mlp_only_layers": [1]}, {1}),
+        ({"model_type": "glm4_moe", "num_hidden_layers": 2, "mlp_layer_types": ["sparse", "dense"]}, {1}),
+    ],
+)
+def test_layers_without_experts(config: dict[str, Any], dense: set[int]) -> None:
+    layout = read_layout(config)
+    assert layout.experts == frozenset(range(len(layout.layers))) - dense
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama"])
+def test_other_models_can_do_without_experts(model_type: str) -> None:
+    assert read_layout({**GLM_4_5, "model_type": model_type}).experts is None
+
+
+def test_a_stage_of_dense_layers_alone_is_refused_where_vllm_cannot_build_it() -> None:
+    layout = read_layout(GLM_4_5)
+    (problem,) = find_kv_problems(layout, ranges_of("0-3", "3-92"))
+    assert problem == (
+        "stage 0 with layers [0, 3): no layer with experts, those are 3 to 91; vLLM's model cannot be built without one"
+    )
+    assert fitting_split(layout, ranges_of("0-3", "3-92")) == ("The nearest split that works", ranges_of("0-4", "4-92"))
+    assert check_own_kv(GLM_4_5, LayerRange(0, 4)) == []
+
+
+# Upstage's Solar Pro.
+SOLAR_PRO = {
+    "model_type": "solar",
+    "num_hidden_layers": 64,
+    "bskcn_1": [12, 20, 32, 44],
+    "bskcn_2": [20, 32],
+    "bskcn_3": [16, 24, 36, 48],
+    "bskcn_4": [28, 40],
+}
+
+
+def test_no_boundary_within_a_skip_connection() -> None:
+    layout = read_layout(SOLAR_PRO)
+    assert layout.skips == ((12, 16), (20, 24), (20, 28), (32, 36), (32, 40), (44, 48))
+    (problem,) = find_kv_problems(layout, ranges_of("0-14", "14-41", "41-64"))
+    assert problem.startswith("stage 1 with layers [14, 41): the start 14 cuts a skip connection: layer 16 uses what")
+    assert find_kv_problems(layout, ranges_of("0-12", "12-44", "44-64")) == []
+    with pytest.raises(ConfigError, match="skip connection"):
+        check_kv(layout, ranges_of("0-32", "32-46", "46-64"))
+
+
+def test_a_boundary_before_a_skip_connection_is_none_within() -> None:
+    """Layer 20 keeps what it is given, so it may be a stage's first; layer 28 uses it, so it may not."""
+    layout = read_layout(SOLAR_PRO)
+    assert check_own_kv(SOLAR_PRO, LayerRange(20, 29)) == []
+    assert layout.cut_skips(20) == []
+    assert layout.cut_skips(28) == [(20, 28)]

@@ -30,7 +30,7 @@ import torch
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, ProtocolError
 from stagewire.plan.ranges import LayerRange, partition_counts, split_evenly
-from stagewire.vllm_plugin import compat, flags
+from stagewire.vllm_plugin import compat, flags, model_patches
 from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
 from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
 from stagewire.vllm_plugin.executor import RingExecutor
@@ -115,11 +115,27 @@ SIGNATURES = {
         "logprob_token_ids",
         "sampled",
     ],
+    "vllm.model_executor.models.utils:PPMissingLayer.forward": ["self", "args", "**kwargs"],
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead.tie_weights": ["self", "embed_tokens"],
+    "vllm.model_executor.models.transformers.base:Base.pipeline_parallel": ["self"],
+    "vllm.model_executor.models.gemma4:Gemma4Model.forward": [
+        "self",
+        "input_ids",
+        "positions",
+        "intermediate_tensors",
+        "inputs_embeds",
+        "per_layer_inputs",
+        "**kwargs",
+    ],
 }
 
 
+# Methods that vLLM's class lacks.
+ADDED = {"vllm.model_executor.models.utils:PPMissingLayer.tie_weights"}
+
+
 def test_every_patch_is_described_here() -> None:
-    assert {patch.target for patch in compat.PATCHES} == set(SIGNATURES)
+    assert {patch.target for patch in compat.PATCHES} == {*SIGNATURES, *ADDED}
     assert all(patch.reason and patch.until for patch in compat.PATCHES)
 
 
@@ -130,6 +146,23 @@ def test_patch_target_exists_with_the_signature_that_is_wrapped(target: str) -> 
     # Wrapped already, when a test before this one has used the flags; and without binding the class.
     found = vars(owner)[name]
     assert parameters(inspect.unwrap(getattr(found, "__func__", found))) == SIGNATURES[target]
+
+
+@pytest.mark.parametrize("target", sorted(ADDED))
+def test_an_added_method_is_not_in_vllm(target: str) -> None:
+    owner, name = find(target)
+    existing = vars(owner).get(name)
+    assert existing is None or existing.__module__.startswith("stagewire."), f"{target} exists: `add` would refuse"
+
+
+def test_add_refuses_what_is_there_and_happens_once() -> None:
+    owner = SimpleNamespace(taken=len)
+    with pytest.raises(ConfigError, match="taken exists in this vLLM"):
+        compat.add(owner, "taken", lambda: None)
+    first, second = (lambda: 1), (lambda: 2)
+    compat.add(owner, "free", first)
+    compat.add(owner, "free", second)
+    assert owner.free is first
 
 
 def test_installed_version_is_supported() -> None:
@@ -279,6 +312,99 @@ def test_neighbours_of_chosen_logprobs_keep_theirs(
         for row in (0, 2):
             assert torch.equal(found.logprob_token_ids[row, : count + 1], top.logprob_token_ids[row])
             assert torch.equal(found.logprobs[row, : count + 1], top.logprobs[row])
+
+
+def a_model(architecture: str, transformers_backend: bool = False) -> Any:
+    return SimpleNamespace(architecture=architecture, using_transformers_backend=lambda: transformers_backend)
+
+
+def test_a_missing_layer_passes_hidden_states_and_residual() -> None:
+    """Granite's hybrids call all layers, by these names. The first half fails when a missing layer can be called so."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    layer, named = PPMissingLayer(), {"positions": 0, "hidden_states": 1, "residual": 2}
+    assert inspect.unwrap(PPMissingLayer.forward)(layer, **named) == 0
+    model_patches.install(a_model("LlamaForCausalLM"))
+    assert layer(**named) == (1, 2)
+    assert layer(5, 6) == 5
+    assert layer.tie_weights(torch.nn.Embedding(2, 2)) is layer
+
+
+def test_a_tied_head_without_an_embedding_is_loaded_by_us() -> None:
+    """Ernie's MoE: the embedding is on the first stage alone, the tied head on the last."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    model_patches.install(a_model("LlamaForCausalLM"))
+    head = torch.nn.Linear(2, 3)
+    head.weight.weight_loader = lambda parameter, loaded: parameter.data.copy_(loaded)
+    model = torch.nn.ModuleDict({"head": head})
+    assert ParallelLMHead.tie_weights(head, PPMissingLayer()) is head
+    with pytest.raises(ConfigError, match="--load-format"):
+        model_patches.check_heads(model)
+    (found,) = model_patches.heads_without_embedding(model)
+    model_patches.load_head(found, torch.full((3, 2), 7.0))
+    assert torch.equal(head.weight, torch.full((3, 2), 7.0))
+    model_patches.check_heads(model)
+
+
+def test_transformers_backend_adds_no_positions_on_later_stages() -> None:
+    """A GPT-like model on the last of two stages, with a tied embedding: stock adds its positions again."""
+    from vllm.model_executor.models.transformers import base
+
+    def last_stage() -> Any:
+        model = torch.nn.Module()
+        model.wte, model.wpe = torch.nn.Embedding(4, 2), torch.nn.Embedding(8, 2)
+        model.h = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+        model.supports_pp_plan, model._pp_plan = True, {"wte": (), "wpe": (), "h": ()}
+        model.get_input_embeddings = lambda: model.wte
+        return SimpleNamespace(
+            model=model,
+            pp_group=SimpleNamespace(is_first_rank=False, is_last_rank=True, rank_in_group=1, world_size=2),
+            text_config=SimpleNamespace(num_hidden_layers=2),
+            model_config=SimpleNamespace(dtype=torch.bfloat16),
+            _get_tie_word_embeddings=lambda: True,
+        )
+
+    stock, ours = last_stage(), last_stage()
+    inspect.unwrap(base.Base.pipeline_parallel)(stock)
+    assert isinstance(stock.model.wpe, torch.nn.Embedding), "the patch can go"
+
+    model_patches.install(a_model("GPTBigCodeForCausalLM", transformers_backend=True))
+    base.Base.pipeline_parallel(ours)
+    assert isinstance(ours.model.wte, torch.nn.Embedding)
+    added = ours.model.wpe(torch.arange(3)[None])
+    assert torch.equal(added, torch.zeros(1, 3, 1, dtype=torch.bfloat16))
+    assert added.dtype is torch.bfloat16
+    hidden_states = torch.randn(1, 3, 2)
+    assert ours.model.wpe(hidden_states) is hidden_states
+
+
+def test_gemma4_reads_what_the_stage_before_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half fails when vLLM reads it by itself: then the patch can go."""
+    from vllm.model_executor.models import gemma4
+    from vllm.sequence import IntermediateTensors
+
+    seen: list[Any] = []
+
+    def layer(positions: Any, hidden_states: Any, residual: Any, per_layer_input: Any) -> tuple[Any, Any]:
+        seen.append(per_layer_input)
+        return hidden_states, residual
+
+    middle = SimpleNamespace(is_first_rank=False, is_last_rank=False)
+    monkeypatch.setattr(gemma4, "get_pp_group", lambda: middle)
+    stage = SimpleNamespace(fast_prefill_enabled=False, start_layer=1, end_layer=2, layers=[None, layer, None])
+    stage._maybe_add_hidden_state = lambda *_: []
+    inputs = torch.arange(24.0).view(2, 3, 4)  # [num_tokens, num_layers, size]
+    came = IntermediateTensors({"hidden_states": torch.ones(2, 8), "per_layer_inputs": inputs})
+    stock = inspect.unwrap(gemma4.Gemma4Model.forward)
+    assert set(stock(stage, None, None, came).tensors) == {"hidden_states"}
+    assert seen == [None]
+
+    monkeypatch.setattr(gemma4.Gemma4Model, "forward", stock)
+    model_patches.install(a_model("Gemma4ForCausalLM"))
+    assert gemma4.Gemma4Model.forward(stage, None, None, came).tensors["per_layer_inputs"] is inputs
+    assert torch.equal(seen[1], inputs[:, 1])
 
 
 def test_head_uses_settings_of_the_api_server_that_exist() -> None:

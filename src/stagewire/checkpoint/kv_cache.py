@@ -1,8 +1,10 @@
 """What each layer keeps of a request: KV cache, constant state, or a neighbour's cache. From config.json alone; pure.
 
-Two rules for a split follow from it, and both are stock vLLM's. A stage needs a layer of every kind that the model has:
-the block size, the layout and the order of rows come from the kinds that a process holds, and the stages must agree on
-them. And layers that share a cache need one process: vLLM looks the target's up by name in its own.
+Four rules for a split follow, and all are stock vLLM's. A stage needs a layer of every kind that the model has: block
+size, layout and order of rows come from the kinds that a process holds, and the stages must agree on them. Layers that
+share a cache need one process: vLLM looks the target's up by name in its own. And so do layers between which a model
+skips by a variable of its own (Solar): what it keeps does not travel. Last, some models with experts refuse to be built
+without any, so that a stage may not have dense layers alone.
 """
 
 from __future__ import annotations
@@ -62,8 +64,11 @@ _MODEL_TYPES = {
     # vLLM's is_deepseek_mla (model_arch_config_convertor.py) without the drafters: one latent vector per token.
     "MLA": """axk1 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 deepseek_v41 dots3_note glm5_next glm5_next_text
         glm_moe_dsa glm4_moe_lite kimi_k2 kimi_linear longcat_flash pangu_ultra_moe bailing_hybrid hy_v4""",
+    # Their classes in vLLM raise when the layers of a process have no experts.
+    "experts": """afmoe glm4_moe glm4_moe_lite hy_v3 pangu_ultra_moe PanguProMoE param2moe qwen3_moe qwen3_next
+        sarvam_mla step3p5""",
 }
-_STATE_ONLY_TYPES, _EVERY_FOURTH, _MULTI_QUERY_TYPES, _MLA_TYPES = (
+_STATE_ONLY_TYPES, _EVERY_FOURTH, _MULTI_QUERY_TYPES, _MLA_TYPES, _EXPERT_TYPES = (
     frozenset(types.split()) for types in _MODEL_TYPES.values()
 )
 # Caches of other shapes than one formula gives: sparse attention's index, compressed or per-kind heads.
@@ -91,10 +96,16 @@ class KvLayer:
 
 @dataclass(frozen=True)
 class KvLayout:
-    """Every layer of a model. ``unknown``: why the size of its KV cache is not known, ``None`` when it is."""
+    """Every layer of a model. ``unknown``: why the size of its KV cache is not known, ``None`` when it is.
+
+    ``skips``: pairs of layers; what the hidden states are before the first is used again before the second.
+    ``experts``: the layers that have some, where every stage needs one; else ``None``.
+    """
 
     layers: tuple[KvLayer, ...]
     unknown: str | None
+    skips: tuple[tuple[int, int], ...] = ()
+    experts: frozenset[int] | None = None
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -108,10 +119,17 @@ class KvLayout:
         """The layers from ``boundary`` on whose cache belongs to a layer before it."""
         return [i for i, layer in enumerate(self.layers) if layer.shares is not None and layer.shares < boundary <= i]
 
+    def cut_skips(self, boundary: int) -> list[tuple[int, int]]:
+        return [skip for skip in self.skips if skip[0] < boundary <= skip[1]]
+
     def rule(self) -> Callable[[int, int], bool]:
         """Whether one stage may own layers start to end - 1, as fast as the optimiser asks."""
         counts = [_running([kind in layer.kind for layer in self.layers]) for kind in self.kinds]
-        can_cut = [not self.cut_sharers(boundary) for boundary in range(len(self.layers) + 1)]
+        boundaries = range(len(self.layers) + 1)
+        can_cut = [not self.cut_sharers(boundary) and not self.cut_skips(boundary) for boundary in boundaries]
+
+        if self.experts is not None:
+            counts.append(_running([i in self.experts for i in range(len(self.layers))]))
 
         def allowed(start: int, end: int) -> bool:
             return can_cut[start] and can_cut[end] and all(count[end] > count[start] for count in counts)
@@ -133,20 +151,20 @@ def read_layout(config: Mapping[str, Any]) -> KvLayout:
         KvLayer(_BOTH if kind is None or None in kinds else kind, targets.get(i), None if unknown else counts[i])
         for i, kind in enumerate(kinds)
     )
-    return KvLayout(layers, unknown)
+    return KvLayout(layers, unknown, _read_skips(model), _read_experts(model))
 
 
 def check_own_kv(config: Mapping[str, Any], layers: LayerRange) -> list[str]:
     """What is wrong with one stage's range, as far as that stage can tell; an empty list when nothing is."""
     layout = read_layout(config)
     own = {_describe(layers): layers}
-    return [*_missing_kinds(layout, own), *_cuts(layout, own)]
+    return [*_missing_kinds(layout, own), *_missing_experts(layout, own), *_cuts(layout, own)]
 
 
 def find_kv_problems(layout: KvLayout, ranges: Sequence[LayerRange]) -> list[str]:
     """Every stage without a kind of layer, every boundary that cuts layers which share a cache."""
     stages = {f"stage {stage} with {_describe(layers)}": layers for stage, layers in enumerate(ranges)}
-    return [*_missing_kinds(layout, stages), *_cuts(layout, stages)]
+    return [*_missing_kinds(layout, stages), *_missing_experts(layout, stages), *_cuts(layout, stages)]
 
 
 def fitting_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...]] | None:
@@ -218,6 +236,21 @@ def _missing_kinds(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterat
             )
 
 
+def _missing_experts(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterator[str]:
+    if layout.experts is None:
+        return
+    lacking = [
+        name
+        for name, layers in stages.items()
+        if layers.start < len(layout.layers) and not any(layer in layers for layer in layout.experts)
+    ]
+    if lacking:
+        yield (
+            f"{', '.join(lacking)}: no layer with experts, those are {_list_layers(sorted(layout.experts))}; vLLM's "
+            "model cannot be built without one"
+        )
+
+
 def _cuts(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterator[str]:
     """One problem for each boundary, named by the stage that starts there, else by the one that ends there."""
     ends = {layers.end: f"{name}: the end {layers.end}" for name, layers in stages.items()}
@@ -229,6 +262,11 @@ def _cuts(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterator[str]:
             yield (
                 f"{name} cuts layers that share a KV cache: {_list_layers(sharers)} use the cache of "
                 f"{_list_layers(targets)}, which vLLM looks for in the same process"
+            )
+        for first, last in layout.cut_skips(boundary):
+            yield (
+                f"{name} cuts a skip connection: layer {last} uses what layer {first} was given, and vLLM's model "
+                "keeps that in its own process"
             )
 
 
@@ -359,6 +397,35 @@ def _read_targets(model: _Model) -> dict[int, int]:
         return {i: target for i, target in targets.items() if target >= 0}
     last_of_word = {word: i for i, word in enumerate(words[:first])}
     return {i: last_of_word[words[i]] for i in range(first, model.num_layers) if words[i] in last_of_word}
+
+
+def _read_skips(model: _Model) -> tuple[tuple[int, int], ...]:
+    """Solar's block skip connections (solar.py in vLLM's models): kept before the layers of bskcn_1, used before those
+    of bskcn_3; another pair of lists likewise.
+    """
+    pairs = []
+    for kept_key, used_key in (("bskcn_1", "bskcn_3"), ("bskcn_2", "bskcn_4")):
+        kept, used = model.settings.get(kept_key), model.settings.get(used_key)
+        if isinstance(kept, list) and isinstance(used, list):
+            found = ((max((i for i in kept if i <= layer), default=layer), layer) for layer in used)
+            pairs += [(first, last) for first, last in found if first < last < model.num_layers]
+    return tuple(sorted(pairs))
+
+
+def _read_experts(model: _Model) -> frozenset[int] | None:
+    """As the models in vLLM read it; ``None`` where a stage may do without."""
+    if not model.types & _EXPERT_TYPES:
+        return None
+    settings, layers = model.settings, range(model.num_layers)
+    if isinstance(words := settings.get("mlp_layer_types"), list) and len(words) >= model.num_layers:
+        return frozenset(i for i in layers if words[i] == "sparse")
+    if isinstance(chosen := settings.get("moe_layers_enum"), str):
+        return frozenset(int(i) for i in chosen.split(",") if i.strip().isdecimal()) & frozenset(layers)
+    dense = settings.get("mlp_only_layers") or ()
+    step = model.count("decoder_sparse_step", default=1) or 1
+    first = model.count("first_k_dense_replace", "num_dense_layers", default=1 if "step3p5" in model.types else 0) or 0
+    found = frozenset(i for i in layers if i >= first and i not in dense and (i + 1) % step == 0)
+    return found or None
 
 
 def _gemma_words(model: _Model) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from stagewire.errors import ConfigError
 __all__ = [
     "PATCHES",
     "SUPPORTED",
+    "add",
     "check_version",
     "install_flag_patches",
     "keep_generators_of_discarded_rows",
@@ -84,6 +85,36 @@ PATCHES = (
         "beam search its beams; rows without such a list get what they asked for; only where a stage's layers run",
         "vLLM gathers both kinds row by row",
     ),
+    Patch(
+        "vllm.model_executor.models.gemma4:Gemma4Model.forward",
+        "stages after the first do not look at the per-layer inputs that came in, and so compute without them; only in "
+        "a process that runs a Gemma 4",
+        "vLLM takes them from the intermediate tensors whenever they are there",
+    ),
+    Patch(
+        "vllm.model_executor.models.utils:PPMissingLayer.forward",
+        "some models loop over the layers of all stages; called with hidden states and residual by name, a missing "
+        "layer must return both and returns whatever was named first; only in a stage's process",
+        "models loop over their own layers",
+    ),
+    Patch(
+        "vllm.model_executor.models.utils:PPMissingLayer.tie_weights",
+        "some models tie the output head to the embedding on every stage, also where there is no head; only in a "
+        "stage's process",
+        "models tie on the last stage alone, or a missing layer can be tied",
+    ),
+    Patch(
+        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead.tie_weights",
+        "some models have the embedding on the first stage alone and tie the last stage's head to it all the same: the "
+        "head keeps a tensor of its own there, which is read from the embedding's; only in a stage's process",
+        "models build the embedding on the last stage too when it is tied",
+    ),
+    Patch(
+        "vllm.model_executor.models.transformers.base:Base.pipeline_parallel",
+        "the Transformers backend runs what comes between embedding and first layer (positions, a norm) again on later "
+        "stages; only in a process that runs a model through that backend",
+        "later stages leave it out",
+    ),
 )
 
 # Saying goodbye takes milliseconds. What follows, vLLM's own teardown, spends seconds in the garbage collector, and
@@ -122,6 +153,20 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> No
         setattr(owner, name, type(original)(replacement))
     else:
         setattr(owner, name, replacement)
+
+
+def add(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Gives ``owner`` a method that it lacks, once.
+
+    Raises:
+        ConfigError: there is one already; this vLLM is not the one that the patch was written for.
+    """
+    existing = vars(owner).get(name)
+    if existing is not None and not hasattr(existing, _MARK):
+        raise ConfigError(f"{getattr(owner, '__name__', owner)}.{name} exists in this vLLM: {_expected()}")
+    if existing is None:
+        setattr(function, _MARK, True)
+        setattr(owner, name, function)
 
 
 def let_engine_say_goodbye() -> None:

@@ -18,12 +18,19 @@ import psutil
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 
-__all__ = ["apply_compiler", "apply_kv_budget", "reexec_with_libraries", "release_second_copies", "set_threads"]
+__all__ = [
+    "REEXECUTED_ENV",
+    "apply_compiler",
+    "apply_kv_budget",
+    "reexec_with_libraries",
+    "release_second_copies",
+    "set_threads",
+]
 
 # Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
 KV_SHARE = 0.25
 MAX_KV_BYTES = 8 << 30
-_REEXEC_MARK = "STAGEWIRE_REEXECUTED"
+REEXECUTED_ENV = "STAGEWIRE_REEXECUTED"
 
 
 def shares_host(config: StageConfig) -> bool:
@@ -144,9 +151,9 @@ def reexec_with_libraries() -> None:
     its worker itself. Does nothing when they are loaded, or after one attempt.
     """
     wanted = os.environ.get("LD_PRELOAD", "")
-    if not wanted or os.environ.get(_REEXEC_MARK) or _is_loaded(wanted):
+    if not wanted or os.environ.get(REEXECUTED_ENV) or _is_loaded(wanted):
         return
-    os.environ[_REEXEC_MARK] = "1"
+    os.environ[REEXECUTED_ENV] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -27,12 +27,13 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from stagewire.checkpoint import hub
 from stagewire.checkpoint.index import TensorInfo, read_files, read_index
 from stagewire.checkpoint.manifest import read_manifest
-from stagewire.checkpoint.ownership import layer_of, owns
+from stagewire.checkpoint.ownership import Role, layer_of, owns, role_of
 from stagewire.checkpoint.reader import TensorReader
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
+from stagewire.vllm_plugin.model_patches import heads_without_embedding, load_head
 from stagewire.vllm_plugin.presplit import drop_absent
 from stagewire.vllm_plugin.settings import RingSettings
 
@@ -75,6 +76,7 @@ class RangeLoader(DefaultModelLoader):
         super().__init__(load_config)
         self._stage: StageConfig | None = None
         self._own: _Ownership | None = None
+        self._heads: list[nn.Module] = []
         self._progress: _Progress | None = None
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -82,6 +84,7 @@ class RangeLoader(DefaultModelLoader):
         if read_manifest(Path(model_config.model)) is not None:
             _drop_absent(self._stage, model, model_config)
         self._own = _Ownership(self._stage, model, model_config)
+        self._heads = heads_without_embedding(model)
         self._progress = _Progress(self._stage)
         self.counter_before_loading_weights = time.perf_counter()
         super().load_weights(model, model_config)
@@ -143,8 +146,12 @@ class RangeLoader(DefaultModelLoader):
         self._progress.begin(chosen, index.header_bytes)
         for tensor, buffer in reader:
             self._progress.advance(tensor.num_bytes)
-            yield source.prefix + tensor.name, _as_torch(tensor, buffer, folder)
-            del buffer
+            loaded = _as_torch(tensor, buffer, folder)
+            if self._heads and role_of(tensor.name) is Role.EMBEDDING:
+                for head in self._heads:
+                    load_head(head, loaded)
+            yield source.prefix + tensor.name, loaded
+            del buffer, loaded
 
 
 def _is_tied(model_config: ModelConfig) -> bool:

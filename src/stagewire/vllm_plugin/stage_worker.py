@@ -23,7 +23,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
-from stagewire.vllm_plugin import compat, cpu, pipeline_group, range_loader
+from stagewire.vllm_plugin import compat, cpu, model_patches, pipeline_group, range_loader
 from stagewire.vllm_plugin.call_codec import check_call
 from stagewire.vllm_plugin.step_codec import row_digest
 from stagewire.wire.codec import Frame
@@ -94,7 +94,9 @@ class StageWorker:
         with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
             self._init_device(f"file://{folder}/world")
         range_loader.register()
+        model_patches.install(vllm_config.model_config)
         self._wrapper.load_model()
+        model_patches.check_heads(self.runner.get_model())
         if current_platform.is_cpu():
             cpu.release_second_copies(self.runner.get_model(), vllm_config, is_tail=config.is_tail)
         current_platform.update_block_size_for_backend(vllm_config)
@@ -178,12 +180,17 @@ class StageWorker:
             buffers[spec.name][:num_rows].copy_(incoming)
         return dict(buffers)
 
-    def _send(self, num_rows: int, tensors: dict[str, torch.Tensor]) -> tuple[list[TensorSpec], list[Frame]]:
-        """Unpadded rows as bytes. A tensor in the runner's own buffers is copied: the next step overwrites it."""
+    def _send(self, num_rows: int, tensors: dict[str, torch.Tensor | None]) -> tuple[list[TensorSpec], list[Frame]]:
+        """Unpadded rows as bytes. A tensor in the runner's own buffers is copied: the next step overwrites it.
+
+        A model may declare a tensor and hand on None (MiniCPM's residual): zeros travel, so that what does is fixed.
+        """
+        declared = {each.name: each for each in self.plan}
         persistent = {tensor.untyped_storage().data_ptr() for tensor in self._buffers()}
         specs: list[TensorSpec] = []
         frames: list[Frame] = []
-        for name, tensor in tensors.items():
+        for name, handed_on in tensors.items():
+            tensor = _zeros(declared[name], num_rows) if handed_on is None else handed_on
             rows = tensor[:num_rows].contiguous().cpu()  # [num_rows, ...]
             if rows.untyped_storage().data_ptr() in persistent:
                 rows = rows.clone()
@@ -244,10 +251,16 @@ class StageWorker:
             "rows": 0 if batch is None else batch.num_reqs,
             "num_kv_blocks": self.vllm_config.cache_config.num_gpu_blocks or 0,
             "cpu_s": time.process_time(),
+            "activations": [f"{each.name}: {each.dtype} {list(each.trailing)}" for each in self.plan],
         }
 
     def shutdown(self) -> None:
         self._wrapper.shutdown()
+
+
+def _zeros(plan: TensorPlan, num_rows: int) -> torch.Tensor:
+    """# [num_rows, *plan.trailing]"""
+    return torch.zeros((num_rows, *plan.trailing), dtype=getattr(torch, plan.dtype))
 
 
 _OWN_CALLS: dict[str, Any] = {

@@ -1,0 +1,49 @@
+"""A few architectures of the sweep (tests/sweep) with different peculiarities; the whole sweep runs on demand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.stages import child_environment
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+SWEEP = Path(__file__).parents[1] / "sweep" / "run.py"
+
+# Name -> what travels between its stages.
+ARCHITECTURES = {
+    "CohereForCausalLM": ["hidden_states: float32 [128]", "residual: float32 [128]"],
+    "GPT2LMHeadModel": ["hidden_states: float32 [128]"],
+    "DeepseekV3ForCausalLM": ["hidden_states: float32 [128]", "residual: float32 [128]"],
+    "Gemma4ForCausalLM": ["hidden_states: float32 [128]", "per_layer_inputs: float32 [8, 32]"],
+    "Lfm2ForCausalLM": ["hidden_states: float32 [128]", "residual: float32 [128]"],
+    "GptOssForCausalLM": ["hidden_states: float32 [128]", "residual: float32 [128]"],
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    results = tmp_path_factory.mktemp("sweep") / "results.json"
+    command = [sys.executable, str(SWEEP), "--results", str(results), "--only", *ARCHITECTURES]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=850, check=False)
+    assert results.is_file(), done.stdout + done.stderr
+    rows: dict[str, Any] = json.loads(results.read_text())["rows"]
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_three_stages_give_the_tokens_of_one_process(
+    architecture: str, rows: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    row = rows[architecture]
+    assert row["status"] == "works", row["detail"]
+    assert row["between"] == ARCHITECTURES[architecture]
+    assert row["ties"] == 0, "stock vLLM itself is not stable here"
+    say(f"{architecture}: 2 x 40 tokens equal, {row['distinct']} different ids")
