@@ -52,7 +52,7 @@ def main() -> None:
 
     from stagewire.vllm_plugin import engine_args
     from stagewire.vllm_plugin.range_loader import RangeLoader
-    from stagewire.vllm_plugin.stage_worker import StageWorker
+    from stagewire.vllm_plugin.stage_ranks import StageRanks
     from vllm import AsyncEngineArgs
 
     found: dict[str, float] = {}
@@ -65,7 +65,8 @@ def main() -> None:
         model=model, dtype="auto", enforce_eager=True, max_model_len=512, max_num_batched_tokens=512
     )
     engine_args.apply_external_mode(arguments, config)
-    StageWorker(config, arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER))
+    vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    StageRanks(config, vllm_config, 1 << 20).load()
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -6,6 +6,7 @@
     │   ├── StageLost    a stage that was part of the running pipeline is gone
     │   └── ProtocolError  a peer sent bytes that are not a valid message
     │       └── WireVersionError  they are a message of another wire version
+    ├── RankError        a tensor parallel rank of this stage failed, died or hangs       the rank's own, or 1
     └── InternalError    a bug of ours; also what any other exception counts as           exit code 1
 
 A message says what was expected, what was found, where, and what to try next.
@@ -18,6 +19,7 @@ __all__ = [
     "InternalError",
     "PeerError",
     "ProtocolError",
+    "RankError",
     "StageLost",
     "StagewireError",
     "WireVersionError",
@@ -56,6 +58,17 @@ class ProtocolError(PeerError):
 
 class WireVersionError(ProtocolError):
     """A Stagewire message of another wire version: a stage, but not one to talk with."""
+
+
+class RankError(StagewireError):
+    """A tensor parallel rank of this stage cannot go on, and so the stage cannot.
+
+    ``exit_code``: of the error that the rank itself had; 1 when it died or hangs.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class InternalError(StagewireError):

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
 
@@ -161,7 +162,7 @@ class Ring:
         self.stages.append(process)
         return process
 
-    def __enter__(self) -> Ring:
+    def __enter__(self) -> Self:
         for stage in range(self.num_stages):
             self.start_stage(stage)
         try:

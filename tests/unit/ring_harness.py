@@ -94,6 +94,7 @@ def make_identity(config: StageConfig, incarnation: str = "one", pipeline_id: st
         config.num_stages,
         config.layers.start,
         config.layers.end,
+        1 + config.stage % 2,
         incarnation,
         pipeline_id,
         {**SHARED, **shared},
@@ -188,7 +189,7 @@ class Ring:
         self.settle()
         results: list[CallResult] = []
         for stage in stages[1:]:
-            results.append(CallResult(stage.index, "", ""))
+            results.append(CallResult(stage.index, 0, "", ""))
             stage.node.send(Reply(0, call_id, list(results)), [b"r"] * len(results))
             self.settle()
 
@@ -224,10 +225,12 @@ class Ring:
 
 
 def assert_whole(stages: Sequence[Stage]) -> None:
-    """All open, in one epoch, and the head knows everybody in order."""
+    """All open, in one epoch; the head knows everybody in order, each other stage those before it."""
     assert [stage.phase for stage in stages] == [Phase.OPEN] * len(stages), [stage.node for stage in stages]
     assert len({stage.node.state.epoch for stage in stages}) == 1
-    epoch, identities = stages[0].record.opened[-1]
-    assert epoch == stages[0].node.state.epoch
-    assert identities == tuple(stage.node.state.identity for stage in stages)
+    everybody = tuple(stage.node.state.identity for stage in stages)
+    for stage in stages:
+        epoch, identities = stage.record.opened[-1]
+        assert epoch == stages[0].node.state.epoch
+        assert identities == everybody[: stage.index or None]
     assert not any(stage.record.errors for stage in stages)

@@ -76,6 +76,21 @@ def test_one_gpu_for_each_stage() -> None:
         assign_resources(4, {"CUDA_VISIBLE_DEVICES": "3"}, is_cpu=False)
 
 
+def test_tensor_parallel_stages_get_a_gpu_for_each_rank() -> None:
+    resources = assign_resources(2, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4"}, is_cpu=False, num_ranks=2)
+    assert [r.environ for r in resources] == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    with pytest.raises(ConfigError, match=r"2 stages need 4 GPUs, 2 each .* shows 3 .* --num-stages 1"):
+        assign_resources(2, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, is_cpu=False, num_ranks=2)
+
+
+def test_ranks_of_a_stage_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    resources = assign_resources(2, {}, is_cpu=True, num_ranks=2)
+    assert [(r.cores, r.environ["OMP_NUM_THREADS"]) for r in resources] == [((0, 1, 2, 3), "2"), ((4, 5, 6, 7), "2")]
+    crowded = assign_resources(3, {}, is_cpu=True, num_ranks=3)
+    assert {(r.cores, r.environ["OMP_NUM_THREADS"]) for r in crowded} == {((), "1")}
+
+
 def test_cpu_stages_share_the_cores_that_this_process_may_use() -> None:
     cores = os.sched_getaffinity(0)
     (alone,) = assign_resources(1, {}, is_cpu=True)

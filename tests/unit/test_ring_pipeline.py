@@ -76,7 +76,7 @@ class TestTraffic:
             assert worker.deliveries() == [Call(epoch, 7, "check_health")]
         results: list[CallResult] = []
         for worker in (one, two, tail):
-            results.append(CallResult(worker.index, "", ""))
+            results.append(CallResult(worker.index, 0, "", ""))
             worker.node.send(Reply(0, 7, list(results)), [b"r"] * len(results))
             ring.settle()
         assert two.deliveries() == [Reply(epoch, 7, results[:1])]

@@ -46,7 +46,7 @@ from stagewire.wire.messages import (
 
 GOLDEN = Path(__file__).with_name("golden_frames.json")
 
-_IDENTITY = StageIdentity(1, 4, 8, 16, "0f1e2d3c4b5a6978", "", {"--dtype": "float32", "model": "1a2b"})
+_IDENTITY = StageIdentity(1, 4, 8, 16, 2, "0f1e2d3c4b5a6978", "", {"--dtype": "float32", "model": "1a2b"})
 _TIMING = StageTiming(1, 1_000, 2_000, 3_000, 4_000, 50_000)
 _REPORT = StageReport(1, 8, 16, "serving", 4321, "machine-b", "192.168.1.11:15550", 61_000, 700 << 20, 0, 1831, 3, 1234)
 _SPECS = [TensorSpec("hidden_states", "float32", [3, 8]), TensorSpec("residual", "float32", [3, 8])]
@@ -67,7 +67,7 @@ EXAMPLES: list[tuple[Message, list[bytes]]] = [
     (Fault(2, "stage 2 is lost"), []),
     (Bye("the API server ended"), []),
     (Call(5, 1, "get_kv_cache_spec"), [b"\x90"]),
-    (Reply(5, 1, [CallResult(1, "", ""), CallResult(2, "ValueError", "no")]), [b"\xc0", b""]),
+    (Reply(5, 1, [CallResult(1, 0, "", ""), CallResult(1, 1, "ValueError", "no")]), [b"\xc0", b""]),
     (Step(5, 9, 3, 2**64 - 1, True, _SPECS, [_TIMING]), [b"schedule", b"\0" * 96, b"\1" * 96]),
     (Sample(5, 9), [b"mask"]),
     (Result(5, 9, [_TIMING]), [b"tokens"]),
@@ -163,7 +163,7 @@ class TestMalformed:
             (Result(1, 1, []), []),
             (Step(1, 1, 1, 1, False, [], []), []),
             (Step(1, 1, 1, 1, False, _SPECS, []), [b"", b""]),
-            (Reply(1, 1, [CallResult(1, "", "")]), []),
+            (Reply(1, 1, [CallResult(1, 0, "", "")]), []),
         ],
     )
     def test_a_payload_too_few(self, message: Message, payloads: list[bytes]) -> None:
@@ -214,6 +214,8 @@ class TestMalformed:
             {"num_stages": 1 << 40},
             {"layer_start": -1},
             {"layer_start": 16},
+            {"tensor_parallel": 0},
+            {"tensor_parallel": 65},
             {"layer_end": 2},
         ],
     )

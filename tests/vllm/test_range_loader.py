@@ -98,7 +98,7 @@ def loaded(model: Path, stage: int, load_format: str, **options: Any) -> Iterato
     from vllm.usage.usage_lib import UsageContext
 
     from stagewire.vllm_plugin.engine_args import apply_external_mode
-    from stagewire.vllm_plugin.stage_worker import StageWorker
+    from stagewire.vllm_plugin.stage_ranks import StageRanks
     from vllm import AsyncEngineArgs
 
     config = StageConfig(stage, len(RANGES), LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
@@ -115,7 +115,9 @@ def loaded(model: Path, stage: int, load_format: str, **options: Any) -> Iterato
     if load_format == "auto":
         assert arguments.load_format == "stagewire"
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    worker = StageWorker(config, vllm_config)
+    ranks = StageRanks(config, vllm_config, 1 << 20)
+    ranks.load()
+    worker = ranks.own
     yield worker
     worker.shutdown()
     cleanup_dist_env_and_memory()

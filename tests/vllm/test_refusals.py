@@ -119,7 +119,8 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
     "flags without the mode": (HEAD, {"--pipeline-stage-mode": DROP}, "without --pipeline-stage-mode external"),
     "data parallel": (HEAD, {"--data-parallel-size": "2"}, "--data-parallel-size"),
     "async scheduling": (HEAD, {"--async-scheduling": None}, "--async-scheduling"),
-    "tensor parallel": (WORKER, {"--tensor-parallel-size": "2"}, "--tensor-parallel-size"),
+    "heads that do not divide": (WORKER, {"--tensor-parallel-size": "3"}, "attention heads"),
+    "more ranks than a stage has": (WORKER, {"--tensor-parallel-size": "65"}, "at most 64 ranks"),
     "pipeline parallel": (HEAD, {"--pipeline-parallel-size": "4"}, "--pipeline-parallel-size"),
     "nnodes": (HEAD, {"--nnodes": "2"}, "--nnodes"),
     "headless": (HEAD, {"--headless": None}, "--headless"),
@@ -164,6 +165,14 @@ def test_refused(
 def test_right_settings_start(flags: dict[str, object], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartedError):
         serve(monkeypatch, model, flags)
+
+
+def test_ranks_of_a_stage_share_its_threads(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    with pytest.raises(StartedError) as started:
+        serve(monkeypatch, model, WORKER | {"--tensor-parallel-size": "2"})
+    assert started.value.args[1].parallel_config.tensor_parallel_size == 2
+    assert os.environ["OMP_NUM_THREADS"] == "4", "32 cores, 4 stages on this host, 2 ranks"
 
 
 @pytest.fixture(scope="module")

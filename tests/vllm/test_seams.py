@@ -34,7 +34,7 @@ from stagewire.vllm_plugin import compat, flags, model_patches
 from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
 from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
 from stagewire.vllm_plugin.executor import RingExecutor
-from stagewire.vllm_plugin.pipeline_group import PipelineGroup
+from stagewire.vllm_plugin.pipeline_group import PipelineGroup, RankPlace
 from stagewire.vllm_plugin.scheduler import RingScheduler
 from stagewire.vllm_plugin.settings import KEY, RingSettings
 from stagewire.vllm_plugin.step_codec import (
@@ -973,6 +973,30 @@ def test_groups_are_initialised_with_these_arguments() -> None:
     second = parameters(parallel_state.initialize_model_parallel)
     assert second[:2] == ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
     assert "_PP" in parallel_state.get_pp_group.__code__.co_names
+
+
+def test_ranks_find_each_other_under_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the names of their shared memory, and what the worker itself makes of the store's path later."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    place = RankPlace(0, 2, Path("/tmp/x/stagewire-0f1e"))
+    monkeypatch.setenv("VLLM_DIST_IDENT", place.name)
+    name = _CPUSHMDistributed.make_group_name(SimpleNamespace(unique_name="tp:0", ranks=[0, 1]))
+    assert name.startswith("stagewire-0f1e-tp:0")
+    assert 'os.path.basename(init_method.removeprefix("file://"))' in inspect.getsource(CPUWorker.init_device)
+
+
+def test_devices_of_ranks_are_chosen_as_vllms_worker_does() -> None:
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+
+    for name in ("logical_device_id_to_visible_device_id", "set_device_index"):
+        assert name in inspect.getsource(Worker.init_device)
+    assert callable(current_platform.logical_device_id_to_visible_device_id)
+    assert "set_custom_all_reduce" in inspect.getsource(init_worker_distributed_environment)
+    assert parameters(parallel_state.set_custom_all_reduce) == ["enable"]
 
 
 def test_worker_is_built_with_these_arguments() -> None:

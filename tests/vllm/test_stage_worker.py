@@ -31,7 +31,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
     from stagewire.config import Address, StageConfig
     from stagewire.plan.ranges import LayerRange
     from stagewire.vllm_plugin.engine_args import apply_external_mode
-    from stagewire.vllm_plugin.stage_worker import StageWorker
+    from stagewire.vllm_plugin.stage_ranks import StageRanks
     from vllm import AsyncEngineArgs
 
     model = make_llama(tmp_path_factory.mktemp("llama8"), model_dir, num_layers=8)
@@ -48,7 +48,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
     )
     apply_external_mode(arguments, config)
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    made = StageWorker(config, vllm_config)
+    ranks = StageRanks(config, vllm_config, 1 << 20)
+    ranks.load()
+    made = ranks.own
     specs = made.call("get_kv_cache_spec", ())
     made.call("set_kv_cache_layout", (made.call("get_supported_kv_cache_layouts", ())[0],))
     (kv_config,) = get_kv_cache_configs(vllm_config, [specs], [made.call("determine_available_memory", ())])

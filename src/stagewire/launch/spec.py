@@ -121,20 +121,21 @@ class Resources:
     cores: tuple[int, ...] = ()
 
 
-def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool) -> list[Resources]:
-    """A share of the cores for each stage on CPU, one GPU for each elsewhere.
+def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool, num_ranks: int = 1) -> list[Resources]:
+    """A share of the cores for each stage on CPU, a GPU for each of its tensor parallel ranks elsewhere.
 
     Raises:
-        ConfigError: fewer GPUs than stages.
+        ConfigError: fewer GPUs than ranks of all stages.
     """
     if not is_cpu:
-        return [Resources({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in _take_gpus(num_stages, environ)]
+        gpus = _take_gpus(num_stages, num_ranks, environ)
+        return [Resources({"CUDA_VISIBLE_DEVICES": ",".join(own)}) for own in gpus]
     preload = preload_libraries(environ.get("LD_PRELOAD", ""))
-    shares = assign_cores(sorted(os.sched_getaffinity(0)), num_stages)
+    shares = assign_cores(sorted(os.sched_getaffinity(0)), num_stages, num_ranks)
     return [
         Resources(
             {
-                "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(len(cores) or 1),
+                "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, len(cores) // num_ranks)),
                 # The whole process is pinned, if at all; vLLM would pin only its worker, to cores of its own choice.
                 "VLLM_CPU_OMP_THREADS_BIND": environ.get("VLLM_CPU_OMP_THREADS_BIND") or "nobind",
                 **({"LD_PRELOAD": preload} if preload else {}),
@@ -145,14 +146,17 @@ def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool) 
     ]
 
 
-def _take_gpus(num_stages: int, environ: Mapping[str, str]) -> list[str]:
+def _take_gpus(num_stages: int, num_ranks: int, environ: Mapping[str, str]) -> list[list[str]]:
     gpus = visible_gpus(environ)
-    if len(gpus) < num_stages:
+    wanted = num_stages * num_ranks
+    if len(gpus) < wanted:
+        each = "one each" if num_ranks == 1 else f"{num_ranks} each (--tensor-parallel-size)"
         raise ConfigError(
-            f"{num_stages} stages need {num_stages} GPUs, one each; this machine shows {len(gpus)}"
-            f" ({', '.join(gpus) or 'none'}): use --num-stages {max(1, len(gpus))}, or check CUDA_VISIBLE_DEVICES"
+            f"{num_stages} stages need {wanted} GPUs, {each}; this machine shows {len(gpus)}"
+            f" ({', '.join(gpus) or 'none'}): use --num-stages {max(1, len(gpus) // num_ranks)}, or check "
+            "CUDA_VISIBLE_DEVICES"
         )
-    return gpus[:num_stages]
+    return [gpus[stage * num_ranks : (stage + 1) * num_ranks] for stage in range(num_stages)]
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:

@@ -147,7 +147,7 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
     is_cpu = is_cpu_build()
-    resources = assign_resources(len(specs), environ, is_cpu)
+    resources = assign_resources(len(specs), environ, is_cpu, _num_ranks(extra))
     if args.start_timeout != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
         extra = [*extra, "--pipeline-start-timeout", f"{args.start_timeout:g}"]
     command = VllmCommand(find_vllm(), [str(folder) for folder in folders], args.host, args.port, tuple(extra))
@@ -213,6 +213,12 @@ def _check_extra(extra: Sequence[str]) -> None:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag in _OWN_FLAGS:
             raise ConfigError(f"{flag} after `--`: `stagewire up` sets it for each stage; see `stagewire up --help`")
+
+
+def _num_ranks(extra: Sequence[str]) -> int:
+    """Tensor parallel ranks of each stage; what is no number is refused by vLLM, in its own words."""
+    text = option_value(extra, "--tensor-parallel-size") or option_value(extra, "-tp") or "1"
+    return int(text) if text.isdecimal() and int(text) else 1
 
 
 def _make_log_dir(path: Path, num_stages: int) -> Path:

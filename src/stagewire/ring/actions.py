@@ -85,7 +85,7 @@ class Deliver:
 
 @dataclass(frozen=True)
 class SetOpen:
-    """The ring is whole. ``identities`` is every stage's, in order, at the head; empty elsewhere."""
+    """The ring is whole. ``identities``, in order: every stage's at the head, those of earlier stages elsewhere."""
 
     epoch: int
     identities: tuple[StageIdentity, ...]

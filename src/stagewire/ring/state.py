@@ -497,7 +497,7 @@ class RingState:
             return [SetOpen(epoch, self._roll)]
         self.epoch = epoch
         self.phase = Phase.OPEN
-        return [*self._successor.send(Open(epoch)), SetOpen(epoch, ())]
+        return [*self._successor.send(Open(epoch)), SetOpen(epoch, self._roll)]
 
     def _unopen(self, now: float) -> None:
         """Back to linking from OPENING or OPEN: the ring is not whole, and nothing has run."""

@@ -53,11 +53,13 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
     )
     if is_chosen:
         return
-    engine_args.kv_cache_memory_bytes = _kv_budget(config.num_stages)
+    num_ranks = engine_args.tensor_parallel_size
+    engine_args.kv_cache_memory_bytes = _kv_budget(config.num_stages * num_ranks)
     init_logger("vllm.stagewire").info_once(
-        "Stage %d: KV cache of %.2f GB (%.0f %% of free memory over %d stages; --kv-cache-memory-bytes changes it)",
+        "Stage %d: KV cache of %.2f GB%s (%.0f %% of free memory over %d stages; --kv-cache-memory-bytes changes it)",
         config.stage,
         engine_args.kv_cache_memory_bytes / 1e9,
+        f" on each of {num_ranks} ranks" if num_ranks > 1 else "",
         KV_SHARE * 100,
         config.num_stages,
     )
@@ -92,22 +94,26 @@ def _has_compiler() -> bool:
 
 
 @functools.cache
-def _kv_budget(num_stages: int) -> int:
-    """Bytes; one answer per process, because a head resolves its arguments twice."""
-    return min(int(psutil.virtual_memory().available * KV_SHARE / num_stages), MAX_KV_BYTES)
+def _kv_budget(num_workers: int) -> int:
+    """Bytes of one worker, as if all stages had as many; one answer per process, because a head resolves its arguments
+    twice.
+    """
+    return min(int(psutil.virtual_memory().available * KV_SHARE / num_workers), MAX_KV_BYTES)
 
 
-def set_threads(config: StageConfig) -> None:
-    """OpenMP threads for a stage that a person started: its share of the cores when the predecessor is on this host.
+def set_threads(config: StageConfig, num_ranks: int) -> None:
+    """OpenMP threads for a stage that a person started: its share of the cores when the predecessor is on this host,
+    divided among its tensor parallel ranks.
 
-    The variable reaches the head's EngineCore, which is spawned; in this process OpenMP has read it already.
+    The variable reaches the head's EngineCore and followers, which are spawned; in this process OpenMP has read it.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    threads = max(1, cores // config.num_stages) if shares_host(config) else cores
+    own = cores // config.num_stages if shares_host(config) else cores
+    threads = max(1, own // num_ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
 

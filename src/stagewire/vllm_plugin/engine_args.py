@@ -13,6 +13,7 @@ from typing import Any
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.vllm_plugin.settings import KEY, RingSettings
+from stagewire.wire.messages import MAX_RANKS
 
 __all__ = ["apply_external_mode", "set_process_environment"]
 
@@ -37,7 +38,6 @@ REFUSED: dict[str, str] = {
     "scheduler_cls": "external mode brings its own scheduler class",
     "worker_cls": "external mode drives vLLM's own worker",
     "worker_extension_cls": "calls outside the closed list never travel",
-    "tensor_parallel_size": "a stage is one device so far: tensor parallel stages are not built yet; use more stages",
     "nnodes": _BY_RING,
     "node_rank": _BY_RING,
     "data_parallel_size": _ONE_ENGINE,
@@ -136,6 +136,11 @@ def _refuse(engine_args: Any) -> None:
         # The command line leaves some booleans None where the dataclass has False.
         if value is not None and value is not False and value != defaults[name]:
             raise ConfigError(f"{_flag(name)} cannot be combined with --pipeline-stage-mode external: {reason}")
+    if engine_args.tensor_parallel_size > MAX_RANKS:
+        raise ConfigError(
+            f"--tensor-parallel-size {engine_args.tensor_parallel_size}: a stage has at most {MAX_RANKS} ranks, all on "
+            "one machine; use more stages"
+        )
     if engine_args.async_scheduling:
         raise ConfigError(
             "--async-scheduling cannot be combined with --pipeline-stage-mode external: "

@@ -1,4 +1,4 @@
-"""The head's executor: to EngineCore it is one executor with a worker per stage.
+"""The head's executor: to EngineCore it is one executor with the workers of all stages, one for each of their ranks.
 
 It runs the head's own layers in the EngineCore process and the rest over the ring. EngineCore's thread is the only
 one that touches the model; results are taken from the ring's inbox by whichever future that thread waits for, in the
@@ -18,13 +18,13 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
-from stagewire.errors import ConfigError, InternalError, PeerError
+from stagewire.errors import ConfigError, InternalError, PeerError, StagewireError
 from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
 from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
-from stagewire.vllm_plugin.process import RingProcess
+from stagewire.vllm_plugin.process import RingProcess, max_frame_bytes
 from stagewire.vllm_plugin.settings import RingSettings
-from stagewire.vllm_plugin.stage_worker import StageWorker
+from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
 from stagewire.vllm_plugin.step_codec import (
     decode_output,
     encode_grammar,
@@ -80,14 +80,15 @@ class RingExecutor(Executor):
         self._next_call = 0
         self._current: tuple[int, SchedulerOutput] | None = None  # the step whose sample_tokens is due
         self._step_log = StepLog.from_environment()
-        self._process = RingProcess(self._stage, self.vllm_config, self._status)
+        self._ranks = StageRanks(self._stage, self.vllm_config, max_frame_bytes(self.vllm_config))
+        self._process = RingProcess(self._stage, self.vllm_config, self._ranks, self._status)
         self._process.start()
         try:
-            self._worker = StageWorker(self._stage, self.vllm_config)
+            self._ranks.load()
         except Exception as error:
             self._process.fail_from(error)
             raise
-        self._process.mark_loaded(lambda: len(self._worker.runner.requests))
+        self._process.mark_loaded(lambda: len(self._ranks.own.runner.requests))
         self._process.ring.wait_open(self._stage.start_timeout_s)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ class RingExecutor(Executor):
         schedule_bytes = encode_schedule(scheduler_output)
         started_ns = time.monotonic_ns()
         try:
-            activations = self._worker.execute(scheduler_output, 0, (), ())
+            activations = self._ranks.execute(scheduler_output, schedule_bytes, 0, (), ())
         except Exception as error:
             self._process.fail_from(error)
             raise
@@ -220,37 +221,38 @@ class RingExecutor(Executor):
         self._next_call += 1
         check_call(method, args)  # before any stage runs its part
         self._replies[call_id] = None
-        self._process.ring.send(Call(0, call_id, method), [encode_value(args)])
-        own, own_error = None, None
+        args_bytes = encode_value(args)
+        self._process.ring.send(Call(0, call_id, method), [args_bytes])
         try:
-            own = self._worker.call(method, args)
-        except Exception as error:  # noqa: BLE001  the other stages' replies still have to be taken in
-            own_error = error
-        limit = timeout or self._deadline_of(method)
-        ends_at = time.monotonic() + limit
+            results, payloads = self._ranks.call(method, args_bytes, 0)
+        except StagewireError as error:
+            self._process.fail_from(error)
+            raise
+        ends_at = time.monotonic() + (timeout or call_limit_s(self._stage, method))
         while self._replies[call_id] is None:
             self._receive(ends_at - time.monotonic(), f"the call {method}")
         reply = self._replies.pop(call_id)
-        payloads = self._reply_payloads.pop(call_id)
         assert reply is not None
-        if own_error is not None:
-            raise RuntimeError(f"{method} failed on stage 0: {type(own_error).__name__}: {own_error}") from own_error
-        return [own, *self._values(method, reply.results, payloads)]
-
-    def _deadline_of(self, method: str) -> float:
-        """Compiling may take many minutes on a first start; nothing waits longer than an hour for it."""
-        return max(self._stage.start_timeout_s, 3600.0) if CALLS[method].is_slow else self._stage.step_timeout_s
+        results += reply.results
+        payloads += self._reply_payloads.pop(call_id)
+        return self._values(method, results, payloads)
 
     def _values(self, method: str, results: list[CallResult], payloads: list[Any]) -> list[Any]:
-        if [result.stage for result in results] != list(range(1, self._stage.num_stages)):
-            raise PeerError(f"{method}: results of stages {[result.stage for result in results]}")
+        """One for each worker, in the order of stages and their ranks."""
+        workers = [
+            (stage.stage, rank) for stage in self._process.ring.identities for rank in range(stage.tensor_parallel)
+        ]
+        found = [(result.stage, result.rank) for result in results]
+        if found != workers:
+            raise PeerError(f"{method}: results of (stage, rank) {found}, expected {workers}")
         values = []
         for result, payload in zip(results, payloads, strict=True):
+            where = f"stage {result.stage}" + (f", tensor parallel rank {result.rank}" if result.rank else "")
             if result.error_type:
-                raise RuntimeError(f"{method} failed on stage {result.stage}: {result.error_type}: {result.error_text}")
+                raise RuntimeError(f"{method} failed on {where}: {result.error_type}: {result.error_text}")
             value = decode_value(payload)
             if not CALLS[method].result(value):
-                raise PeerError(f"{method}: stage {result.stage} returned a {type(value).__name__}")
+                raise PeerError(f"{method}: {where} returned a {type(value).__name__}")
             values.append(value)
         return values
 
@@ -277,7 +279,7 @@ class RingExecutor(Executor):
 
     @property
     def supported_tasks(self) -> tuple[Any, ...]:
-        return self._worker.supported_tasks()
+        return self._ranks.own.supported_tasks()
 
     # ---- end -------------------------------------------------------------------------------------------------------
 
@@ -287,7 +289,7 @@ class RingExecutor(Executor):
 
     def shutdown(self) -> None:
         self._process.stop("stage 0 is stopping")
-        self._worker.shutdown()
+        self._ranks.shutdown()
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:

@@ -33,6 +33,7 @@ def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
         num_stages=config.num_stages,
         layer_start=config.layers.start,
         layer_end=config.layers.end,
+        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         incarnation=new_incarnation(),
         pipeline_id=config.pipeline_id or "",
         shared={name: str(value) for name, value in _shared(config, vllm_config).items()},
@@ -64,7 +65,6 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
         "--use-fp64-gumbel": model.use_fp64_gumbel,
         "--disable-sliding-window": model.disable_sliding_window,
         "--reasoning-config": vllm_config.reasoning_config,
-        "--tensor-parallel-size": vllm_config.parallel_config.tensor_parallel_size,
     }
 
 

@@ -141,7 +141,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     if current_platform.is_cpu():
         from stagewire.vllm_plugin import cpu
 
-        cpu.set_threads(config)
+        cpu.set_threads(config, vllm_config.parallel_config.tensor_parallel_size)
         if not config.is_head:
             cpu.reexec_with_libraries()
     else:

@@ -7,15 +7,38 @@ that it sends. It must not know how tensors travel.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from stagewire.config import StageConfig
 from stagewire.errors import InternalError
 
-__all__ = ["PipelineGroup", "install"]
+__all__ = ["PipelineGroup", "RankPlace", "install"]
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """One tensor parallel rank of a stage.
+
+    ``store``: the file through which the ranks of this one stage find each other. Its name is in the names of their
+    shared memory, so it is unique on the machine.
+    """
+
+    rank: int
+    size: int
+    store: Path
+
+    @property
+    def name(self) -> str:
+        return self.store.name
 
 
 class _Done:
@@ -92,19 +115,46 @@ class PipelineGroup:
         raise AttributeError(f"{type(self).__name__} has no {name!r}: vLLM asks the pipeline group for something new")
 
 
-def install(stage: int, num_stages: int, init_method: str) -> PipelineGroup:
-    """Initialises this process's torch.distributed world of one and places the stand-in in it.
+def install(config: StageConfig, place: RankPlace) -> PipelineGroup:
+    """Initialises torch.distributed for the ranks of one stage and places the stand-in in it.
 
     Must run within ``set_current_vllm_config`` and before the worker's ``init_device``, which then finds everything
-    initialised. ``init_method``: vLLM's distributed init method, a file store.
+    initialised. With several ranks it returns when all of them have called it.
     """
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
 
-    parallel_state.init_distributed_environment(1, 0, init_method, 0, current_platform.dist_backend)
-    parallel_state.initialize_model_parallel(1, 1)
+    # The world is one stage on one host: what its ranks say to each other has no business on a network.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["VLLM_DIST_IDENT"] = place.name
+    if not current_platform.is_cpu():
+        _choose_device(place)
+    init_method = f"file://{place.store}"
+    parallel_state.init_distributed_environment(
+        place.size, place.rank, init_method, place.rank, current_platform.dist_backend
+    )
+    parallel_state.initialize_model_parallel(place.size, 1)
+    _unlink_shared_memory(place.name)
     if parallel_state._PP is not None:
         parallel_state._PP.destroy()
-    group = PipelineGroup(stage, num_stages)
+    group = PipelineGroup(config.stage, config.num_stages)
     parallel_state._PP = group
     return group
+
+
+def _choose_device(place: RankPlace) -> None:
+    """What vLLM's worker does before it makes groups, which here are made before it."""
+    from vllm.config import get_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+
+    index = current_platform.logical_device_id_to_visible_device_id(place.rank)
+    torch.accelerator.set_device_index(torch.device(f"{current_platform.device_type}:{index}"))
+    parallel_state.set_custom_all_reduce(not get_current_vllm_config().parallel_config.disable_custom_all_reduce)
+
+
+def _unlink_shared_memory(name: str) -> None:
+    """vLLM's CPU communicator leaves its segments behind when a rank is killed; all ranks have mapped them by now."""
+    for segment in SHARED_MEMORY.glob(f"{name}-*"):
+        with suppress(FileNotFoundError):  # another rank was first
+            segment.unlink()

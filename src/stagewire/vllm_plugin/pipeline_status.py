@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,13 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(RingNews | StageNews)
 
 
-def resident_bytes() -> int:
-    """Of this process, as the kernel counts it."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(pids: Iterable[int] = ()) -> int:
+    """Of this process and of ``pids``, as the kernel counts it; one that is gone has none."""
+    num_pages = 0
+    for name in ("self", *map(str, pids)):
+        with contextlib.suppress(OSError):
+            num_pages += int(Path(f"/proc/{name}/statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class NewsSender:

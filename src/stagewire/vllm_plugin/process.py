@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import InternalError, StageLost, StagewireError
+from stagewire.errors import InternalError, RankError, StageLost, StagewireError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Observer
@@ -28,6 +28,7 @@ from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.zmq_link import ZmqTransport, local_host_towards
 from stagewire.vllm_plugin.fingerprint import make_identity
 from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident_bytes
+from stagewire.vllm_plugin.stage_ranks import StageRanks
 from stagewire.wire.messages import StageIdentity, StageReport, StageState
 
 __all__ = ["LAUNCHER_PID_ENV", "RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
@@ -72,11 +73,13 @@ class RingProcess(Observer):
     Args:
         config: the stage's place.
         vllm_config: resolved.
+        ranks: the stage's; watched, and ended with the ring.
         status: who listens to this stage.
     """
 
-    def __init__(self, config: StageConfig, vllm_config: Any, status: StatusSender) -> None:
+    def __init__(self, config: StageConfig, vllm_config: Any, ranks: StageRanks, status: StatusSender) -> None:
         self._config = config
+        self._ranks = ranks
         self._status = status
         self._exit_code: int | None = None
         self._started_at = time.monotonic()
@@ -132,6 +135,9 @@ class RingProcess(Observer):
     def _watch(self) -> str | None:
         if self._news is not None and self._news.is_due():
             self._tell(self._news)
+        problem = self._ranks.problem()
+        if problem is not None:
+            self.ring.node.request_fail(problem)
         return self._reason_to_end()
 
     def _reason_to_end(self) -> str | None:
@@ -170,7 +176,7 @@ class RingProcess(Observer):
             host=socket.gethostname()[:64],
             address=self._address,
             age_ms=int((time.monotonic() - self._started_at) * 1000),
-            rss_bytes=resident_bytes(),
+            rss_bytes=resident_bytes(self._ranks.followers.pids),
             device_bytes=torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
             kv_blocks=self._kv_blocks,
             cached_requests=self._count_requests(),
@@ -192,7 +198,7 @@ class RingProcess(Observer):
         logger.info("Stage %d: listening on %s%s", self._config.stage, host_port, how)
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
-        if identities:
+        if self._config.is_head:
             ranges = ", ".join(f"{i.stage}: {i.layer_start}-{i.layer_end}" for i in identities)
             logger.info("Stage 0: the ring is whole (%s)", ranges)
         if self._news is not None:
@@ -203,7 +209,11 @@ class RingProcess(Observer):
         logger.error(report(self._config.stage, error))
         if self._news is not None:
             self._tell(self._news, error)
-        text = f"stage {self._config.stage} failed: {error}" if isinstance(error, InternalError) else str(error)
+        text = (
+            f"stage {self._config.stage} failed: {error}"
+            if isinstance(error, (InternalError, RankError))
+            else str(error)
+        )
         self._status.send(Phase.FAILED, text, error.exit_code)
         self._exit_code = error.exit_code
 
@@ -215,6 +225,7 @@ class RingProcess(Observer):
 
     def on_ended(self) -> None:
         """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""
+        self._ranks.kill()
         if self._exit_code is None or (self._config.is_head and not self._is_child):
             return
         with contextlib.suppress(OSError, ValueError):

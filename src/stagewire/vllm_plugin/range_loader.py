@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -206,10 +207,11 @@ class _Ownership:
 
 
 class _Progress:
-    """Says how far loading is, to whoever started this stage, and at the end what was read."""
+    """Says how far loading is, to whoever started this stage, and at the end what was read. Only rank 0 speaks."""
 
     def __init__(self, stage: StageConfig) -> None:
         self._stage = stage
+        self._is_speaker = get_tensor_model_parallel_rank() == 0
         self._status = StatusSender(stage.stage)
         self._began_at = time.perf_counter()
         self._said_at = 0.0
@@ -219,6 +221,8 @@ class _Progress:
         self._done_bytes = 0
 
     def say(self, text: str) -> None:
+        if not self._is_speaker:
+            return
         sys.stdout.write(f"Stage {self._stage.stage}: {text}\n")
         sys.stdout.flush()
 
@@ -230,7 +234,7 @@ class _Progress:
     def advance(self, num_bytes: int) -> None:
         self._done_bytes += num_bytes
         now = time.perf_counter()
-        if now - self._said_at >= NEWS_INTERVAL_S:
+        if self._is_speaker and now - self._said_at >= NEWS_INTERVAL_S:
             self._said_at = now
             text = f"{self._stage.layers.describe()}: {self._done_bytes / 1e9:.2f} of {self._own_bytes / 1e9:.2f} GB"
             self._status.advance(Phase.LOADING, text, self._done_bytes / self._own_bytes)

@@ -14,10 +14,9 @@ from stagewire.config import StageConfig
 from stagewire.errors import PeerError
 from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Delivery
-from stagewire.vllm_plugin.call_codec import decode_value, encode_value
-from stagewire.vllm_plugin.process import RingProcess
-from stagewire.vllm_plugin.stage_worker import StageWorker
-from stagewire.vllm_plugin.step_codec import decode_grammar, decode_schedule, encode_output
+from stagewire.vllm_plugin.process import RingProcess, max_frame_bytes
+from stagewire.vllm_plugin.stage_ranks import StageRanks
+from stagewire.vllm_plugin.step_codec import decode_schedule, encode_output
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, StageTiming, Step
 
@@ -26,26 +25,27 @@ __all__ = ["serve_stage"]
 
 def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> None:
     """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
-    process = RingProcess(config, vllm_config, status)
+    ranks = StageRanks(config, vllm_config, max_frame_bytes(vllm_config))
+    process = RingProcess(config, vllm_config, ranks, status)
     signal.signal(signal.SIGTERM, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was told to stop"))
     signal.signal(signal.SIGINT, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was interrupted"))
     process.start()
     try:
-        worker = StageWorker(config, vllm_config)
-        process.mark_loaded(lambda: len(worker.runner.requests))
-        _StageHost(process, worker).run()
+        ranks.load()
+        process.mark_loaded(lambda: len(ranks.own.runner.requests))
+        _StageHost(process, ranks).run()
     except Exception as error:
         process.fail_from(error)
         raise
 
 
 class _StageHost:
-    def __init__(self, process: RingProcess, worker: StageWorker) -> None:
+    def __init__(self, process: RingProcess, ranks: StageRanks) -> None:
         self._process = process
         self._ring = process.ring
-        self._worker = worker
-        self._config = worker.config
-        self._call_results: dict[int, tuple[CallResult, bytes]] = {}
+        self._ranks = ranks
+        self._config = ranks.config
+        self._call_results: dict[int, tuple[list[CallResult], list[Frame]]] = {}
         self._unsampled: tuple[Step, StageTiming] | None = None
 
     def run(self) -> None:
@@ -55,7 +55,7 @@ class _StageHost:
             except queue.Empty:
                 continue  # idle; a dead predecessor is the ring's business
             if delivery is None:
-                self._worker.shutdown()
+                self._ranks.shutdown()
                 return
             self._handle(delivery)
 
@@ -80,7 +80,7 @@ class _StageHost:
         if schedule.total_num_scheduled_tokens != step.num_tokens:
             raise PeerError(f"step {step.step}: {step.num_tokens} tokens in the header, another number in the schedule")
         started_ns = time.monotonic_ns()
-        activations = self._worker.execute(schedule, step.digest, step.tensors, frames)
+        activations = self._ranks.execute(schedule, schedule_bytes, step.digest, step.tensors, frames)
         self._process.last_step = step.step
         timing = StageTiming(
             self._config.stage, delivery.received_ns, started_ns, time.monotonic_ns(), 0, self._ring.hop_ns
@@ -106,7 +106,7 @@ class _StageHost:
         self._answer(step, timing, payloads[0] if payloads else None)
 
     def _answer(self, step: Step, timing: StageTiming, grammar: Frame | None) -> None:
-        output = self._worker.sample(None if grammar is None else decode_grammar(grammar))
+        output = self._ranks.sample(grammar)
         finished = StageTiming(
             timing.stage, timing.received_ns, timing.started_ns, time.monotonic_ns(), 0, timing.hop_ns
         )
@@ -117,26 +117,24 @@ class _StageHost:
 
     def _run_call(self, call: Call, args_bytes: Frame) -> None:
         """The ring's thread has passed the call on already; a failure is a result, not the end of the stage."""
-        result, payload = CallResult(self._config.stage, "", ""), encode_value(None)
-        try:
-            payload = encode_value(self._worker.call(call.method, decode_value(args_bytes)))
-        except Exception as error:  # noqa: BLE001  whatever it is, the head must hear of it
-            result = CallResult(self._config.stage, type(error).__name__, str(error))
-        if call.method == "initialize_from_config" and not result.error_type:
-            self._process.report_kv_cache(self._worker.vllm_config.cache_config.num_gpu_blocks or 0)
-        if call.method == "compile_or_warm_up_model" and not result.error_type:
+        first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)
+        results, payloads = self._ranks.call(call.method, args_bytes, first_rank)
+        has_failed = any(result.error_type for result in results)
+        if call.method == "initialize_from_config" and not has_failed:
+            self._process.report_kv_cache(self._ranks.vllm_config.cache_config.num_gpu_blocks or 0)
+        if call.method == "compile_or_warm_up_model" and not has_failed:
             self._process.mark_ready()
         if self._config.stage == 1:
-            self._ring.send(Reply(0, call.call_id, [result]), [payload])
+            self._ring.send(Reply(0, call.call_id, results), payloads)
         else:
-            self._call_results[call.call_id] = (result, payload)
+            self._call_results[call.call_id] = (results, payloads)
 
     def _pass_reply(self, reply: Reply, payloads: list[Frame]) -> None:
         own = self._call_results.pop(reply.call_id, None)
         if own is None:
             raise PeerError(f"a reply to call {reply.call_id}, which this stage has not run")
-        result, payload = own
-        self._ring.send(Reply(0, reply.call_id, [*reply.results, result]), [*payloads, payload])
+        own_results, own_payloads = own
+        self._ring.send(Reply(0, reply.call_id, [*reply.results, *own_results]), [*payloads, *own_payloads])
 
 
 def _sent(timing: StageTiming) -> StageTiming:

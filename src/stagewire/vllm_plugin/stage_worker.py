@@ -1,13 +1,13 @@
-"""One stage's model: vLLM's own worker, its layers, and what goes in and out of a step.
+"""One rank of a stage's model: vLLM's own worker, its layers, and what goes in and out of a step.
 
-The same class serves the head (inside EngineCore) and the other stages (vllm_plugin/stage_host.py). It knows torch and
-vLLM's worker and no socket.
+The same class serves the head (inside EngineCore), the other stages (vllm_plugin/stage_host.py) and the followers of a
+tensor parallel stage (vllm_plugin/follower.py). It knows torch and vLLM's worker and no socket.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +24,16 @@ from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
 from stagewire.vllm_plugin import compat, cpu, model_patches, pipeline_group, range_loader
-from stagewire.vllm_plugin.call_codec import check_call
+from stagewire.vllm_plugin.call_codec import check_call, decode_value, encode_value
+from stagewire.vllm_plugin.pipeline_group import RankPlace
 from stagewire.vllm_plugin.step_codec import row_digest
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import TensorSpec
 from stagewire.wire.tensors import TensorPlan, check_tensors
 
-__all__ = ["Activations", "StageWorker", "check_model"]
+__all__ = ["Activations", "StageWorker", "check_model", "run_call"]
+
+logger = logging.getLogger("vllm.stagewire")
 
 
 @dataclass(frozen=True)
@@ -73,26 +76,27 @@ class StageWorker:
     Args:
         config: this stage's place.
         vllm_config: resolved, in external mode (engine_args.py).
+        place: which of the stage's tensor parallel ranks.
 
     Raises:
         ConfigError: the model cannot be cut here.
     """
 
-    def __init__(self, config: StageConfig, vllm_config: VllmConfig) -> None:
+    def __init__(self, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
         check_model(config, vllm_config)
         if vllm_config.use_v2_model_runner:
             raise ConfigError("external mode needs the V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
         self.config = config
         self.vllm_config = vllm_config
+        self.place = place
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         counts = partition_counts(config.stage, config.num_stages, config.layers, num_layers)
         # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
         os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
         compat.keep_generators_of_discarded_rows()
         compat.keep_logprobs_of_neighbours()
-        self._wrapper = WorkerWrapperBase(rpc_rank=0, global_rank=config.stage)
-        with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
-            self._init_device(f"file://{folder}/world")
+        self._wrapper = WorkerWrapperBase(rpc_rank=0)
+        self._init_device()
         range_loader.register()
         model_patches.install(vllm_config.model_config)
         self._wrapper.load_model()
@@ -103,20 +107,22 @@ class StageWorker:
         self.plan = self._plan_tensors()
 
     def __repr__(self) -> str:
-        return f"StageWorker(stage={self.config.stage}, layers={self.config.layers})"
+        rank = f", rank={self.place.rank}/{self.place.size}" if self.place.size > 1 else ""
+        return f"StageWorker(stage={self.config.stage}{rank}, layers={self.config.layers})"
 
-    def _init_device(self, init_method: str) -> None:
-        """A torch.distributed world of one, our group in it, then the worker's own initialisation."""
+    def _init_device(self) -> None:
+        """A torch.distributed world of this stage's ranks, our group in it, then the worker's own initialisation."""
         arguments = {
             "vllm_config": self.vllm_config,
-            "local_rank": 0,
-            "rank": self.config.stage,
-            "distributed_init_method": init_method,
-            "is_driver_worker": self.config.is_tail,
+            "local_rank": self.place.rank,
+            # As if all stages had as many ranks: vLLM divides by its own size to find the stage's layers.
+            "rank": self.config.stage * self.place.size + self.place.rank,
+            "distributed_init_method": f"file://{self.place.store}",
+            "is_driver_worker": self.config.is_tail and self.place.rank == 0,
         }
         self._wrapper.init_worker(all_kwargs=[arguments])
         with set_current_vllm_config(self.vllm_config):
-            self.group = pipeline_group.install(self.config.stage, self.config.num_stages, init_method)
+            self.group = pipeline_group.install(self.config, self.place)
         self._wrapper.init_device()
 
     @property
@@ -136,7 +142,8 @@ class StageWorker:
             specs, frames: the incoming tensors; empty on the head and for a schedule without tokens.
 
         Returns:
-            What goes to the next stage; None on the tail (call `sample`) and for a schedule without tokens.
+            What goes to the next stage; None on the tail (call `sample`), for a schedule without tokens, and on other
+            ranks than 0: the activations are complete on each, and one copy travels.
 
         Raises:
             PeerError: the tensors do not fit the plan, or this stage's rows differ from the head's.
@@ -150,9 +157,10 @@ class StageWorker:
         if not num_tokens or self.config.is_tail:
             return None
         outgoing = self.group.take_outgoing()
+        if self.place.rank:
+            return None
         specs_out, frames_out = self._send(num_tokens, outgoing)
-        own_digest = self._digest(schedule) if self.config.is_head else digest
-        return Activations(specs_out, frames_out, own_digest)
+        return Activations(specs_out, frames_out, self.digest(schedule) if self.config.is_head else digest)
 
     def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         """On the tail, after `execute`: the sampled tokens and what else the requests asked for."""
@@ -161,11 +169,14 @@ class StageWorker:
             raise InternalError(f"the worker returned {type(output).__name__}: async scheduling must be off")
         return output
 
-    def _digest(self, schedule: SchedulerOutput) -> int:
+    def digest(self, schedule: SchedulerOutput) -> int:
+        """Of this rank's rows, after `execute`; 0 for a schedule without tokens."""
+        if not schedule.total_num_scheduled_tokens:
+            return 0
         return row_digest(self.runner.input_batch.req_ids, schedule.num_scheduled_tokens)
 
     def _check_rows(self, schedule: SchedulerOutput, digest: int) -> None:
-        if self._digest(schedule) != digest:
+        if self.digest(schedule) != digest:
             raise PeerError(
                 f"stage {self.config.stage} orders {len(schedule.num_scheduled_tokens)} rows otherwise than stage 0: "
                 "its answer would be wrong, so the step is failed"
@@ -223,13 +234,18 @@ class StageWorker:
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Runs one call of the closed list on this stage's worker.
+    def call(self, method: str, args: tuple[Any, ...], first_rank: int = 0) -> Any:
+        """Runs one call of the closed list on this worker.
+
+        Args:
+            method, args: of call_codec.CALLS.
+            first_rank: how many workers the earlier stages have; vLLM picks this one's KV cache config by it.
 
         Raises:
             ConfigError: not on the list, or arguments of another type.
         """
         check_call(method, args)
+        self._wrapper.global_rank = first_rank + self.place.rank
         own = _OWN_CALLS.get(method)
         return own(self, *args) if own else getattr(self._wrapper, method)(*args)
 
@@ -247,6 +263,7 @@ class StageWorker:
         batch = getattr(self.runner, "input_batch", None)
         return {
             "stage": self.config.stage,
+            "rank": self.place.rank,
             "cached_requests": len(self.runner.requests),
             "rows": 0 if batch is None else batch.num_reqs,
             "num_kv_blocks": self.vllm_config.cache_config.num_gpu_blocks or 0,
@@ -261,6 +278,15 @@ class StageWorker:
 def _zeros(plan: TensorPlan, num_rows: int) -> torch.Tensor:
     """# [num_rows, *plan.trailing]"""
     return torch.zeros((num_rows, *plan.trailing), dtype=getattr(torch, plan.dtype))
+
+
+def run_call(worker: StageWorker, method: str, args_bytes: Frame, first_rank: int) -> tuple[str, str, bytes]:
+    """One call on one rank: type and text of its error, both empty without one, and its value. Never raises."""
+    try:
+        return "", "", encode_value(worker.call(method, decode_value(args_bytes), first_rank))
+    except Exception as error:  # whatever it is, the head must hear of it
+        logger.exception("%r: the call %s failed", worker, method)
+        return type(error).__name__, str(error), encode_value(None)
 
 
 _OWN_CALLS: dict[str, Any] = {

@@ -33,6 +33,7 @@ __all__ = [
     "encode_schedule",
     "is_nothing",
     "row_digest",
+    "token_digest",
 ]
 
 
@@ -194,6 +195,12 @@ def row_digest(req_ids: Iterable[str], num_scheduled_tokens: Mapping[str, int]) 
     for req_id in req_ids:
         digest.update(f"{req_id}\0{num_scheduled_tokens[req_id]}\0".encode())
     return int.from_bytes(digest.digest(), "big")
+
+
+def token_digest(output: ModelRunnerOutput) -> int:
+    """64 bits of the sampled tokens in row order. Every rank of a tensor parallel tail samples for itself."""
+    encoded = _ENCODER.encode((output.req_ids, output.sampled_token_ids))
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
 
 def _new_request(request: NewRequestData) -> _NewRequest:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from stagewire.errors import ProtocolError, WireVersionError
-from stagewire.wire.messages import KINDS, MAX_STAGES, Call, Message, Reply, Result, Sample, Step
+from stagewire.wire.messages import KINDS, MAX_RANKS, MAX_STAGES, Call, Message, Reply, Result, Sample, Step
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -42,7 +42,7 @@ _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {n: msgspec.msgpack.Decoder
 # How many payload frames a message may have: (least, most). Kinds that are not listed have none.
 _PAYLOADS: dict[type[Message], tuple[int, int]] = {
     Call: (1, 1),
-    Reply: (0, MAX_STAGES),
+    Reply: (0, MAX_STAGES * MAX_RANKS),
     Step: (1, 1 + MAX_TENSORS),
     Sample: (0, 1),
     Result: (1, 1),

@@ -12,6 +12,7 @@ import msgspec
 
 __all__ = [
     "KINDS",
+    "MAX_RANKS",
     "MAX_STAGES",
     "Bye",
     "Call",
@@ -43,6 +44,8 @@ __all__ = [
 
 
 MAX_STAGES = 1024
+# Tensor parallel ranks of one stage.
+MAX_RANKS = 64
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -60,15 +63,17 @@ class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 class StageIdentity(_Struct, frozen=True):
     """Who a stage is and what it must agree on with the others.
 
-    ``shared`` holds the resolved settings that must equal the head's, by name, as text. ``incarnation`` is random per
-    process: two processes with one index are told apart by it. One that no stage can have (an index outside its total,
-    no layers) does not decode, so nobody who receives an identity need doubt it.
+    ``shared`` holds the resolved settings that must equal the head's, by name, as text; ``tensor_parallel``, its number
+    of ranks, need not. ``incarnation`` is random per process: two processes with one index are told apart by it. One
+    that no stage can have (an index outside its total, no layers) does not decode, so nobody who receives an identity
+    need doubt it.
     """
 
     stage: int
     num_stages: int
     layer_start: int
     layer_end: int
+    tensor_parallel: int
     incarnation: str
     pipeline_id: str
     shared: dict[str, str]
@@ -78,6 +83,8 @@ class StageIdentity(_Struct, frozen=True):
             raise ValueError(f"stage {self.stage} of {self.num_stages}")
         if not 0 <= self.layer_start < self.layer_end:
             raise ValueError(f"layers from {self.layer_start} to {self.layer_end}")
+        if not 1 <= self.tensor_parallel <= MAX_RANKS:
+            raise ValueError(f"{self.tensor_parallel} tensor parallel ranks")
 
 
 class Hello(_Struct, frozen=True):
@@ -175,15 +182,18 @@ class Call(_Struct, frozen=True):
 
 
 class CallResult(_Struct, frozen=True):
-    """One worker's outcome; an error is its type and message, a value is the payload of the same position."""
+    """One worker's outcome: rank ``rank`` of stage ``stage``. An error is its type and message, a value is the payload
+    of the same position.
+    """
 
     stage: int
+    rank: int
     error_type: str
     error_text: str
 
 
 class Reply(_Struct, frozen=True):
-    """Forward: results of stages 1 up to the sender, in rank order; one payload each."""
+    """Forward: results of stages 1 up to the sender, one for each of their ranks, in order; one payload each."""
 
     epoch: int
     call_id: int
@@ -247,9 +257,9 @@ class Result(_Struct, frozen=True):
 class StageReport(_Struct, frozen=True):
     """What a stage says of itself, for people and planners; nothing is decided by it.
 
-    ``host`` is the machine's name, ``address`` where the stage listens. ``device_bytes`` is 0 without a device,
-    ``kv_blocks`` before the KV cache exists. ``last_step`` is the last one that it has run, -1 before the first.
-    ``age_ms``: how long its process has taken part.
+    ``host`` is the machine's name, ``address`` where the stage listens. ``rss_bytes`` is of all its tensor parallel
+    ranks, ``device_bytes`` of rank 0's device, 0 without one. ``kv_blocks`` is 0 before the KV cache exists.
+    ``last_step`` is the last one that it has run, -1 before the first. ``age_ms``: how long its process has taken part.
     """
 
     stage: Annotated[int, msgspec.Meta(ge=0, lt=MAX_STAGES)]

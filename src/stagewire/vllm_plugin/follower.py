@@ -1,0 +1,93 @@
+"""A follower: the process of one tensor parallel rank above 0. It runs what its leader says, and ends with it.
+
+It has no ring, no HTTP and no say: stage_ranks.py is its leader, local_link.py what they say to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from vllm.config import VllmConfig
+from vllm.utils.system_utils import decorate_logs, set_process_title
+
+from stagewire.config import StageConfig
+from stagewire.errors import StagewireError
+from stagewire.vllm_plugin.local_link import CallDone, Done, Pipe, RunCall, RunSample, RunStep, encode_words
+from stagewire.vllm_plugin.pipeline_group import RankPlace
+from stagewire.vllm_plugin.stage_worker import StageWorker, run_call
+from stagewire.vllm_plugin.step_codec import decode_grammar, decode_schedule, token_digest
+
+__all__ = ["run_follower"]
+
+logger = logging.getLogger("vllm.stagewire")
+
+
+def run_follower(
+    leader: int,
+    config: StageConfig,
+    vllm_config: VllmConfig,
+    place: RankPlace,
+    connection: Connection[Any, Any],
+    words: Connection[Any, Any],
+    max_frame_bytes: int,
+) -> NoReturn:
+    """The whole process; ``leader`` is its pid. Ends without teardown: there is nothing to save."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the leader, who ends us in order
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(leader,), name="stagewire-leader", daemon=True).start()
+    name = f"Stage{config.stage}_TP{place.rank}"
+    set_process_title(name)
+    decorate_logs(name)
+    code = 0
+    try:
+        _serve(Pipe(connection, max_frame_bytes), config, vllm_config, place)
+    except Exception as error:
+        logger.exception("Stage %d, tensor parallel rank %d failed", config.stage, place.rank)
+        code = error.exit_code if isinstance(error, StagewireError) else 1
+        text = str(error) if isinstance(error, StagewireError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            words.send_bytes(encode_words(code, text))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_with(leader: int) -> None:
+    """Waits for the leader's death, also while the model's thread waits for it in a collective."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(leader)
+        if os.getppid() == leader:
+            select.select([descriptor], [], [])
+    os._exit(0)
+
+
+def _serve(pipe: Pipe, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
+    """Returns when the leader has closed its end."""
+    worker = StageWorker(config, vllm_config, place)
+    pipe.send(Done(0))
+    while True:
+        try:
+            request, frames = pipe.receive_request()
+        except (EOFError, ConnectionError):
+            worker.shutdown()
+            return
+        match request:
+            case RunStep(digest, specs):
+                schedule_bytes, *tensors = frames
+                schedule = decode_schedule(schedule_bytes)
+                worker.execute(schedule, digest, specs, tensors)
+                pipe.send(Done(worker.digest(schedule)))
+            case RunSample():
+                output = worker.sample(decode_grammar(frames[0]) if frames else None)
+                pipe.send(Done(token_digest(output)))
+            case RunCall(method, first_rank):
+                error_type, error_text, value = run_call(worker, method, frames[0], first_rank)
+                pipe.send(CallDone(error_type, error_text), [value])

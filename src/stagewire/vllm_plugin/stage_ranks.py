@@ -1,0 +1,169 @@
+"""All ranks of one stage as one: this process's own worker (rank 0, the leader) and its followers' processes.
+
+Activations are complete at a stage's boundary, so a stage receives once, tells its followers what came in, and sends
+rank 0's tensors on; followers have no ring and no HTTP. Every rank runs every schedule and every call. A stage of one
+has no followers and is the same code.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.util import Finalize
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from stagewire.config import StageConfig
+from stagewire.errors import RankError
+from stagewire.vllm_plugin.call_codec import CALLS
+from stagewire.vllm_plugin.follower import run_follower
+from stagewire.vllm_plugin.local_link import Follower, Followers, Pipe, RunCall, RunSample, RunStep
+from stagewire.vllm_plugin.pipeline_group import RankPlace
+from stagewire.vllm_plugin.stage_worker import Activations, StageWorker, run_call
+from stagewire.vllm_plugin.step_codec import decode_grammar, token_digest
+from stagewire.wire.codec import Frame
+from stagewire.wire.messages import CallResult, TensorSpec
+
+__all__ = ["StageRanks", "call_limit_s"]
+
+# A stage whose ranks hang says so before the head's own deadline for the step, which cannot know which stage it is.
+SHARE_OF_STEP_TIMEOUT = 0.9
+
+
+def call_limit_s(config: StageConfig, method: str) -> float:
+    """Compiling may take many minutes on a first start; nothing waits longer than an hour for it."""
+    is_slow = method in CALLS and CALLS[method].is_slow
+    return max(config.start_timeout_s, 3600.0) if is_slow else config.step_timeout_s
+
+
+class StageRanks:
+    """Spawns the followers at once, so that they inherit no socket of the ring; `load` does the rest.
+
+    Args:
+        config: this stage's place.
+        vllm_config: resolved; ``tensor_parallel_size`` is the number of ranks.
+        max_frame_bytes: the largest frame that can come in.
+    """
+
+    own: StageWorker  # rank 0, once it is loaded
+
+    def __init__(self, config: StageConfig, vllm_config: VllmConfig, max_frame_bytes: int) -> None:
+        self.config = config
+        self.vllm_config = vllm_config
+        self.num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._folder = tempfile.TemporaryDirectory(prefix="stagewire-")
+        self._store = Path(self._folder.name) / f"stagewire-{secrets.token_hex(8)}"
+        self._unsettled: list[int] = []
+        ranks = range(1, self.num_ranks)
+        self.followers = Followers([self._spawn(rank, max_frame_bytes) for rank in ranks])
+        if self.followers:
+            # multiprocessing waits for its children at exit, whatever ends this process; these must have ended by then.
+            Finalize(self, self.followers.kill, exitpriority=100)
+
+    def __repr__(self) -> str:
+        return f"StageRanks(stage={self.config.stage}, {self.followers!r})"
+
+    def _spawn(self, rank: int, max_frame_bytes: int) -> Follower:
+        maybe_register_config_serialize_by_value()
+        context = multiprocessing.get_context("spawn")
+        pipe, their_pipe = context.Pipe()
+        words, their_words = context.Pipe(duplex=False)
+        place = RankPlace(rank, self.num_ranks, self._store)
+        arguments = (os.getpid(), self.config, self.vllm_config, place, their_pipe, their_words, max_frame_bytes)
+        name = f"Stage{self.config.stage}_TP{rank}"
+        process = context.Process(target=run_follower, args=arguments, name=name, daemon=True)
+        process.start()
+        their_pipe.close()
+        their_words.close()
+        return Follower(rank, process, Pipe(pipe, max_frame_bytes), words)
+
+    def load(self) -> None:
+        """Returns when all ranks have loaded their part.
+
+        Raises:
+            RankError: a follower did not.
+        """
+        with self.followers.work("loading", None):
+            self.own = StageWorker(self.config, self.vllm_config, RankPlace(0, self.num_ranks, self._store))
+            self.followers.settle(0)
+        self._folder.cleanup()
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def execute(
+        self,
+        schedule: SchedulerOutput,
+        schedule_bytes: Frame,
+        digest: int,
+        specs: Sequence[TensorSpec],
+        frames: Sequence[Frame],
+    ) -> Activations | None:
+        """`StageWorker.execute` on all ranks; ``schedule_bytes`` is the schedule as it travels.
+
+        Raises:
+            RankError: also when a rank is gone, or its rows differ from rank 0's.
+        """
+        with self.followers.work("a step", self.config.step_timeout_s * SHARE_OF_STEP_TIMEOUT):
+            self.followers.send(RunStep(digest, list(specs)), [schedule_bytes, *frames])
+            activations = self.own.execute(schedule, digest, specs, frames)
+            if self.followers:
+                self._unsettled.append(self.own.digest(schedule))
+            if not self.config.is_tail or not schedule.total_num_scheduled_tokens:
+                self._settle()
+        return activations
+
+    def sample(self, grammar: Frame | None) -> ModelRunnerOutput:
+        """On the tail, after `execute`: all ranks sample the same tokens, as in stock vLLM; rank 0's travel."""
+        with self.followers.work("sampling", self.config.step_timeout_s * SHARE_OF_STEP_TIMEOUT):
+            self.followers.send(RunSample(), [] if grammar is None else [grammar])
+            output = self.own.sample(None if grammar is None else decode_grammar(grammar))
+            if self.followers:
+                self._unsettled.append(token_digest(output))
+            self._settle()
+        return output
+
+    def _settle(self) -> None:
+        self.followers.settle(*self._unsettled)
+        self._unsettled.clear()
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def call(self, method: str, args_bytes: Frame, first_rank: int) -> tuple[list[CallResult], list[Frame]]:
+        """One call of the closed list on all ranks: a result and a value for each, in order.
+
+        Args:
+            method: its name.
+            args_bytes: of call_codec.encode_value.
+            first_rank: how many workers the earlier stages have.
+
+        Raises:
+            RankError: a rank is gone. A call that fails is a result.
+        """
+        with self.followers.work(f"the call {method}", call_limit_s(self.config, method)):
+            self.followers.send(RunCall(method, first_rank), [args_bytes])
+            *error, value = run_call(self.own, method, args_bytes, first_rank)
+            answers = self.followers.answers()
+        outcomes = [error, *([done.error_type, done.error_text] for done, _ in answers)]
+        results = [CallResult(self.config.stage, rank, *outcome) for rank, outcome in enumerate(outcomes)]
+        return results, [value, *(payload for _, payload in answers)]
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+
+    def problem(self) -> RankError | None:
+        """For the ring's thread: why this stage cannot go on, once that is so."""
+        return self.followers.problem()
+
+    def kill(self) -> None:
+        """Ends the followers at once, from any thread."""
+        self.followers.kill()
+
+    def shutdown(self) -> None:
+        self.followers.close()
+        self.own.shutdown()

@@ -1,0 +1,230 @@
+"""What the ranks of a stage say to each other, over real pipes; processes are fakes that live and die when told."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+
+from stagewire.errors import ProtocolError, RankError
+from stagewire.vllm_plugin.local_link import (
+    MAX_FRAMES,
+    CallDone,
+    Done,
+    Follower,
+    Followers,
+    Pipe,
+    RunCall,
+    RunSample,
+    RunStep,
+    encode_words,
+)
+from stagewire.wire.messages import TensorSpec
+
+LIMIT = 1 << 16
+STEP = RunStep(7, [TensorSpec("hidden_states", "float32", [2, 4])])
+
+
+@dataclass
+class FakeProcess:
+    pid: int
+    exitcode: int | None = None
+    joined: list[float | None] = field(default_factory=list)
+    on_join: Callable[[], None] = lambda: None
+
+    def join(self, timeout: float | None = None) -> None:
+        self.joined.append(timeout)
+        self.on_join()
+
+    def kill(self) -> None:
+        self.exitcode = -9
+
+
+@dataclass
+class Stage:
+    """A leader with two followers whose ends are in this process."""
+
+    now: float = 100.0
+
+    def __post_init__(self) -> None:
+        self.processes = [FakeProcess(201), FakeProcess(202)]
+        self.theirs: list[Pipe] = []
+        self.words: list[Any] = []
+        followers = []
+        for rank, process in enumerate(self.processes, 1):
+            ours, their_end = multiprocessing.Pipe()
+            words, their_words = multiprocessing.Pipe(duplex=False)
+            self.theirs.append(Pipe(their_end, LIMIT))
+            self.words.append(their_words)
+            followers.append(Follower(rank, process, Pipe(ours, LIMIT), words))
+        self.leader = Followers(followers, lambda: self.now)
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage()
+
+
+@pytest.mark.parametrize(
+    ("message", "frames"),
+    [
+        (STEP, [b"schedule", b"\1" * 32]),
+        (RunStep(0, []), [b"schedule"]),
+        (RunSample(), []),
+        (RunSample(), [b"bitmask"]),
+        (RunCall("sleep", 3), [b"arguments"]),
+        (RunStep(2**64 - 1, []), [b"", bytes(LIMIT)]),
+    ],
+)
+def test_every_follower_gets_every_request(stage: Stage, message: Any, frames: list[bytes]) -> None:
+    reader = [threading.Thread(target=lambda pipe=pipe: got.append(pipe.receive_request())) for pipe in stage.theirs]
+    got: list[Any] = []
+    for thread in reader:
+        thread.start()
+    stage.leader.send(message, frames)
+    for thread in reader:
+        thread.join()
+    assert got == [(message, frames)] * 2
+
+
+def test_frames_can_be_written_to(stage: Stage) -> None:
+    stage.leader.send(STEP, [memoryview(b"schedule")])
+    _, (frame,) = stage.theirs[0].receive_request()
+    frame[0] = 0
+
+
+def test_answers_come_in_the_order_of_ranks(stage: Stage) -> None:
+    stage.leader.send(RunCall("sleep", 0), [b"x"])
+    stage.theirs[1].send(CallDone("ValueError", "no"), [b"2"])
+    stage.theirs[0].send(CallDone("", ""), [b"1"])
+    assert stage.leader.answers() == [(CallDone("", ""), b"1"), (CallDone("ValueError", "no"), b"2")]
+
+
+def test_digests_of_all_ranks_are_compared(stage: Stage) -> None:
+    for pipe in stage.theirs:
+        pipe.send(Done(5))
+        pipe.send(Done(6))
+    stage.leader.settle(5, 6)
+    stage.theirs[0].send(Done(5))
+    stage.theirs[1].send(Done(4))
+    with pytest.raises(RankError, match=r"rank 2 \(pid 202\) has other rows or tokens than rank 0"):
+        stage.leader.settle(5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode(STEP),
+        msgspec.msgpack.encode(([], ["RunAnything"])),
+        msgspec.msgpack.encode(([], Done(1))),
+        msgspec.msgpack.encode(([], ["RunStep", 1, [], "more"])),
+        msgspec.msgpack.encode(([LIMIT + 1], RunSample())),
+        msgspec.msgpack.encode(([-1], RunSample())),
+        msgspec.msgpack.encode(([1] * (MAX_FRAMES + 1), RunSample())),
+    ],
+)
+def test_what_is_no_request_is_refused_before_memory_is_taken(data: bytes) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send_bytes(data)
+    with pytest.raises(ProtocolError):
+        Pipe(ours, LIMIT).receive_request()
+
+
+def test_a_frame_that_is_shorter_than_announced() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send_bytes(msgspec.msgpack.encode(([4], RunSample())))
+    theirs.send_bytes(b"123")
+    with pytest.raises(ProtocolError, match="shorter than 4 bytes"):
+        Pipe(ours, LIMIT).receive_request()
+
+
+class TestLoss:
+    def test_nothing_is_wrong(self, stage: Stage) -> None:
+        assert stage.leader.problem() is None
+        with stage.leader.work("a step", 5.0):
+            stage.now += 4.9
+            assert stage.leader.problem() is None
+
+    def test_a_dead_follower_is_noticed_while_idle(self, stage: Stage) -> None:
+        stage.processes[1].exitcode = -9
+        problem = stage.leader.problem()
+        assert str(problem) == "tensor parallel rank 2 (pid 202) was killed by SIGKILL"
+        assert problem is not None
+        assert problem.exit_code == 1
+        stage.processes[0].exitcode = 1
+        assert stage.leader.problem() is problem, "the first reason stays"
+
+    def test_its_last_words_say_more_than_its_exit_code(self, stage: Stage) -> None:
+        stage.words[0].send_bytes(encode_words(2, "the checkpoint is damaged"))
+        stage.processes[0].exitcode = 2
+        problem = stage.leader.problem()
+        assert str(problem) == "tensor parallel rank 1 (pid 201) failed: the checkpoint is damaged"
+        assert problem is not None
+        assert problem.exit_code == 2
+
+    def test_last_words_are_heard_before_the_end(self, stage: Stage) -> None:
+        """The model's thread may wait in a collective for a rank that has failed and is still alive."""
+        stage.words[1].send_bytes(encode_words(1, "x" * 100_000 + "\ud800"))
+        problem = stage.leader.problem()
+        assert problem is not None
+        assert len(str(problem)) < 2100
+
+    def test_work_that_takes_too_long(self, stage: Stage) -> None:
+        with stage.leader.work("a step", 5.0):
+            stage.now += 5.0
+            problem = stage.leader.problem()
+        assert "a step did not end within 5 s: a tensor parallel rank hangs" in str(problem)
+        assert "201, 202" in str(problem)
+
+    def test_work_without_a_limit_and_idling_are_no_problem(self, stage: Stage) -> None:
+        with stage.leader.work("loading", None):
+            stage.now += 1e6
+            assert stage.leader.problem() is None
+        stage.now += 1e6
+        assert stage.leader.problem() is None
+
+    @pytest.mark.parametrize("what", ["send", "settle", "answers"])
+    def test_an_ended_pipe_is_explained_by_its_process(self, stage: Stage, what: str) -> None:
+        """Its exit code comes a moment after the end of its pipe: whoever talks to it waits for that."""
+        stage.theirs[0].close()
+        stage.theirs[1].close()
+
+        def dies() -> None:
+            stage.processes[0].exitcode = -11
+
+        stage.processes[0].on_join = dies
+        talk: Callable[[], object] = {
+            "send": lambda: stage.leader.send(STEP, [bytes(LIMIT)]),
+            "settle": lambda: stage.leader.settle(1),
+            "answers": stage.leader.answers,
+        }[what]
+        with pytest.raises(RankError, match=r"rank 1 \(pid 201\) was killed by SIGSEGV"):
+            talk()
+        assert all(limit is not None and limit <= 2 for limit in stage.processes[0].joined)
+
+    def test_those_that_were_told_to_end_are_no_problem(self, stage: Stage) -> None:
+        stage.leader.close()
+        for pipe in stage.theirs:
+            with pytest.raises(EOFError):
+                pipe.receive_request()
+        assert all(process.joined for process in stage.processes)
+        assert [process.exitcode for process in stage.processes] == [-9, -9], "what is left is killed"
+        assert stage.leader.problem() is None
+
+
+def test_a_stage_of_one_has_nobody_to_wait_for() -> None:
+    alone = Followers([])
+    with alone.work("a step", 0.0):
+        alone.send(STEP, [b"schedule"])
+        alone.settle(1)
+        assert alone.answers() == []
+        assert alone.problem() is None
+    assert not alone
+    alone.close()

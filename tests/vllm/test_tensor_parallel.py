@@ -1,0 +1,202 @@
+"""Stages of several tensor parallel ranks, and of different numbers of them: the tokens of one process.
+
+A rank that dies or hangs is its stage's failure: named, with the right exit codes, and nothing is left behind. Each
+ring's last test ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support.models import make_llama
+from support.stages import Ring, SingleProcess, process_tree
+from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "60M", "--block-size", "32"),
+]
+# On two cores the processes of a ring wait for each other's turns; losses here come from signals, not from silence.
+ENV = {"STAGEWIRE_PEER_PATIENCE_S": "30", "VLLM_SERVER_DEV_MODE": "1"}
+WORK = requests(24, seed=5, text=license_text(), longest_words=240)
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+@dataclass
+class UnevenRing(Ring):
+    """``sizes``: tensor parallel ranks of each stage."""
+
+    sizes: Sequence[int] = ()
+
+    def command(self, stage: int) -> list[str]:
+        return [*super().command(stage), "--tensor-parallel-size", str(self.sizes[stage])]
+
+    def follower(self, stage: int, rank: int = 1) -> int:
+        title = f"VLLM::Stage{stage}_TP{rank}"
+        for pid in process_tree(self.stages[stage].pid):
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith(title):
+                return pid
+        raise AssertionError(f"no process {title} below stage {stage}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama6"), model_dir, num_layers=6)
+
+
+def ask(url: str, model: Path, **options: Any) -> dict[str, Any]:
+    body = {"model": str(model), "prompt": "The licence says", "max_tokens": 16, "return_token_ids": True, **options}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=120, trust_env=False)
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def sampled(url: str, model: Path) -> list[list[int]]:
+    """Seeded requests, which draw from generators of their own on every rank of the tail."""
+    answers = [ask(url, model, temperature=0.9, top_p=0.9, seed=seed, ignore_eos=True) for seed in range(4)]
+    return [answer["choices"][0]["token_ids"] for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Iterator[tuple[list[list[Answer]], list[list[int]]]]:
+    with SingleProcess(model, SETTINGS) as single:
+        yield [run(single.url, model, WORK, size) for size in (8, 1)], sampled(single.url, model)
+
+
+def assert_same(ring: Ring, reference: list[list[Answer]]) -> None:
+    result = compare(run(ring.url, ring.model, WORK, 8), reference)
+    assert not result.wrong, "\n".join(result.wrong)
+    assert result.worst_logprob <= LOGPROB_TOLERANCE
+
+
+def wait_gone(pids: Sequence[int], limit_s: float) -> None:
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        assert select.select([descriptor], [], [], limit_s)[0], f"{pid} is still there"
+        os.close(descriptor)
+
+
+def lose(ring: UnevenRing, stage: int, number: signal.Signals) -> tuple[list[int], httpx.Response]:
+    """One more request after ``number`` hit a follower of ``stage``: all pids there were, and the answer."""
+    tree = [pid for each in ring.stages for pid in process_tree(each.pid)]
+    os.kill(ring.follower(stage), number)
+    body = {"model": str(ring.model), "prompt": "x", "max_tokens": 200, "ignore_eos": True}
+    return tree, httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False)
+
+
+def last_lines(ring: Ring, stage: int) -> str:
+    return "\n".join(ring.stages[stage].text().splitlines()[-12:])
+
+
+# ---- 2, 1, 2 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ring(model: Path) -> Iterator[UnevenRing]:
+    with UnevenRing(model, ("0-2", "2-4", "4-6"), SETTINGS, ENV, sizes=(2, 1, 2)) as running:
+        yield running
+
+
+def test_greedy_tokens_equal_one_process(ring: UnevenRing, reference: Any) -> None:
+    assert_same(ring, reference[0])
+
+
+def test_seeded_tokens_equal_one_process(ring: UnevenRing, reference: Any) -> None:
+    assert sampled(ring.url, ring.model) == reference[1]
+
+
+def test_ranks_of_the_tail_stay_together_without_a_seed(ring: UnevenRing) -> None:
+    """They draw from generators of their own; if they drew differently the ring would end."""
+    answer = ask(ring.url, ring.model, temperature=1.0, n=8)
+    assert len({tuple(choice["token_ids"]) for choice in answer["choices"]}) > 1
+
+
+def test_a_grammar_reaches_every_rank_of_the_tail(ring: UnevenRing) -> None:
+    answer = ask(ring.url, ring.model, max_tokens=60, temperature=0, structured_outputs={"json": SCHEMA})
+    text = answer["choices"][0]["text"]
+    assert re.match(r'\s*\{\s*"n"\s*:\s*-?\d+', text), text
+
+
+def test_every_rank_of_every_stage_answers_calls(ring: UnevenRing) -> None:
+    response = httpx.post(f"{ring.url}/collective_rpc", json={"method": "get_stage_state"}, trust_env=False)
+    states = [
+        json.loads(each.replace("'", '"')) if isinstance(each, str) else each for each in response.json()["results"]
+    ]
+    assert [(state["stage"], state["rank"]) for state in states] == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
+    assert {state["cached_requests"] for state in states} == {0}
+    assert len({state["num_kv_blocks"] for state in states}) == 1
+
+
+def test_only_rank_0_says_what_was_loaded(ring: UnevenRing) -> None:
+    for stage in ring.stages:
+        assert stage.text().count("loaded layers") == 1
+
+
+def test_shared_memory_of_the_ranks_has_no_name_any_more(ring: UnevenRing) -> None:
+    """So that it goes with the last process, however that ends."""
+    lines = [line for line in Path(f"/proc/{ring.follower(2)}/maps").read_text().splitlines() if "cpushm" in line]
+    assert lines
+    assert all(line.endswith("(deleted)") for line in lines), lines
+
+
+def test_a_killed_rank_is_its_stages_failure(ring: UnevenRing) -> None:
+    tree, response = lose(ring, 2, signal.SIGKILL)
+    reason = r"tensor parallel rank 1 \(pid \d+\) was killed by SIGKILL"
+    assert response.status_code == 503
+    assert re.search(f"stage 2 failed: {reason}", response.json()["error"]["message"])
+    assert (ring.stages[2].wait(20), ring.stages[1].wait(20)) == (1, 3)
+    assert re.search(f"Stage 2: {reason}", last_lines(ring, 2))
+    assert re.search(f"stage 2 failed: {reason}", last_lines(ring, 1))
+    wait_gone([pid for pid in tree if pid != ring.stages[0].pid], 10)
+    ring.stages[0].popen.terminate()  # it would answer 503 for half a minute more
+    assert ring.stages[0].wait(20) == 3
+    wait_gone(tree, 5)
+
+
+# ---- 2, 1: the head's own rank -------------------------------------------------------------------------------------
+
+
+def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
+    with UnevenRing(model, ("0-3", "3-6"), SETTINGS, ENV, sizes=(2, 1)) as ring:
+        assert_same(ring, reference[0])
+        tree, response = lose(ring, 0, signal.SIGKILL)
+        assert response.status_code == 503
+        assert "tensor parallel rank 1" in response.json()["error"]["message"]
+        assert ring.stages[1].wait(20) == 3
+        assert "stage 0 failed: tensor parallel rank 1" in last_lines(ring, 1)
+        wait_gone([pid for pid in tree if pid != ring.stages[0].pid], 10)
+        ring.stages[0].popen.terminate()
+        assert ring.stages[0].wait(20) == 1
+
+
+# ---- 1, 2: a rank that hangs ---------------------------------------------------------------------------------------
+
+
+def test_a_tail_of_two_ranks_of_which_one_hangs(model: Path, reference: Any) -> None:
+    settings = [*SETTINGS, "--pipeline-step-timeout", "8"]
+    with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=(1, 2)) as ring:
+        assert_same(ring, reference[0])
+        tree, response = lose(ring, 1, signal.SIGSTOP)
+        assert response.status_code == 503
+        assert "stage 1 failed: a step did not end within 7 s: a tensor parallel rank hangs" in response.text
+        assert ring.stages[1].wait(20) == 1
+        wait_gone([pid for pid in tree if pid != ring.stages[0].pid], 10)
+        ring.stages[0].popen.terminate()
+        assert ring.stages[0].wait(20) == 3
