@@ -31,8 +31,8 @@ SETTINGS = [
 ]
 # On two cores the processes of a ring wait for each other's turns; losses here come from signals, not from silence.
 ENV = {"STAGEWIRE_PEER_PATIENCE_S": "30", "VLLM_SERVER_DEV_MODE": "1"}
-WORK = requests(24, seed=5, text=license_text(), longest_words=240)
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+WORK = requests(16, seed=5, text=license_text(), longest_words=240)
+CHOICES = ["permissive", "copyleft"]
 
 
 @dataclass
@@ -94,8 +94,8 @@ def wait_gone(pids: Sequence[int], limit_s: float) -> None:
 
 
 def lose(ring: UnevenRing, stage: int, number: signal.Signals) -> tuple[list[int], httpx.Response]:
-    """One more request after ``number`` hit a follower of ``stage``: all pids there were, and the answer."""
-    tree = [pid for each in ring.stages for pid in process_tree(each.pid)]
+    """One more request after ``number`` hit a follower of ``stage``: the pids of all ranks, and the answer."""
+    tree = [pid for each in range(ring.num_stages) for pid in process_tree(ring.worker_pid(each))]
     os.kill(ring.follower(stage), number)
     body = {"model": str(ring.model), "prompt": "x", "max_tokens": 200, "ignore_eos": True}
     return tree, httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False)
@@ -129,9 +129,8 @@ def test_ranks_of_the_tail_stay_together_without_a_seed(ring: UnevenRing) -> Non
 
 
 def test_a_grammar_reaches_every_rank_of_the_tail(ring: UnevenRing) -> None:
-    answer = ask(ring.url, ring.model, max_tokens=60, temperature=0, structured_outputs={"json": SCHEMA})
-    text = answer["choices"][0]["text"]
-    assert re.match(r'\s*\{\s*"n"\s*:\s*-?\d+', text), text
+    answer = ask(ring.url, ring.model, temperature=0, structured_outputs={"choice": CHOICES})
+    assert answer["choices"][0]["text"] in CHOICES
 
 
 def test_every_rank_of_every_stage_answers_calls(ring: UnevenRing) -> None:
@@ -164,10 +163,9 @@ def test_a_killed_rank_is_its_stages_failure(ring: UnevenRing) -> None:
     assert (ring.stages[2].wait(20), ring.stages[1].wait(20)) == (1, 3)
     assert re.search(f"Stage 2: {reason}", last_lines(ring, 2))
     assert re.search(f"stage 2 failed: {reason}", last_lines(ring, 1))
-    wait_gone([pid for pid in tree if pid != ring.stages[0].pid], 10)
+    wait_gone(tree, 10)
     ring.stages[0].popen.terminate()  # it would answer 503 for half a minute more
     assert ring.stages[0].wait(20) == 3
-    wait_gone(tree, 5)
 
 
 # ---- 2, 1: the head's own rank -------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
         assert "tensor parallel rank 1" in response.json()["error"]["message"]
         assert ring.stages[1].wait(20) == 3
         assert "stage 0 failed: tensor parallel rank 1" in last_lines(ring, 1)
-        wait_gone([pid for pid in tree if pid != ring.stages[0].pid], 10)
+        wait_gone(tree, 10)
         ring.stages[0].popen.terminate()
         assert ring.stages[0].wait(20) == 1
 
@@ -189,6 +187,7 @@ def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
 # ---- 1, 2: a rank that hangs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tail_of_two_ranks_of_which_one_hangs(model: Path, reference: Any) -> None:
     settings = [*SETTINGS, "--pipeline-step-timeout", "8"]
     with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=(1, 2)) as ring:
@@ -197,6 +196,6 @@ def test_a_tail_of_two_ranks_of_which_one_hangs(model: Path, reference: Any) -> 
         assert response.status_code == 503
         assert "stage 1 failed: a step did not end within 7 s: a tensor parallel rank hangs" in response.text
         assert ring.stages[1].wait(20) == 1
-        wait_gone([pid for pid in tree if pid != ring.stages[0].pid], 10)
+        wait_gone(tree, 10)
         ring.stages[0].popen.terminate()
         assert ring.stages[0].wait(20) == 3
