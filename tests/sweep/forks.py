@@ -98,6 +98,7 @@ def _run_child(function: Callable[[], Any], log: Path, result_file: Path) -> int
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
@@ -127,28 +128,31 @@ def describe(error: BaseException) -> str:
 
 def wait(children: Sequence[Child], timeout_s: float, grace_s: float = 5.0) -> None:
     """Until all have ended. When one has failed the others have ``grace_s`` left; whoever remains is killed."""
+    try:
+        _wait(children, timeout_s, grace_s)
+    finally:
+        for child in children:
+            child.kill()  # the child, or what it has left behind in its group
+            os.close(child.descriptor)
+    for child in children:
+        if child.exit_code is None:
+            _collect(child)
+            child.error = f"still running after {timeout_s:.0f} s"
+
+
+def _wait(children: Sequence[Child], timeout_s: float, grace_s: float) -> None:
     ends_at = time.monotonic() + timeout_s
     running = {child.descriptor: child for child in children}
     poll = select.poll()
     for descriptor in running:
         poll.register(descriptor, select.POLLIN)
-    while running:
-        left_s = ends_at - time.monotonic()
-        if left_s <= 0:
-            break
+    while running and (left_s := ends_at - time.monotonic()) > 0:
         for descriptor, _ in poll.poll(left_s * 1000):
             child = running.pop(descriptor)
             poll.unregister(descriptor)
             _collect(child)
             if child.exit_code:
                 ends_at = min(ends_at, time.monotonic() + grace_s)
-    for child in running.values():
-        child.kill()
-        _collect(child)
-        child.error = child.error or f"still running after {timeout_s:.0f} s"
-    for child in children:
-        child.kill()  # what it has left behind in its group
-        os.close(child.descriptor)
 
 
 def _collect(child: Child) -> None:

@@ -265,6 +265,7 @@ _OF_TRANSFORMERS = (
             "moe_intermediate_size": 64,
             "expert_dtype": "fp32",
         },
+        engine={"load_format": "dummy"},  # it fails before weights matter
     ),
     Recipe("Ernie4_5ForCausalLM", "tied embeddings", {"tie_word_embeddings": True}),
     Recipe(
@@ -615,8 +616,10 @@ _OF_TRANSFORMERS = (
             "dense_mlp_idx": 1,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
+            "shared_expert_sink": True,
             "num_experts_per_tok": 2,
         },
+        engine={"dtype": "bfloat16"},
     ),
     alias(
         "TransformersForCausalLM", "HeliumForCausalLM", says="Transformers backend for a model that vLLM does not name"
@@ -936,7 +939,9 @@ _OF_HUBS = (
         "orion",
         "LayerNorm with biases",
         config={"rope_theta": 10000.0},
-        seed=2,
+        gain=2.5,
+        embedding_std=0.02,
+        seed=5,
     ),
     hub(
         "PanguEmbeddedForCausalLM", "PanguEmbedded", "biases in attention", config={"bias": True, "rope_theta": 10000.0}

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ DEFAULT_RESULTS = ROOT / ".demo" / "sweep.json"
 def main() -> None:
     options = _parse(sys.argv[1:])
     _restart_with_environment()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children are ended on the way out
     forks.become_parent()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     results = _read(options.results)
