@@ -66,7 +66,7 @@ def main() -> None:
     )
     engine_args.apply_external_mode(arguments, config)
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    StageRanks(config, vllm_config, 1 << 20).load()
+    StageRanks(config, vllm_config).load()
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -2,10 +2,9 @@
 
 Two tables, one run:
 
-1. The local broadcast: from the leader's first byte until the follower's answer is there, follower doing nothing else,
-   so that this is all that a stage of two adds besides vLLM's own collectives. Frames of a decode step, then tensors of
-   64 KiB, 1 MiB and 8 MiB. Beside it the same bytes through a block of shared memory (copied in, announced by one byte,
-   copied out, answered by one byte): what a faster way could save.
+1. The local broadcast: from the leader's first byte until the follower, which does nothing but copy what came, has
+   answered. This is all that a stage of two adds besides vLLM's own collectives. Frames of a decode step, then tensors
+   of 64 KiB, 1 MiB and 8 MiB. Beside it the same frames through a pipe: the plainest way.
 2. A tail of one rank and of two, one thread for each, as the second of two stages of a random model that is made on the
    spot: time in the stage (started to finished, observe/timings.py) of decode steps of one and of eight requests.
 """
@@ -21,7 +20,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,10 @@ from benches.common import DEFAULT_MODEL, PinnedRing, Ratios, begin, drive, prin
 from benches.hop import SIZES, step_frames
 
 from stagewire.observe.timings import STEP_TRACE_ENV
-from stagewire.vllm_plugin.local_link import Done, Follower, Followers, Pipe, RunStep
+from stagewire.vllm_plugin.local_link import Block, Done, Follower, Followers, LeaderLink, RunStep
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Step
 
-MAX_FRAME_BYTES = 64 << 20
 NUM_LAYERS = 8
 
 
@@ -50,43 +47,35 @@ def parse_arguments() -> argparse.Namespace:
 # ---- the local broadcast -------------------------------------------------------------------------------------------
 
 
-def _follow(connection: Connection[Any, Any]) -> None:
-    pipe = Pipe(connection, MAX_FRAME_BYTES)
+def _follow(connection: Connection[Any, Any], block: Block) -> None:
+    link = LeaderLink(connection, block)
+    kept = bytearray(sum(SIZES.values()))
     while True:
-        pipe.receive_request()
-        pipe.send(Done(0))
+        _, frames = link.receive()
+        for frame in frames:
+            kept[: frame.nbytes] = frame
+        link.answer(Done(0))
 
 
-def _follow_memory(connection: Connection[Any, Any], name: str) -> None:
-    block = SharedMemory(name)
-    assert block.buf is not None
+def _follow_pipe(connection: Connection[Any, Any], num_frames: int) -> None:
+    kept = bytearray(sum(SIZES.values()))
     while True:
-        sizes = memoryview(connection.recv_bytes()).cast("Q")
-        at = 0
-        for size in sizes:
-            bytearray(block.buf[at : at + size])
-            at += size
-        connection.send_bytes(b"\0")
+        for _ in range(num_frames):
+            connection.recv_bytes_into(kept)
+        connection.send_bytes(b"done")
 
 
-def through_pipe(leader: Followers, message: Step, payloads: Sequence[Frame]) -> float:
+def through_block(leader: Followers, message: Step, payloads: Sequence[Frame]) -> float:
     began_ns = time.perf_counter_ns()
     leader.send(RunStep(message.digest, message.tensors), payloads)
     leader.settle(0)
     return (time.perf_counter_ns() - began_ns) / 1000
 
 
-def through_memory(connection: Connection[Any, Any], block: SharedMemory, payloads: Sequence[Frame]) -> float:
-    assert block.buf is not None
+def through_pipe(connection: Connection[Any, Any], payloads: Sequence[Frame]) -> float:
     began_ns = time.perf_counter_ns()
-    at = 0
-    sizes = []
     for payload in payloads:
-        size = memoryview(payload).nbytes
-        block.buf[at : at + size] = payload
-        at += size
-        sizes.append(size.to_bytes(8, "little"))
-    connection.send_bytes(b"".join(sizes))
+        connection.send_bytes(payload)
     connection.recv_bytes()
     return (time.perf_counter_ns() - began_ns) / 1000
 
@@ -98,23 +87,22 @@ def measure_broadcast(options: argparse.Namespace) -> None:
         loads[name] = step_frames(2, num_bytes // 2 // 4 // 256, 256, "float32")
     results = {name: Ratios() for name in loads}
     with ExitStack() as stack:
-        block = SharedMemory(create=True, size=MAX_FRAME_BYTES)
-        stack.callback(block.unlink)
-        stack.callback(block.close)
+        block = Block()
         here, there = spawn.Pipe()
-        memory_here, memory_there = spawn.Pipe()
+        pipe_here, pipe_there = spawn.Pipe()
         words, _ = spawn.Pipe(duplex=False)
-        follower = spawn.Process(target=_follow, args=(there,), daemon=True)
-        memory_follower = spawn.Process(target=_follow_memory, args=(memory_there, block.name), daemon=True)
-        for process in (follower, memory_follower):
+        num_frames = len(loads["decode step"][1])
+        follower = spawn.Process(target=_follow, args=(there, block), daemon=True)
+        pipe_follower = spawn.Process(target=_follow_pipe, args=(pipe_there, num_frames), daemon=True)
+        for process in (follower, pipe_follower):
             process.start()
             stack.callback(process.kill)
-        leader = Followers([Follower(1, follower, Pipe(here, MAX_FRAME_BYTES), words)])
+        leader = Followers([Follower(1, follower, here, words)], block)
         for _ in range(options.rounds + 1):  # the first one is not counted: it waits for the processes to start
             for name, (message, payloads) in loads.items():
                 count = options.messages // 4 if name == "8 MiB" else options.messages
-                ours = [through_pipe(leader, message, payloads) for _ in range(count)]
-                theirs = [through_memory(memory_here, block, payloads) for _ in range(count)]
+                ours = [through_block(leader, message, payloads) for _ in range(count)]
+                theirs = [through_pipe(pipe_here, payloads) for _ in range(count)]
                 results[name].add(statistics.median(ours), statistics.median(theirs))
     rows = []
     for name, (_, payloads) in loads.items():
@@ -124,7 +112,7 @@ def measure_broadcast(options: argparse.Namespace) -> None:
         rows.append([name, str(num_bytes), *results[name].cells(".0f")])
     print_table(
         "From the leader's first byte to the follower's answer, medians in microseconds",
-        ["frames", "bytes", "pipe", "shared memory", "ratio", "spread"],
+        ["frames", "bytes", "block", "pipe", "ratio", "spread"],
         rows,
     )
 

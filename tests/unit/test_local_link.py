@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from stagewire.errors import ProtocolError, RankError
+from stagewire.errors import InternalError, ProtocolError, RankError
 from stagewire.vllm_plugin.local_link import (
+    ALIGNMENT,
     MAX_FRAMES,
+    Block,
     CallDone,
     Done,
     Follower,
     Followers,
-    Pipe,
+    LeaderLink,
     RunCall,
     RunSample,
     RunStep,
@@ -26,7 +28,6 @@ from stagewire.vllm_plugin.local_link import (
 )
 from stagewire.wire.messages import TensorSpec
 
-LIMIT = 1 << 16
 STEP = RunStep(7, [TensorSpec("hidden_states", "float32", [2, 4])])
 
 
@@ -53,16 +54,17 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.processes = [FakeProcess(201), FakeProcess(202)]
-        self.theirs: list[Pipe] = []
+        self.theirs: list[LeaderLink] = []
+        block = Block()
         self.words: list[Any] = []
         followers = []
         for rank, process in enumerate(self.processes, 1):
             ours, their_end = multiprocessing.Pipe()
             words, their_words = multiprocessing.Pipe(duplex=False)
-            self.theirs.append(Pipe(their_end, LIMIT))
+            self.theirs.append(LeaderLink(their_end, block))
             self.words.append(their_words)
-            followers.append(Follower(rank, process, Pipe(ours, LIMIT), words))
-        self.leader = Followers(followers, lambda: self.now)
+            followers.append(Follower(rank, process, ours, words))
+        self.leader = Followers(followers, block, lambda: self.now)
 
 
 @pytest.fixture
@@ -78,42 +80,91 @@ def stage() -> Stage:
         (RunSample(), []),
         (RunSample(), [b"bitmask"]),
         (RunCall("sleep", 3), [b"arguments"]),
-        (RunStep(2**64 - 1, []), [b"", bytes(LIMIT)]),
+        (RunStep(2**64 - 1, []), [b"", bytes(range(256)) * 4096, b"x"]),
     ],
 )
 def test_every_follower_gets_every_request(stage: Stage, message: Any, frames: list[bytes]) -> None:
-    reader = [threading.Thread(target=lambda pipe=pipe: got.append(pipe.receive_request())) for pipe in stage.theirs]
-    got: list[Any] = []
-    for thread in reader:
-        thread.start()
     stage.leader.send(message, frames)
-    for thread in reader:
-        thread.join()
-    assert got == [(message, frames)] * 2
+    for link in stage.theirs:
+        got, views = link.receive()
+        assert (got, [bytes(view) for view in views]) == (message, frames)
 
 
-def test_frames_can_be_written_to(stage: Stage) -> None:
-    stage.leader.send(STEP, [memoryview(b"schedule")])
-    _, (frame,) = stage.theirs[0].receive_request()
-    frame[0] = 0
+def test_frames_are_aligned_and_can_be_written_to(stage: Stage) -> None:
+    """As torch wants them."""
+    stage.leader.send(STEP, [memoryview(b"schedule"), b"1" * 100, b"2"])
+    _, frames = stage.theirs[0].receive()
+    frames[2][0] = 0
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(frame)) for frame in frames]
+    assert [address % ALIGNMENT for address in addresses] == [0, 0, 0]
+
+
+def test_frames_stay_until_all_have_answered(stage: Stage) -> None:
+    """A tail may be told to sample before it has taken in the step; what comes after the answers uses their place."""
+    stage.leader.send(STEP, [b"schedule", b"tensor"])
+    stage.leader.send(RunSample(), [b"bitmask"])
+    links = stage.theirs
+    assert [[bytes(frame) for frame in link.receive()[1]] for link in links] == [[b"schedule", b"tensor"]] * 2
+    assert [[bytes(frame) for frame in link.receive()[1]] for link in links] == [[b"bitmask"]] * 2
+    for link in links:
+        link.answer(Done(1))
+        link.answer(Done(2))
+    stage.leader.settle(1, 2)
+    stage.leader.send(STEP, [b"another"])
+    (frame,) = links[0].receive()[1]
+    (same,) = links[1].receive()[1]
+    frame[:1] = b"A"
+    assert bytes(same) == b"Another", "one block for all"
+    assert stage.leader.used_bytes == ALIGNMENT
+
+
+def test_the_block_reaches_a_process_that_is_spawned() -> None:
+    block = Block()
+    block.grow(8)
+    block.view(0, 8)[:] = b"leader.."
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=answer_in_block, args=(block, there))
+    process.start()
+    there.close()
+    assert here.recv_bytes() == b"done"
+    process.join(20)
+    assert bytes(block.view(0, 8)) == b"follower"
+    assert bytes(block.view(5000, 4)) == b"more"
+
+
+def answer_in_block(block: Block, connection: Any) -> None:
+    assert bytes(block.view(0, 8)) == b"leader.."
+    block.view(0, 8)[:] = b"follower"
+    block.grow(5004)
+    block.view(5000, 4)[:] = b"more"
+    connection.send_bytes(b"done")
 
 
 def test_answers_come_in_the_order_of_ranks(stage: Stage) -> None:
     stage.leader.send(RunCall("sleep", 0), [b"x"])
-    stage.theirs[1].send(CallDone("ValueError", "no"), [b"2"])
-    stage.theirs[0].send(CallDone("", ""), [b"1"])
-    assert stage.leader.answers() == [(CallDone("", ""), b"1"), (CallDone("ValueError", "no"), b"2")]
+    stage.theirs[1].answer(CallDone("ValueError", "no", b"2"))
+    stage.theirs[0].answer(CallDone("", "", b"1"))
+    assert stage.leader.answers() == [CallDone("", "", b"1"), CallDone("ValueError", "no", b"2")]
 
 
 def test_digests_of_all_ranks_are_compared(stage: Stage) -> None:
-    for pipe in stage.theirs:
-        pipe.send(Done(5))
-        pipe.send(Done(6))
+    for link in stage.theirs:
+        link.answer(Done(5))
+        link.answer(Done(6))
     stage.leader.settle(5, 6)
-    stage.theirs[0].send(Done(5))
-    stage.theirs[1].send(Done(4))
+    stage.theirs[0].answer(Done(5))
+    stage.theirs[1].answer(Done(4))
     with pytest.raises(RankError, match=r"rank 2 \(pid 202\) has other rows or tokens than rank 0"):
         stage.leader.settle(5)
+
+
+@pytest.mark.parametrize("take", ["settle", "answers"])
+def test_an_answer_to_something_else(stage: Stage, take: str) -> None:
+    for link in stage.theirs:
+        link.answer(CallDone("", "", b"") if take == "settle" else Done(1))
+    with pytest.raises(InternalError, match=r"rank 1 \(pid 201\) answered (CallDone|Done)"):
+        stage.leader.settle(1) if take == "settle" else stage.leader.answers()
 
 
 @pytest.mark.parametrize(
@@ -125,24 +176,26 @@ def test_digests_of_all_ranks_are_compared(stage: Stage) -> None:
         msgspec.msgpack.encode(([], ["RunAnything"])),
         msgspec.msgpack.encode(([], Done(1))),
         msgspec.msgpack.encode(([], ["RunStep", 1, [], "more"])),
-        msgspec.msgpack.encode(([LIMIT + 1], RunSample())),
-        msgspec.msgpack.encode(([-1], RunSample())),
-        msgspec.msgpack.encode(([1] * (MAX_FRAMES + 1), RunSample())),
+        msgspec.msgpack.encode(([(0, 65)], RunSample())),
+        msgspec.msgpack.encode(([(2**62, 2**62)], RunSample())),
+        msgspec.msgpack.encode(([(-1, 1)], RunSample())),
+        msgspec.msgpack.encode(([(1, -1)], RunSample())),
+        msgspec.msgpack.encode(([(0, 1)] * (MAX_FRAMES + 1), RunSample())),
     ],
 )
-def test_what_is_no_request_is_refused_before_memory_is_taken(data: bytes) -> None:
+def test_what_is_no_request_is_refused(data: bytes) -> None:
     ours, theirs = multiprocessing.Pipe()
     theirs.send_bytes(data)
+    block = Block()
+    block.grow(64)
     with pytest.raises(ProtocolError):
-        Pipe(ours, LIMIT).receive_request()
+        LeaderLink(ours, block).receive()
 
 
-def test_a_frame_that_is_shorter_than_announced() -> None:
-    ours, theirs = multiprocessing.Pipe()
-    theirs.send_bytes(msgspec.msgpack.encode(([4], RunSample())))
-    theirs.send_bytes(b"123")
-    with pytest.raises(ProtocolError, match="shorter than 4 bytes"):
-        Pipe(ours, LIMIT).receive_request()
+def test_what_is_no_answer_is_refused(stage: Stage) -> None:
+    stage.theirs[0].connection.send_bytes(msgspec.msgpack.encode(["DoneOrSo", 1]))
+    with pytest.raises(ProtocolError, match="between the ranks of a stage"):
+        stage.leader.settle(1)
 
 
 class TestLoss:
@@ -193,15 +246,15 @@ class TestLoss:
     @pytest.mark.parametrize("what", ["send", "settle", "answers"])
     def test_an_ended_pipe_is_explained_by_its_process(self, stage: Stage, what: str) -> None:
         """Its exit code comes a moment after the end of its pipe: whoever talks to it waits for that."""
-        stage.theirs[0].close()
-        stage.theirs[1].close()
+        for link in stage.theirs:
+            link.connection.close()
 
         def dies() -> None:
             stage.processes[0].exitcode = -11
 
         stage.processes[0].on_join = dies
         talk: Callable[[], object] = {
-            "send": lambda: stage.leader.send(STEP, [bytes(LIMIT)]),
+            "send": lambda: stage.leader.send(STEP, [b"schedule"]),
             "settle": lambda: stage.leader.settle(1),
             "answers": stage.leader.answers,
         }[what]
@@ -211,16 +264,16 @@ class TestLoss:
 
     def test_those_that_were_told_to_end_are_no_problem(self, stage: Stage) -> None:
         stage.leader.close()
-        for pipe in stage.theirs:
+        for link in stage.theirs:
             with pytest.raises(EOFError):
-                pipe.receive_request()
+                link.receive()
         assert all(process.joined for process in stage.processes)
         assert [process.exitcode for process in stage.processes] == [-9, -9], "what is left is killed"
         assert stage.leader.problem() is None
 
 
 def test_a_stage_of_one_has_nobody_to_wait_for() -> None:
-    alone = Followers([])
+    alone = Followers([], Block())
     with alone.work("a step", 0.0):
         alone.send(STEP, [b"schedule"])
         alone.settle(1)

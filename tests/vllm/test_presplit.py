@@ -84,6 +84,7 @@ def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
         config = StageConfig(stage, 3, LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
         vllm_config = Mock()
         vllm_config.model_config = Mock(model=str(folder), hf_overrides={})
+        vllm_config.parallel_config = Mock(tensor_parallel_size=1)
         return {name: value for name, value in make_identity(config, vllm_config).shared.items() if "Mock" not in value}
 
     tuned = shutil.copytree(model_dir, tmp_path / "tuned")

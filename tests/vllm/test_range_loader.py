@@ -115,7 +115,7 @@ def loaded(model: Path, stage: int, load_format: str, **options: Any) -> Iterato
     if load_format == "auto":
         assert arguments.load_format == "stagewire"
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    ranks = StageRanks(config, vllm_config, 1 << 20)
+    ranks = StageRanks(config, vllm_config)
     ranks.load()
     worker = ranks.own
     yield worker

@@ -48,7 +48,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
     )
     apply_external_mode(arguments, config)
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    ranks = StageRanks(config, vllm_config, 1 << 20)
+    ranks = StageRanks(config, vllm_config)
     ranks.load()
     made = ranks.own
     specs = made.call("get_kv_cache_spec", ())

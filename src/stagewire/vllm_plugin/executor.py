@@ -22,7 +22,7 @@ from stagewire.errors import ConfigError, InternalError, PeerError, StagewireErr
 from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
 from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
-from stagewire.vllm_plugin.process import RingProcess, max_frame_bytes
+from stagewire.vllm_plugin.process import RingProcess
 from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
 from stagewire.vllm_plugin.step_codec import (
@@ -80,7 +80,7 @@ class RingExecutor(Executor):
         self._next_call = 0
         self._current: tuple[int, SchedulerOutput] | None = None  # the step whose sample_tokens is due
         self._step_log = StepLog.from_environment()
-        self._ranks = StageRanks(self._stage, self.vllm_config, max_frame_bytes(self.vllm_config))
+        self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = RingProcess(self._stage, self.vllm_config, self._ranks, self._status)
         self._process.start()
         try:

@@ -20,7 +20,16 @@ from vllm.utils.system_utils import decorate_logs, set_process_title
 
 from stagewire.config import StageConfig
 from stagewire.errors import StagewireError
-from stagewire.vllm_plugin.local_link import CallDone, Done, Pipe, RunCall, RunSample, RunStep, encode_words
+from stagewire.vllm_plugin.local_link import (
+    Block,
+    CallDone,
+    Done,
+    LeaderLink,
+    RunCall,
+    RunSample,
+    RunStep,
+    encode_words,
+)
 from stagewire.vllm_plugin.pipeline_group import RankPlace
 from stagewire.vllm_plugin.stage_worker import StageWorker, run_call
 from stagewire.vllm_plugin.step_codec import decode_grammar, decode_schedule, token_digest
@@ -37,7 +46,7 @@ def run_follower(
     place: RankPlace,
     connection: Connection[Any, Any],
     words: Connection[Any, Any],
-    max_frame_bytes: int,
+    block: Block,
 ) -> NoReturn:
     """The whole process; ``leader`` is its pid. Ends without teardown: there is nothing to save."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the leader, who ends us in order
@@ -48,7 +57,7 @@ def run_follower(
     decorate_logs(name)
     code = 0
     try:
-        _serve(Pipe(connection, max_frame_bytes), config, vllm_config, place)
+        _serve(LeaderLink(connection, block), config, vllm_config, place)
     except Exception as error:
         logger.exception("Stage %d, tensor parallel rank %d failed", config.stage, place.rank)
         code = error.exit_code if isinstance(error, StagewireError) else 1
@@ -69,13 +78,13 @@ def _end_with(leader: int) -> None:
     os._exit(0)
 
 
-def _serve(pipe: Pipe, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
+def _serve(link: LeaderLink, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
     """Returns when the leader has closed its end."""
     worker = StageWorker(config, vllm_config, place)
-    pipe.send(Done(0))
+    link.answer(Done(0))
     while True:
         try:
-            request, frames = pipe.receive_request()
+            request, frames = link.receive()
         except (EOFError, ConnectionError):
             worker.shutdown()
             return
@@ -84,10 +93,9 @@ def _serve(pipe: Pipe, config: StageConfig, vllm_config: VllmConfig, place: Rank
                 schedule_bytes, *tensors = frames
                 schedule = decode_schedule(schedule_bytes)
                 worker.execute(schedule, digest, specs, tensors)
-                pipe.send(Done(worker.digest(schedule)))
+                link.answer(Done(worker.digest(schedule)))
             case RunSample():
                 output = worker.sample(decode_grammar(frames[0]) if frames else None)
-                pipe.send(Done(token_digest(output)))
+                link.answer(Done(token_digest(output)))
             case RunCall(method, first_rank):
-                error_type, error_text, value = run_call(worker, method, frames[0], first_rank)
-                pipe.send(CallDone(error_type, error_text), [value])
+                link.answer(CallDone(*run_call(worker, method, frames[0], first_rank)))

@@ -1,19 +1,24 @@
 """Between the ranks of a tensor parallel stage: typed messages over one pipe to each follower, and who is gone.
 
 Rank 0, the leader, is the process that owns the ring. It tells every follower what to run, runs its own part, and
-takes one answer from each. Owns the vocabulary, its bytes, and how a follower's death or silence is noticed; knows no
-torch and no vLLM. Nothing here leaves the machine, and still nothing is unpickled: frames of known sizes only.
+takes one answer from each. What comes with a request (a schedule, tensors) lies in a block of memory that all of them
+map: written once, whatever the number of followers, and not again before all have answered. Owns the vocabulary, its
+bytes, and how a follower's death or silence is noticed; knows no torch and no vLLM. Nothing here leaves the machine,
+and still nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 from typing import Any, Protocol
 
 import msgspec
@@ -23,12 +28,13 @@ from stagewire.wire.codec import MAX_HEADER_BYTES, MAX_TENSORS, Frame
 from stagewire.wire.messages import TensorSpec
 
 __all__ = [
+    "Block",
     "CallDone",
     "Done",
     "Follower",
     "Followers",
     "LastWords",
-    "Pipe",
+    "LeaderLink",
     "RunCall",
     "RunSample",
     "RunStep",
@@ -37,7 +43,10 @@ __all__ = [
 # Between the end of a process's pipe and its exit code, and for a process that was told to end.
 END_S = 2.0
 MAX_FRAMES = 1 + MAX_TENSORS
+ALIGNMENT = 64
 MAX_TEXT = 2000
+# The values of calls: a few kilobytes for each layer of the model.
+MAX_ANSWER_BYTES = 64 << 20
 
 
 class _Struct(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -69,10 +78,11 @@ class Done(_Struct, frozen=True):
 
 
 class CallDone(_Struct, frozen=True):
-    """Answer to RunCall; an error is its type and text. Frame: the value."""
+    """Answer to RunCall; an error is its type and text, the value is of call_codec.encode_value."""
 
     error_type: str
     error_text: str
+    value: bytes
 
 
 class LastWords(_Struct, frozen=True):
@@ -86,9 +96,9 @@ Request = RunStep | RunSample | RunCall
 Answer = Done | CallDone
 
 _ENCODER = msgspec.msgpack.Encoder()
-# Sizes of the frames that follow, and the message.
-_REQUESTS = msgspec.msgpack.Decoder(tuple[list[int], Request])
-_ANSWERS = msgspec.msgpack.Decoder(tuple[list[int], Answer])
+# Where in the block its frames lie, as (offset, size), and the message.
+_REQUESTS = msgspec.msgpack.Decoder(tuple[list[tuple[int, int]], Request])
+_ANSWERS = msgspec.msgpack.Decoder(Answer)
 _WORDS = msgspec.msgpack.Decoder(LastWords)
 
 
@@ -96,52 +106,70 @@ def encode_words(exit_code: int, text: str) -> bytes:
     return _ENCODER.encode(LastWords(exit_code, text[:MAX_TEXT].encode("utf-8", "replace").decode()))
 
 
-@dataclass(frozen=True)
-class Pipe:
-    """One end of a pipe.
+class Block:
+    """Memory without a name that a leader and its followers map; it grows, and goes with the last of them.
 
-    Args:
-        connection: bytes only; `send` and `recv` of a Connection would pickle.
-        max_frame_bytes: no frame may be larger.
+    Travels to a process that is being spawned, and only there.
     """
 
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._file = os.fdopen(os.memfd_create("stagewire-ranks") if descriptor is None else descriptor, "r+b", 0)
+        self._map: mmap.mmap | None = None
+        self.grow(ALIGNMENT)  # never empty, or it could not be mapped
+
+    def __reduce__(self) -> tuple[Callable[[Any], Block], tuple[Any]]:
+        return _receive_block, (DupFd(self._file.fileno()),)
+
+    @property
+    def num_bytes(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def grow(self, num_bytes: int) -> None:
+        if num_bytes > self.num_bytes:
+            self._file.truncate(num_bytes)
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Raises ProtocolError for what is not in the block."""
+        if self._map is None or offset + size > len(self._map):
+            total = self.num_bytes
+            if offset + size > total:
+                raise ProtocolError(f"bytes {offset} to {offset + size} of a block of {total} bytes between ranks")
+            self._map = mmap.mmap(self._file.fileno(), total)  # the old one lives as long as a view of it
+        return memoryview(self._map)[offset : offset + size]
+
+
+def _receive_block(descriptor: Any) -> Block:
+    return Block(descriptor.detach())
+
+
+@dataclass(frozen=True)
+class LeaderLink:
+    """A follower's end. ``connection`` for bytes only: its `send` and `recv` would pickle."""
+
     connection: Connection[Any, Any]
-    max_frame_bytes: int
+    block: Block
 
-    def send(self, message: Request | Answer, frames: Sequence[Frame] = ()) -> None:
-        sizes = [memoryview(frame).nbytes for frame in frames]
-        self.connection.send_bytes(_ENCODER.encode((sizes, message)))
-        for frame in frames:
-            self.connection.send_bytes(frame)
+    def receive(self) -> tuple[Request, list[memoryview]]:
+        """The next request; its frames are valid, and may be written to, until it is answered.
 
-    def receive_request(self) -> tuple[Request, list[bytearray]]:
-        """Raises EOFError when the leader has closed its end, ProtocolError for anything but a request."""
-        request: tuple[Request, list[bytearray]] = self._receive(_REQUESTS)
-        return request
+        Raises:
+            EOFError: the leader has closed its end.
+            ProtocolError: anything but a request.
+        """
+        places, request = _decode(_REQUESTS, self.connection.recv_bytes(MAX_HEADER_BYTES))
+        if len(places) > MAX_FRAMES or any(offset < 0 or size < 0 for offset, size in places):
+            raise ProtocolError(f"a request with frames at {places[:MAX_FRAMES]} between the ranks of a stage")
+        return request, [self.block.view(offset, size) for offset, size in places]
 
-    def receive_answer(self) -> tuple[Answer, list[bytearray]]:
-        """Raises OSError or EOFError when the follower is gone, ProtocolError for anything but an answer."""
-        answer: tuple[Answer, list[bytearray]] = self._receive(_ANSWERS)
-        return answer
+    def answer(self, answer: Answer) -> None:
+        self.connection.send_bytes(_ENCODER.encode(answer))
 
-    def _receive(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-        try:
-            sizes, message = decoder.decode(self.connection.recv_bytes(MAX_HEADER_BYTES))
-        except msgspec.MsgspecError as error:
-            raise ProtocolError(f"malformed message between the ranks of a stage: {error}") from error
-        if len(sizes) > MAX_FRAMES or not all(0 <= size <= self.max_frame_bytes for size in sizes):
-            raise ProtocolError(f"a message between the ranks of a stage with frames of {sizes} bytes")
-        return message, [self._receive_frame(size) for size in sizes]
 
-    def _receive_frame(self, size: int) -> bytearray:
-        """Writable, because torch wants it so."""
-        frame = bytearray(size)
-        if self.connection.recv_bytes_into(frame) != size:
-            raise ProtocolError(f"a frame between the ranks of a stage is shorter than {size} bytes")
-        return frame
-
-    def close(self) -> None:
-        self.connection.close()
+def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"malformed message between the ranks of a stage: {error}") from error
 
 
 class Process(Protocol):
@@ -160,11 +188,13 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Follower:
-    """One other rank as the leader has it. ``words``: where its LastWords come."""
+    """One other rank as the leader has it. ``connection`` is for requests and answers, bytes only; ``words`` is where
+    its LastWords come.
+    """
 
     rank: int
     process: Process
-    pipe: Pipe
+    connection: Connection[Any, Any]
     words: Connection[Any, Any]
 
     def __str__(self) -> str:
@@ -179,11 +209,16 @@ class Followers:
 
     Args:
         followers: in the order of their ranks, 1 and up; none in a stage of one.
+        block: where frames are laid for them.
         clock: monotonic, seconds.
     """
 
-    def __init__(self, followers: Sequence[Follower], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, followers: Sequence[Follower], block: Block, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._followers = followers
+        self._block = block
+        self.used_bytes = 0  # of the block, by requests that not everybody has answered
         self._clock = clock
         self._busy: tuple[str, float, float | None] | None = None  # what, since when, limit in seconds
         self._lock = threading.Lock()
@@ -220,35 +255,56 @@ class Followers:
 
     def send(self, message: Request, frames: Sequence[Frame] = ()) -> None:
         """To every follower. Raises RankError when one is gone, as `settle` and `answers` do."""
+        if not self._followers:
+            return
+        header = _ENCODER.encode((self._lay(frames), message))
         with self._talk():
             for each in self._followers:
-                each.pipe.send(message, frames)
+                each.connection.send_bytes(header)
+
+    def _lay(self, frames: Sequence[Frame]) -> list[tuple[int, int]]:
+        """Copies frames into the block; returns offset and size of each."""
+        views = [memoryview(frame).cast("B") for frame in frames]
+        places = []
+        for view in views:
+            places.append((self.used_bytes, view.nbytes))
+            self.used_bytes += -(-view.nbytes // ALIGNMENT) * ALIGNMENT
+        self._block.grow(self.used_bytes)
+        for (offset, size), view in zip(places, views, strict=True):
+            self._block.view(offset, size)[:] = view
+        return places
 
     def settle(self, *digests: int) -> None:
-        """Takes a Done for each of the last messages, oldest first, and compares it with rank 0's digest.
+        """Takes a Done for each of the requests since the last time, and compares it with rank 0's digest of it.
 
         Raises:
             RankError: also when a rank has other rows than rank 0, or sampled other tokens: its answer would be wrong.
         """
         for each in self._followers:
             for digest in digests:
-                with self._talk():
-                    answer, _ = each.pipe.receive_answer()
+                answer = self._receive(each)
                 if not isinstance(answer, Done):
                     raise InternalError(f"{each} answered {type(answer).__name__} in place of Done")
                 if answer.digest != digest:
                     raise RankError(f"{each} has other rows or tokens than rank 0")
+        self.used_bytes = 0
 
-    def answers(self) -> list[tuple[CallDone, Frame]]:
+    def answers(self) -> list[CallDone]:
         """To a RunCall, in the order of ranks."""
-        taken: list[tuple[CallDone, Frame]] = []
+        taken: list[CallDone] = []
         for each in self._followers:
-            with self._talk():
-                answer, frames = each.pipe.receive_answer()
-            if not isinstance(answer, CallDone) or len(frames) != 1:
-                raise InternalError(f"{each} answered {type(answer).__name__} with {len(frames)} frames to a call")
-            taken.append((answer, frames[0]))
+            answer = self._receive(each)
+            if not isinstance(answer, CallDone):
+                raise InternalError(f"{each} answered {type(answer).__name__} to a call")
+            taken.append(answer)
+        self.used_bytes = 0
         return taken
+
+    def _receive(self, follower: Follower) -> Answer:
+        with self._talk():
+            data = follower.connection.recv_bytes(MAX_ANSWER_BYTES)
+        answer: Answer = _decode(_ANSWERS, data)
+        return answer
 
     def _why_gone(self) -> RankError:
         """A pipe has ended: its process says why, or its exit code will, in a moment."""
@@ -304,7 +360,7 @@ class Followers:
         """In order: the end of its pipe tells a follower to finish."""
         self._is_ending = True
         for each in self._followers:
-            each.pipe.close()
+            each.connection.close()
         ends_at = time.monotonic() + END_S
         for each in self._followers:
             each.process.join(max(0.0, ends_at - time.monotonic()))

@@ -14,7 +14,7 @@ from stagewire.config import StageConfig
 from stagewire.errors import PeerError
 from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Delivery
-from stagewire.vllm_plugin.process import RingProcess, max_frame_bytes
+from stagewire.vllm_plugin.process import RingProcess
 from stagewire.vllm_plugin.stage_ranks import StageRanks
 from stagewire.vllm_plugin.step_codec import decode_schedule, encode_output
 from stagewire.wire.codec import Frame
@@ -25,7 +25,7 @@ __all__ = ["serve_stage"]
 
 def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> None:
     """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
-    ranks = StageRanks(config, vllm_config, max_frame_bytes(vllm_config))
+    ranks = StageRanks(config, vllm_config)
     process = RingProcess(config, vllm_config, ranks, status)
     signal.signal(signal.SIGTERM, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was told to stop"))
     signal.signal(signal.SIGINT, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was interrupted"))

@@ -24,7 +24,7 @@ from stagewire.config import StageConfig
 from stagewire.errors import RankError
 from stagewire.vllm_plugin.call_codec import CALLS
 from stagewire.vllm_plugin.follower import run_follower
-from stagewire.vllm_plugin.local_link import Follower, Followers, Pipe, RunCall, RunSample, RunStep
+from stagewire.vllm_plugin.local_link import Block, Follower, Followers, RunCall, RunSample, RunStep
 from stagewire.vllm_plugin.pipeline_group import RankPlace
 from stagewire.vllm_plugin.stage_worker import Activations, StageWorker, run_call
 from stagewire.vllm_plugin.step_codec import decode_grammar, token_digest
@@ -49,20 +49,19 @@ class StageRanks:
     Args:
         config: this stage's place.
         vllm_config: resolved; ``tensor_parallel_size`` is the number of ranks.
-        max_frame_bytes: the largest frame that can come in.
     """
 
     own: StageWorker  # rank 0, once it is loaded
 
-    def __init__(self, config: StageConfig, vllm_config: VllmConfig, max_frame_bytes: int) -> None:
+    def __init__(self, config: StageConfig, vllm_config: VllmConfig) -> None:
         self.config = config
         self.vllm_config = vllm_config
         self.num_ranks = vllm_config.parallel_config.tensor_parallel_size
         self._folder = tempfile.TemporaryDirectory(prefix="stagewire-")
         self._store = Path(self._folder.name) / f"stagewire-{secrets.token_hex(8)}"
         self._unsettled: list[int] = []
-        ranks = range(1, self.num_ranks)
-        self.followers = Followers([self._spawn(rank, max_frame_bytes) for rank in ranks])
+        block = Block()
+        self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
         if self.followers:
             # multiprocessing waits for its children at exit, whatever ends this process; these must have ended by then.
             Finalize(self, self.followers.kill, exitpriority=100)
@@ -70,19 +69,19 @@ class StageRanks:
     def __repr__(self) -> str:
         return f"StageRanks(stage={self.config.stage}, {self.followers!r})"
 
-    def _spawn(self, rank: int, max_frame_bytes: int) -> Follower:
+    def _spawn(self, rank: int, block: Block) -> Follower:
         maybe_register_config_serialize_by_value()
         context = multiprocessing.get_context("spawn")
-        pipe, their_pipe = context.Pipe()
+        connection, their_end = context.Pipe()
         words, their_words = context.Pipe(duplex=False)
         place = RankPlace(rank, self.num_ranks, self._store)
-        arguments = (os.getpid(), self.config, self.vllm_config, place, their_pipe, their_words, max_frame_bytes)
+        arguments = (os.getpid(), self.config, self.vllm_config, place, their_end, their_words, block)
         name = f"Stage{self.config.stage}_TP{rank}"
         process = context.Process(target=run_follower, args=arguments, name=name, daemon=True)
         process.start()
-        their_pipe.close()
+        their_end.close()
         their_words.close()
-        return Follower(rank, process, Pipe(pipe, max_frame_bytes), words)
+        return Follower(rank, process, connection, words)
 
     def load(self) -> None:
         """Returns when all ranks have loaded their part.
@@ -150,9 +149,9 @@ class StageRanks:
             self.followers.send(RunCall(method, first_rank), [args_bytes])
             *error, value = run_call(self.own, method, args_bytes, first_rank)
             answers = self.followers.answers()
-        outcomes = [error, *([done.error_type, done.error_text] for done, _ in answers)]
+        outcomes = [error, *([done.error_type, done.error_text] for done in answers)]
         results = [CallResult(self.config.stage, rank, *outcome) for rank, outcome in enumerate(outcomes)]
-        return results, [value, *(payload for _, payload in answers)]
+        return results, [value, *(done.value for done in answers)]
 
     # ---- end -------------------------------------------------------------------------------------------------------
 
