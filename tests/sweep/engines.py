@@ -66,20 +66,18 @@ def _generate_alone(llm: Any) -> list[list[int]]:
     return [_generate(llm, [prompt])[0] for prompt in PROMPTS]
 
 
-def _in_twos(llm: Any, apart: int) -> list[list[int]]:
-    """Each request with the one ``apart`` places further on."""
+def _generate_after_another(llm: Any, size: int) -> list[list[int]]:
+    """Each request with one of ``size`` tokens before it: another batch, and another place to cut a long prompt."""
     llm.reset_prefix_cache()
-    pairs = [(0, 1), (2, 3)] if apart == 1 else [(0, 2), (1, 3)]
-    found = {
-        i: tokens for pair in pairs for i, tokens in zip(pair, _generate(llm, [PROMPTS[i] for i in pair]), strict=True)
-    }
-    return [found[i] for i in range(len(PROMPTS))]
+    other = list(range(3, 3 + size))
+    return [_generate(llm, [other, prompt])[1] for prompt in PROMPTS]
 
 
 def run_reference(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Stock vLLM: all requests together, twice, then one after the other, then in batches of two.
+    """Stock vLLM: all requests together, twice, then one after the other, then each in other batches.
 
-    A ring's micro-batches are of any size in between.
+    A ring's micro-batches are of any size, and cut long prompts where stock does not: in the step after the first, the
+    requests of the first are still under way, so that the 60 tokens are 41 and 19.
     """
     from vllm import LLM
 
@@ -92,8 +90,7 @@ def run_reference(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "together": together,
         "again": again,
         "alone": alone,
-        "neighbours": _in_twos(llm, 1),
-        "others": _in_twos(llm, 2),
+        **{f"after {size}": _generate_after_another(llm, size) for size in (7, 20)},
     }
 
 
