@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stagewire.errors import ConfigError
 from stagewire.launch.cores import assign_cores
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV
+from stagewire.observe.status import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
 from stagewire.plan.ranges import LayerRange
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "stage_environment",
 ]
 
-LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"  # a stage ends itself when this process is gone
 # Only the head has an API; workers refuse these on their command line.
 API_FLAGS = ("--host", "--port", "--uds", "--ssl-")
 

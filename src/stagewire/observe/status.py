@@ -21,6 +21,7 @@ from enum import StrEnum
 
 __all__ = [
     "HEAD_SOCKET_ENV",
+    "LAUNCHER_PID_ENV",
     "LAUNCHER_SOCKET_ENV",
     "MAX_DATAGRAM_BYTES",
     "NEWS_SOCKET_ENV",
@@ -32,6 +33,7 @@ __all__ = [
     "StatusSender",
 ]
 
+LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"  # a stage ends itself when this process is gone
 LAUNCHER_SOCKET_ENV = "STAGEWIRE_LAUNCHER_SOCKET"
 HEAD_SOCKET_ENV = "STAGEWIRE_HEAD_SOCKET"
 NEWS_SOCKET_ENV = "STAGEWIRE_NEWS_SOCKET"

@@ -13,18 +13,24 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stagewire.config import StageConfig
-from stagewire.observe.status import HEAD_SOCKET_ENV, NEWS_SOCKET_ENV, DatagramReceiver, Phase, StatusReceiver
+from stagewire.observe.status import (
+    HEAD_SOCKET_ENV,
+    LAUNCHER_PID_ENV,
+    NEWS_SOCKET_ENV,
+    DatagramReceiver,
+    Phase,
+    StatusReceiver,
+)
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.http import EarlyServer, HeadHealth
 from stagewire.vllm_plugin.pipeline_status import PipelineStatus
 
-__all__ = ["HEALTH", "serve_head"]
+__all__ = ["HEALTH", "linger", "serve_head"]
 
 # How long the head of a broken ring goes on answering 503 with the reason before it exits.
 LINGER_S = 30.0
@@ -115,5 +121,21 @@ def _end_after_linger() -> None:
     """While serving: answers 503 for a while, then ends. While starting the main thread ends by itself."""
     if not HEALTH.is_serving:
         return
-    time.sleep(LINGER_S)
+    linger(LINGER_S)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def linger(seconds: float) -> None:
+    """Waits ``seconds``, or until the launcher is gone: a stage that saw it go first looks like a lost one here."""
+    launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
+    if not launcher:
+        select.select([], [], [], seconds)
+        return
+    try:
+        process = os.pidfd_open(launcher)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([process], [], [], seconds)
+    finally:
+        os.close(process)

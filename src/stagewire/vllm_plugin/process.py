@@ -21,7 +21,7 @@ import torch
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import InternalError, RankError, StageLost, StagewireError
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status import LAUNCHER_PID_ENV, Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Observer
 from stagewire.ring.runtime import RingRuntime
@@ -31,9 +31,7 @@ from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident
 from stagewire.vllm_plugin.stage_ranks import StageRanks
 from stagewire.wire.messages import StageIdentity, StageReport, StageState
 
-__all__ = ["LAUNCHER_PID_ENV", "RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
-
-LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"
+__all__ = ["RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
 
 MIN_FRAME_LIMIT_BYTES = 16 << 20
 MAX_FRAME_LIMIT_BYTES = 4 << 30
