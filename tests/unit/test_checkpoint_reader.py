@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import struct
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,21 +68,26 @@ def test_no_byte_of_another_tensor_is_asked_for(
     tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[tuple[str, int]] = set()
-    read_vector, advise = os.preadv, os.posix_fadvise
+    read_some, read_vector, advise = os.pread, os.preadv, os.posix_fadvise
 
     def note(file: int, offset: int, length: int) -> None:
         name = os.path.basename(os.readlink(f"/proc/self/fd/{file}"))
         asked.update((name, offset + i) for i in range(length))
 
-    def preadv(file: int, buffers: list[memoryview], offset: int) -> int:
+    def preadv(file: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         note(file, offset, sum(len(buffer) for buffer in buffers))
-        return read_vector(file, buffers, offset)
+        return read_vector(file, buffers, offset, flags)
+
+    def pread(file: int, length: int, offset: int) -> bytes:
+        note(file, offset, length)
+        return read_some(file, length, offset)
 
     def posix_fadvise(file: int, offset: int, length: int, advice: int) -> None:
         if advice == os.POSIX_FADV_WILLNEED:
             note(file, offset, length)
         advise(file, offset, length, advice)
 
+    monkeypatch.setattr(os, "pread", pread)
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
     monkeypatch.setattr(reader_module, "CHUNK_BYTES", 16)
@@ -107,9 +114,9 @@ def test_the_system_reads_ahead_only_where_it_stays_in_the_run(
             exact.add(file)
         advise(file, offset, length, advice)
 
-    def preadv(file: int, buffers: list[memoryview], offset: int) -> int:
-        count = read_vector(file, buffers, offset)
-        read[file in exact] += count
+    def preadv(file: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        count = read_vector(file, buffers, offset, flags)
+        read[file in exact] += 0 if flags else count  # with flags it only asks whether a byte is there
         return count
 
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
@@ -117,6 +124,60 @@ def test_the_system_reads_ahead_only_where_it_stays_in_the_run(
     for _ in TensorReader(tmp_path, [index.tensors[name] for name in ("a1", "a2", "a3", "a4")], allocate):
         pass
     assert read == {False: from_ahead, True: 100 - from_ahead}
+
+
+def test_at_the_end_of_a_file_there_is_nothing_to_read_ahead_to(
+    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[int] = []
+
+    def posix_fadvise(_file: int, _offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            announced.append(length)
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    monkeypatch.setattr(reader_module, "_window_bytes", lambda _: 20)
+    read(tmp_path, [index.tensors[name] for name in ("a4", "a5", "b3", "b4")])
+    assert announced == [20, 20, 40], "where a run begins; and b4, behind which is another stage's"
+
+
+def test_marks_of_a_look_at_the_header_are_gone_before_anything_is_announced(
+    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[tuple[str, int]] = []
+
+    def posix_fadvise(file: int, _offset: int, _length: int, advice: int) -> None:
+        if advice != os.POSIX_FADV_RANDOM:
+            advised.append((Path(os.readlink(f"/proc/self/fd/{file}")).stem, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    read(tmp_path, [index.tensors[name] for name in ("a1", "a2", "b5")])
+    assert advised[0] == ("a", os.POSIX_FADV_DONTNEED)
+    assert [advice for _, advice in advised[1:]] == [os.POSIX_FADV_WILLNEED] * 3, "b is read to its end: no such harm"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_chunks_that_are_there_are_copied_beside_one_another(
+    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """What has to be waited for is copied by the thread that waited."""
+    read_vector = os.preadv
+    copied_by_caller: set[bool] = set()
+
+    def preadv(file: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags == os.RWF_NOWAIT:
+            if not is_there:
+                raise BlockingIOError(errno.EAGAIN, "not there")
+        else:
+            copied_by_caller.add(threading.current_thread() is threading.main_thread())
+        return read_vector(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(reader_module, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(reader_module, "_window_bytes", lambda _: 16)
+    tensor = index.tensors["a5"]
+    assert read(tmp_path, [tensor])["a5"] == random.Random("a5").randbytes(50)
+    assert copied_by_caller == {not is_there}
 
 
 def test_the_system_is_told_of_what_comes_but_not_too_far(
@@ -130,7 +191,8 @@ def test_the_system_is_told_of_what_comes_but_not_too_far(
 
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
     monkeypatch.setattr(reader_module, "ANNOUNCED_BYTES", 60)
-    walk = iter(TensorReader(tmp_path, list(index.tensors.values()), allocate))
+    chosen = [tensor for tensor in index.tensors.values() if not tensor.name.endswith("5")]
+    walk = iter(TensorReader(tmp_path, chosen, allocate))
     assert next(walk)[0].name == "a1"
     assert announced == [10, 20, 30], "60 bytes ahead, whole tensors"
     assert next(walk)[0].name == "a2"
