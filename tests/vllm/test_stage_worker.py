@@ -5,6 +5,7 @@ A wrong step must never become an answer: rows in another order, a tensor that i
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,15 @@ def worker(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
     made.call("initialize_from_config", ([kv_config] * 3,))
     made.call("compile_or_warm_up_model", ())
     yield made
+    gc.unfreeze()
     made.shutdown()
     cleanup_dist_env_and_memory()
     os.environ.clear()
     os.environ.update(before)
+
+
+def test_what_lives_as_long_as_the_stage_is_not_collected_again(worker: Any) -> None:
+    assert gc.get_freeze_count() > 100_000
 
 
 def schedule(num_tokens: int, names: tuple[str, ...] = ("a", "b"), finished: tuple[str, ...] = ()) -> Any:

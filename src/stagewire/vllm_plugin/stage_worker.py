@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -271,6 +272,13 @@ class StageWorker:
             "activations": [f"{each.name}: {each.dtype} {list(each.trailing)}" for each in self.plan],
         }
 
+    def _warm_up(self) -> Any:
+        """Also takes what lives as long as the stage out of the garbage collector's sight, as vLLM's GPU worker does
+        and its CPU worker does not: a full collection of it would stop the whole ring."""
+        result = self._wrapper.compile_or_warm_up_model()
+        freeze_gc_heap()
+        return result
+
     def shutdown(self) -> None:
         self._wrapper.shutdown()
 
@@ -290,6 +298,7 @@ def run_call(worker: StageWorker, method: str, args_bytes: Frame, first_rank: in
 
 
 _OWN_CALLS: dict[str, Any] = {
+    "compile_or_warm_up_model": StageWorker._warm_up,
     "get_reorder_batch_threshold": StageWorker._get_threshold,
     "set_reorder_batch_threshold": StageWorker._set_threshold,
     "get_stage_state": StageWorker._get_state,
