@@ -1371,9 +1371,17 @@ def answer(scheduler: Any, schedule: Any) -> None:
     scheduler.update_from_output(schedule, output)
 
 
+def answer_prompts(scheduler: Any) -> None:
+    in_flight = []
+    while scheduler.waiting:
+        in_flight.append(scheduler.schedule())
+    for schedule in in_flight:
+        answer(scheduler, schedule)
+
+
 def test_micro_batches_are_equal(scheduler: Any) -> None:
     add_requests(scheduler, 16)
-    answer(scheduler, scheduler.schedule())
+    answer_prompts(scheduler)
     in_flight = [scheduler.schedule() for _ in range(NUM_STAGES)]
     assert [len(schedule.num_scheduled_tokens) for schedule in in_flight] == [4, 4, 4, 4]
     assert len({req_id for schedule in in_flight for req_id in schedule.num_scheduled_tokens}) == 16
@@ -1385,7 +1393,7 @@ def test_micro_batches_are_equal(scheduler: Any) -> None:
 
 def test_arrivals_and_ends_do_not_unbalance_for_long(scheduler: Any) -> None:
     add_requests(scheduler, 6)
-    answer(scheduler, scheduler.schedule())
+    answer_prompts(scheduler)
     sizes = []
     in_flight = [scheduler.schedule() for _ in range(NUM_STAGES)]
     for _ in range(4 * NUM_STAGES):
@@ -1396,9 +1404,28 @@ def test_arrivals_and_ends_do_not_unbalance_for_long(scheduler: Any) -> None:
     assert sum(sizes[-NUM_STAGES:]) == 6, "nobody waits for ever"
 
 
-def test_prefill_is_not_held_back(scheduler: Any) -> None:
-    add_requests(scheduler, 3, num_prompt_tokens=200)
-    assert scheduler.schedule().total_num_scheduled_tokens == 600
+@pytest.mark.parametrize(
+    ("count", "num_prompt_tokens", "steps"),
+    [
+        (8, 100, [200, 200, 200, 200]),  # two prompts for each of the four stages
+        (3, 200, [200, 200, 200, 0]),  # prompts are not cut
+        (5, 60, [60, 60, 60, 60]),  # at least 64 tokens, to the nearest whole prompt; the fifth comes next
+        (6, 20, [60, 60, 0, 0]),  # less than that is not worth a step
+        (1, 300, [300, 0, 0, 0]),
+    ],
+)
+def test_prompts_that_wait_together_are_shared_out(
+    scheduler: Any, count: int, num_prompt_tokens: int, steps: list[int]
+) -> None:
+    add_requests(scheduler, count, num_prompt_tokens)
+    assert [scheduler.schedule().total_num_scheduled_tokens for _ in range(NUM_STAGES)] == steps
+
+
+def test_more_prompts_than_steps_can_hold_fill_each_step(scheduler: Any) -> None:
+    limit = scheduler.max_num_scheduled_tokens
+    add_requests(scheduler, NUM_STAGES * limit // 100 + 1, num_prompt_tokens=100)
+    assert scheduler.schedule().total_num_scheduled_tokens == min(limit, 100 * scheduler.max_num_running_reqs)
+    assert scheduler.max_num_active_reqs == scheduler.max_num_running_reqs, "the limit is vLLM's own again"
 
 
 def test_histories_are_not_copied_and_new_tokens_are(scheduler: Any) -> None:

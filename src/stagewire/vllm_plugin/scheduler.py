@@ -2,18 +2,24 @@
 
 Stock vLLM schedules every request that can run, so with several steps in flight the first takes all of them and the
 others run empty or lopsided (14 and 50 of 64 was seen). This subclass holds the surplus back for one step through
-`Request.next_decode_eligible_step`, which vLLM's own loop honours: nothing is hidden from `running`, and admission,
-preemption and prefix caching stay vLLM's.
+`Request.next_decode_eligible_step`, which vLLM's own loop honours: nothing is hidden from `running`, and preemption and
+prefix caching stay vLLM's. Prompts that wait together are shared out in the same way, by their tokens and uncut: the
+later stages then begin with the first of them while the head runs the next.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 __all__ = ["RingScheduler"]
+
+# A step of fewer tokens takes hardly less time: it reads the same weights. Prompts are not shared out below that.
+_LEAST_TOKENS_ON_CPU = 64
+_LEAST_TOKENS_ELSEWHERE = 512
 
 
 class _Everything(set[str]):
@@ -26,13 +32,43 @@ class _Everything(set[str]):
 class RingScheduler(Scheduler):
     """See the module. One micro-batch in flight per stage."""
 
+    max_num_active_reqs: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_stages = self.vllm_config.parallel_config.pipeline_parallel_size
+        self._least_tokens = _LEAST_TOKENS_ON_CPU if current_platform.is_cpu() else _LEAST_TOKENS_ELSEWHERE
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._hold_back_surplus()
-        return super().schedule(throttle_prefills)
+        limit = self.max_num_active_reqs
+        self.max_num_active_reqs = min(limit, self._active_with_share())
+        try:
+            return super().schedule(throttle_prefills)
+        finally:
+            self.max_num_active_reqs = limit
+
+    def _active_with_share(self) -> int:
+        """Active requests after this step, if a fair share of the prompts' tokens is admitted, to the nearest prompt.
+
+        Prompts in flight count, or each share would be smaller than the one before. What fills all stages' steps
+        anyway is left to vLLM.
+        """
+        sizes: list[int] = []
+        total = sum(request.num_prompt_tokens for request in self.running if not request.num_output_tokens)
+        enough = self._num_stages * self.max_num_scheduled_tokens
+        for request in self.waiting:
+            sizes.append(request.num_tokens - request.num_computed_tokens)
+            total += sizes[-1]
+            if total >= enough:
+                break
+        share = max(-(-total // self._num_stages), self._least_tokens)
+        admitted, tokens = 0, 0
+        while admitted < len(sizes) and (not admitted or tokens + sizes[admitted] / 2 <= share):
+            tokens += sizes[admitted]
+            admitted += 1
+        num_active: int = len(self.running) + self.num_waiting_for_streaming_input
+        return num_active + max(admitted, 1)
 
     def _hold_back_surplus(self) -> None:
         """Lets at most a fair share of the decoding requests into this step; the rest is eligible for the next.
