@@ -18,7 +18,7 @@ from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
 from stagewire.checkpoint.manifest import MANIFEST_NAME, encode_unfinished, stage_folder
 from stagewire.plan.ranges import split_evenly
-from support.models import make_llama
+from support.models import make_blip2, make_llama
 
 pytestmark = pytest.mark.vllm
 
@@ -131,11 +131,19 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
         "--kv-transfer-config",
     ),
     "expert parallel": (HEAD, {"--enable-expert-parallel": None}, "--enable-expert-parallel"),
-    "speculation": (
+    "speculation on the GPU": (
         HEAD,
-        {"--speculative-config": '{"method":"ngram","num_speculative_tokens":2}'},
-        "--speculative-config",
+        {"--speculative-config": '{"method":"ngram_gpu","num_speculative_tokens":2}'},
+        "speculative decoding by 'ngram_gpu'",
     ),
+    "speculation by suffixes": (HEAD, {"--spec-method": "suffix", "--spec-tokens": "2"}, "uffix"),
+    "a draft model": (WORKER, {"--spec-method": "draft_model", "--spec-tokens": "2"}, "speculative"),
+    "prompt embeddings on a head of two ranks": (
+        HEAD,
+        {"--enable-prompt-embeds": None, "--tensor-parallel-size": "2"},
+        "--enable-prompt-embeds with --tensor-parallel-size 2 on stage 0",
+    ),
+    "images in shared memory": (HEAD, {"--mm-processor-cache-type": "shm"}, "--mm-processor-cache-type"),
     "lora": (HEAD, {"--enable-lora": None}, "--enable-lora"),
     "pooling": (HEAD, {"--runner": "pooling"}, "generation"),
     "grpc": (HEAD, {"--grpc": None}, "--grpc"),
@@ -159,6 +167,42 @@ def test_refused(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert expected in line, line
     assert line.startswith(("Stage ", "Stagewire: ")), line
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return make_blip2(tmp_path_factory.mktemp("blip2"), model_dir, num_layers=32)
+
+
+TWO_RANKS = {"--tensor-parallel-size": "2"}
+
+
+def test_images_on_a_head_of_two_ranks(
+    image_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, image_model, HEAD | TWO_RANKS)
+    assert exit_info.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "takes images or other items, with --tensor-parallel-size 2 on stage 0" in line, line
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (HEAD, {}),
+        (HEAD, TWO_RANKS | {"--language-model-only": None}),
+        (HEAD, TWO_RANKS | {"--limit-mm-per-prompt": '{"image": 0}'}),
+        (WORKER, TWO_RANKS),
+        (TAIL, TWO_RANKS | {"--enable-prompt-embeds": None}),
+    ],
+    ids=["one rank", "language model only", "no images", "worker", "tail"],
+)
+def test_images_and_ranks_that_start(
+    base: dict[str, object], change: dict[str, object], image_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartedError):
+        serve(monkeypatch, image_model, base | change)
 
 
 @pytest.mark.parametrize("flags", [HEAD, WORKER, TAIL], ids=["head", "worker", "tail"])

@@ -540,11 +540,6 @@ def test_async_scheduling_is_refused(plain_environment: None) -> None:
         apply_external_mode(engine_args(async_scheduling=True), stage_config())
 
 
-def test_speculation_by_its_short_flags_is_refused(plain_environment: None) -> None:
-    with pytest.raises(ConfigError, match="spec"):
-        apply_external_mode(engine_args(spec_method="ngram", spec_tokens=3), stage_config())
-
-
 @pytest.fixture(scope="module")
 def external_config(model_dir: Path) -> Iterator[Any]:
     """A head's whole VllmConfig, as the API server and EngineCore see it."""
@@ -1031,9 +1026,11 @@ TRAVELS = {
         *("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens"),
         *("finished_req_ids", "free_encoder_mm_hashes", "preempted_req_ids", "has_structured_output_requests"),
         *("new_block_ids_to_zero", "kv_cache_block_copies"),
+        *("scheduled_spec_decode_tokens", "num_spec_tokens_to_schedule", "scheduled_encoder_inputs"),
     },
     "vllm.v1.core.sched.output:NewRequestData": {
         *("req_id", "prompt_token_ids", "sampling_params", "block_ids", "num_computed_tokens"),
+        *("mm_features", "prompt_embeds"),  # what positions need of them
     },
     "vllm.v1.core.sched.output:CachedRequestData": {
         *("req_ids", "resumed_req_ids", "new_token_ids", "new_block_ids", "num_computed_tokens", "num_output_tokens"),
@@ -1048,14 +1045,12 @@ TRAVELS = {
 }
 STAYS = {
     "vllm.v1.core.sched.output:SchedulerOutput": {
-        *("scheduled_spec_decode_tokens", "scheduled_encoder_inputs", "scheduled_encoder_input_stats"),
-        *("pending_structured_output_tokens", "num_invalid_spec_tokens", "num_spec_tokens_to_schedule"),
+        *("scheduled_encoder_input_stats", "pending_structured_output_tokens", "num_invalid_spec_tokens"),
         *("kv_connector_metadata", "kv_connector_block_state", "has_sync_kv_loads", "aux_output_connector_metadata"),
         *("ec_connector_metadata", "ec_manager_metadata", "num_common_prefix_blocks"),
     },
     "vllm.v1.core.sched.output:NewRequestData": {
-        *("mm_features", "pooling_params", "lora_request", "prompt_embeds", "prompt_is_token_ids"),
-        *("prefill_token_ids", "replay_start"),
+        *("pooling_params", "lora_request", "prompt_is_token_ids", "prefill_token_ids", "replay_start"),
     },
     "vllm.v1.core.sched.output:CachedRequestData": {"all_token_ids"},
     "vllm.v1.core.sched.output:GrammarOutput": set[str](),
@@ -1187,8 +1182,6 @@ def test_text_that_only_the_api_server_reads_stays_there() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("mm_features", [object()]),
-        ("prompt_embeds", torch.ones(1, 1)),
         ("lora_request", object()),
         ("pooling_params", 1),
     ],
@@ -1196,14 +1189,6 @@ def test_text_that_only_the_api_server_reads_stays_there() -> None:
 def test_new_request_with_an_unsupported_feature_is_refused(field: str, value: Any) -> None:
     schedule = make_schedule(None)
     setattr(schedule.scheduled_new_reqs[0], field, value)
-    with pytest.raises(ConfigError, match="do not travel the ring yet"):
-        encode_schedule(schedule)
-
-
-@pytest.mark.parametrize("field", ["scheduled_spec_decode_tokens", "scheduled_encoder_inputs"])
-def test_schedule_with_an_unsupported_feature_is_refused(field: str) -> None:
-    schedule = make_schedule(None)
-    setattr(schedule, field, {"new": [1]})
     with pytest.raises(ConfigError, match="do not travel the ring yet"):
         encode_schedule(schedule)
 
@@ -1333,6 +1318,301 @@ def test_digest_depends_on_rows_their_order_and_their_tokens(rows: list[str], to
     assert row_digest(rows, tokens) != digest
 
 
+# ---- inputs besides token ids -------------------------------------------------------------------------------------
+
+
+def make_feature(**changes: Any) -> Any:
+    """An image of five positions, two of them no embeddings, with pixels and with a grid."""
+    from vllm.multimodal.inputs import (
+        MultiModalBatchedField,
+        MultiModalFeatureSpec,
+        MultiModalFieldElem,
+        MultiModalKwargsItem,
+        PlaceholderRange,
+    )
+
+    on_cpu = MultiModalBatchedField(keep_on_cpu=True)
+    data = MultiModalKwargsItem(
+        {
+            "pixel_values": MultiModalFieldElem(torch.ones(4, 1000), MultiModalBatchedField()),
+            "image_grid_thw": MultiModalFieldElem(torch.tensor([1, 4, 6]), on_cpu),
+            "second_per_grid_ts": MultiModalFieldElem(torch.tensor(0.5, dtype=torch.bfloat16), on_cpu),
+            "timestamps": MultiModalFieldElem([0.5, [torch.tensor([True, False])]], on_cpu),
+        }
+    )
+    mask = torch.tensor([True, False, True, True, False])
+    fields = {"data": data, "modality": "image", "identifier": "abc", "mm_position": PlaceholderRange(2, 5, mask)}
+    return MultiModalFeatureSpec(**(fields | changes))
+
+
+def test_of_an_image_only_what_positions_need_travels() -> None:
+    schedule = make_schedule(None)
+    schedule.scheduled_new_reqs[0].mm_features = [make_feature()]
+    schedule.scheduled_encoder_inputs = {"new": [0]}
+    data = encode_schedule(schedule)
+    assert len(data) < 1000, "pixels do not travel"
+    decoded = decode_schedule(data)
+    assert decoded.scheduled_encoder_inputs == {"new": [0]}
+    (feature,) = decoded.scheduled_new_reqs[0].mm_features
+    assert (feature.modality, feature.identifier) == ("image", "abc")
+    assert feature.mm_position == make_feature().mm_position
+    assert feature.mm_position.get_num_embeds() == 3
+    assert feature.data is not None
+    assert set(feature.data) == {"image_grid_thw", "second_per_grid_ts", "timestamps"}
+    assert torch.equal(feature.data["image_grid_thw"].data, torch.tensor([1, 4, 6]))
+    assert feature.data["second_per_grid_ts"].data.item() == 0.5
+    number, (mask,) = feature.data["timestamps"].data
+    assert number == 0.5
+    assert torch.equal(mask, torch.tensor([True, False]))
+    schedule = make_schedule(None)
+    assert decode_schedule(encode_schedule(schedule)).scheduled_new_reqs[0].mm_features == []
+
+
+def test_an_image_whose_positions_are_cached_has_no_data() -> None:
+    """vLLM drops it by itself (`strip_covered_mm_data`); a mask may be absent too."""
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    schedule = make_schedule(None)
+    schedule.scheduled_new_reqs[0].mm_features = [make_feature(data=None, mm_position=PlaceholderRange(0, 3))]
+    (feature,) = decode_schedule(encode_schedule(schedule)).scheduled_new_reqs[0].mm_features
+    assert feature.data is None
+    assert feature.mm_position == PlaceholderRange(0, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"is_embed": b"\1"},
+        {"fields": {"a": {"dtype": "object", "shape": [1], "data": b"12345678"}}},
+        {"fields": {"a": {"dtype": "int64", "shape": [2], "data": b"12345678"}}},
+        {"fields": {"a": {"dtype": "int64", "shape": [1 << 60], "data": b"12345678"}}},
+        {"fields": {"a": {"dtype": "int64", "shape": "x", "data": b"12345678"}}},
+        {"fields": {"a": {"dtype": ["int64"], "shape": [1], "data": b"12345678"}}},
+        {"fields": {"a": {"dtype": "int64", "shape": [1]}}},
+        {"fields": {"a": {"dtype": "int64", "shape": [1], "data": 1 << 40}}},
+        {"fields": {"a": {"dtype": "int64", "shape": [-1], "data": b"12345678"}}},
+        {"fields": {"a": {"other": 1}}},
+    ],
+    ids=str,
+)
+def test_an_image_that_contradicts_itself_is_a_protocol_error(change: dict[str, Any]) -> None:
+    from stagewire.vllm_plugin.inputs import pack_features, unpack_features
+
+    (feature,) = pack_features([make_feature()])
+    assert unpack_features([feature])
+    with pytest.raises(ProtocolError):
+        unpack_features([msgspec.structs.replace(feature, **change)])
+
+
+def test_of_a_prompts_embeddings_only_their_number_travels() -> None:
+    schedule = make_schedule(None)
+    schedule.scheduled_new_reqs[0].prompt_token_ids = None
+    schedule.scheduled_new_reqs[0].prompt_embeds = torch.ones(300, 500)
+    data = encode_schedule(schedule)
+    assert len(data) < 1000
+    request = decode_schedule(data).scheduled_new_reqs[0]
+    assert request.prompt_token_ids is None
+    assert request.prompt_embeds is not None
+    assert request.prompt_len == 300
+    assert request.prompt_embeds.untyped_storage().nbytes() == 4
+    rows = torch.ones(8, 500)
+    rows.copy_(request.prompt_embeds[4:12])  # as `_prepare_inputs` does, for the first stage's sake
+    assert not rows.any()
+
+
+def test_a_prompt_of_both_kinds_is_its_token_ids_to_other_stages() -> None:
+    schedule = make_schedule(None)
+    schedule.scheduled_new_reqs[0].prompt_embeds = torch.ones(4, 500)
+    request = decode_schedule(encode_schedule(schedule)).scheduled_new_reqs[0]
+    assert request.prompt_token_ids == [1, 2, 3, 49151]
+    assert request.prompt_embeds is None
+
+
+def test_only_the_first_stage_embeds_prompts() -> None:
+    """What `inputs.py` leaves out is read under `is_first_rank` alone."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner._preprocess)
+    assert "if self.supports_mm_inputs and is_first_rank" in source
+    assert "elif self.enable_prompt_embeds and is_first_rank" in source
+    assert source.count("_execute_mm_encoder(") == 2, "the second is of encoder-decoder models, which are refused"
+
+
+def test_a_limit_of_no_items_leaves_the_towers_out() -> None:
+    from vllm.model_executor.models.interfaces import SupportsMultiModal
+
+    source = inspect.getsource(SupportsMultiModal._mark_tower_model)
+    assert "StageMissingLayer" in source
+    assert "mm_config.get_limit_per_prompt(m) == 0 for m in modalities" in source
+
+
+# ---- speculation ---------------------------------------------------------------------------------------------------
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+
+
+def test_drafts_and_accepted_tokens_round_trip() -> None:
+    from stagewire.vllm_plugin.speculation import SpeculativeRequestData
+
+    schedule = make_schedule(None)
+    schedule.scheduled_spec_decode_tokens = {"z": [5, 6], "m": [-1, -1]}
+    schedule.num_spec_tokens_to_schedule = 3
+    cached = schedule.scheduled_cached_reqs
+    cached.all_token_ids = {}
+    schedule.scheduled_cached_reqs = SpeculativeRequestData(**vars(cached), accepted_token_ids=[[1, 2], [], [9]])
+    decoded = decode_schedule(encode_schedule(schedule))
+    assert dataclasses.asdict(decoded) == dataclasses.asdict(schedule)
+    assert type(decoded.scheduled_cached_reqs) is SpeculativeRequestData
+
+
+def test_drafts_return_with_the_step() -> None:
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+    from stagewire.vllm_plugin.speculation import DraftingOutput
+
+    output = ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1}, [[1, 2], []])
+    decoded = decode_output(encode_output(output, DraftTokenIds(["a", "b"], [[3, 4], []])))
+    assert isinstance(decoded, DraftingOutput)
+    assert decoded.draft_token_ids == DraftTokenIds(["a", "b"], [[3, 4], []])
+    assert decoded.sampled_token_ids == [[1, 2], []]
+    assert type(decode_output(encode_output(output))) is ModelRunnerOutput
+
+
+def speculative_config(model_dir: Path, **changes: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model=str(model_dir),
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 26,
+        dtype="float32",
+        speculative_config=NGRAM | changes,
+    )
+    apply_external_mode(args, stage_config())
+    return args.create_engine_config()
+
+
+def test_stages_must_agree_on_speculation(model_dir: Path, external_config: Any, plain_environment: None) -> None:
+    from stagewire.vllm_plugin.fingerprint import make_identity
+
+    configs = [external_config, *(speculative_config(model_dir, num_speculative_tokens=k) for k in (3, 4))]
+    found = [make_identity(stage_config(), config).shared["--speculative-config"] for config in configs]
+    assert len(set(found)) == 3
+    assert found[0] == ""
+    assert json.loads(found[1])["num_speculative_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"method": "ngram_gpu"}, "'ngram_gpu' is not carried"),
+        ({"method": "custom_class", "model": "a.module.MyProposer"}, "'custom_class' is not carried"),
+        ({"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}, "synthetic"),
+    ],
+)
+def test_other_speculation_is_refused(
+    change: dict[str, Any], expected: str, model_dir: Path, plain_environment: None
+) -> None:
+    from stagewire.vllm_plugin.speculation import check_speculation
+
+    check_speculation(speculative_config(model_dir))
+    with pytest.raises(ConfigError, match=expected):
+        check_speculation(speculative_config(model_dir, **change))
+
+
+def test_speculation_with_state_space_layers_is_refused(model_dir: Path, plain_environment: None) -> None:
+    """vLLM counts what was accepted where it samples, and nowhere else."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from stagewire.vllm_plugin.speculation import check_speculation
+
+    assert "_update_states_after_model_execute(" in inspect.getsource(GPUModelRunner.sample_tokens)
+    config = SimpleNamespace(
+        speculative_config=speculative_config(model_dir).speculative_config,
+        model_config=SimpleNamespace(is_hybrid=True, architecture="Jamba"),
+    )
+    with pytest.raises(ConfigError, match="Jamba has state-space layers"):
+        check_speculation(config)
+
+
+def test_runner_asks_for_a_drafter_that_only_the_last_stage_has() -> None:
+    """Why `prepare_runner` exists; fails when vLLM looks before it asks."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from stagewire.vllm_plugin.speculation import prepare_runner
+
+    assert "if self.speculative_config and get_pp_group().is_last_rank:" in inspect.getsource(GPUModelRunner.__init__)
+    # A class attribute would do; there is none.
+    assert not hasattr(GPUModelRunner, "drafter")
+    assert 'getattr(self.drafter, "draft_attn_groups", [])' in inspect.getsource(GPUModelRunner)
+    runner = SimpleNamespace(speculative_config=None)
+    prepare_runner(runner, is_tail=False)
+    assert not hasattr(runner, "drafter")
+
+
+def test_runner_drafts_zeros_where_drafts_do_not_fit() -> None:
+    """The other half of `prepare_runner`: for every row, whatever it is doing."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from stagewire.vllm_plugin.speculation import prepare_runner
+
+    assert "effective_drafter_max_model_len" in inspect.getsource(GPUModelRunner._input_fits_in_drafter)
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "if not input_fits_in_drafter:" in source
+    assert "expand(len(self.input_batch.req_ids), self.num_spec_tokens)" in source
+    runner = SimpleNamespace(speculative_config=object(), max_model_len=100, num_spec_tokens=3)
+    prepare_runner(runner, is_tail=True)
+    assert runner.effective_drafter_max_model_len == 103
+
+
+def test_the_tail_is_told_how_much_to_draft() -> None:
+    """Documented as the scheduler's own, and read by the runner."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner.propose_draft_token_ids)
+    assert "scheduler_output.num_spec_tokens_to_schedule" in source
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_a_stage_takes_the_accepted_tokens_that_it_lacks(in_batch: bool) -> None:
+    from vllm.v1.core.sched.output import CachedRequestData
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    from stagewire.errors import PeerError
+    from stagewire.vllm_plugin.speculation import SpeculativeRequestData, take_accepted
+
+    # Three tokens of the prompt and one of the answer are known; of the drafts after it, two were accepted.
+    state = CachedRequestState("a", [1, 2, 3], [], None, None, ([1],), 3, [4])
+    batch = SimpleNamespace(
+        req_id_to_index={"a": 1} if in_batch else {},
+        token_ids_cpu=np.zeros((2, 10), dtype=np.int32),
+        is_token_ids=np.zeros((2, 10), dtype=bool),
+        num_tokens_no_spec=np.array([0, 4]),
+    )
+    runner = SimpleNamespace(requests={"a": state}, input_batch=batch)
+
+    def schedule(num_computed: int, accepted: list[int]) -> Any:
+        fields = CachedRequestData(["a"], set(), [[7]], {}, [None], [num_computed], [4])
+        return SimpleNamespace(
+            scheduled_cached_reqs=SpeculativeRequestData(**vars(fields), accepted_token_ids=[accepted])
+        )
+
+    take_accepted(runner, schedule(4, [3, 4]))
+    assert state.output_token_ids == [4], "nothing is missing"
+    take_accepted(runner, schedule(6, [4, 5, 6]))
+    assert state.output_token_ids == [4, 5, 6]
+    assert state.num_tokens == 6
+    if in_batch:
+        assert batch.token_ids_cpu[1].tolist() == [0, 0, 0, 0, 5, 6, 0, 0, 0, 0]
+        assert batch.is_token_ids[1].tolist() == [False] * 4 + [True] * 2 + [False] * 4
+        assert batch.num_tokens_no_spec.tolist() == [0, 6]
+    take_accepted(runner, schedule(0, []))  # preempted, and computed again from its beginning
+    assert state.output_token_ids == [4, 5, 6]
+    with pytest.raises(PeerError, match="9 tokens are computed, this stage knows 6 and was sent 2"):
+        take_accepted(runner, schedule(9, [8, 9]))
+
+
 # ---- the scheduler -------------------------------------------------------------------------------------------------
 
 
@@ -1437,6 +1717,54 @@ def test_histories_are_not_copied_and_new_tokens_are(scheduler: Any) -> None:
     assert cached.new_token_ids == [[7] for _ in cached.req_ids], (
         "stages before the tail learn tokens from the schedule"
     )
+
+
+@pytest.fixture
+def speculating(scheduler: Any) -> Any:
+    """With three drafts a step, as `speculative_config` would set it up."""
+    scheduler.num_spec_tokens = 3
+    return scheduler
+
+
+def answer_with_drafts(scheduler: Any, schedule: Any, sampled: list[int], drafts: list[int]) -> None:
+    from vllm.v1.outputs import DraftTokenIds
+
+    from stagewire.vllm_plugin.speculation import DraftingOutput
+
+    ids = list(schedule.num_scheduled_tokens)
+    output = DraftingOutput(
+        ids,
+        {req_id: i for i, req_id in enumerate(ids)},
+        [list(sampled) for _ in ids],
+        draft_token_ids=DraftTokenIds(ids, [list(drafts) for _ in ids]),
+    )
+    scheduler.update_from_output(schedule, output)
+
+
+def test_drafts_are_scheduled_with_the_next_step_and_accepted_ones_follow(speculating: Any) -> None:
+    add_requests(speculating, 1)
+    first = speculating.schedule()
+    assert first.num_spec_tokens_to_schedule == 3
+    answer_with_drafts(speculating, first, [7], [8, 9, 10])
+    second = speculating.schedule()
+    assert second.scheduled_spec_decode_tokens == {"r0": [8, 9, 10]}
+    assert second.num_scheduled_tokens == {"r0": 4}
+    assert second.scheduled_cached_reqs.new_token_ids == [[7]]
+    assert second.scheduled_cached_reqs.accepted_token_ids == [[]]
+    answer_with_drafts(speculating, second, [8, 9, 11], [])  # two of three, and one that was sampled
+    third = speculating.schedule()
+    assert third.scheduled_cached_reqs.num_computed_tokens == [23]
+    assert third.scheduled_cached_reqs.new_token_ids == [[11]], "stock vLLM sends this one alone"
+    assert third.scheduled_cached_reqs.accepted_token_ids == [[7, 8, 9]]
+
+
+def test_drafts_of_a_preempted_request_are_dropped(speculating: Any) -> None:
+    add_requests(speculating, 1)
+    answer_with_drafts(speculating, speculating.schedule(), [7], [])
+    in_flight = speculating.schedule()
+    assert speculating.reset_prefix_cache(reset_running_requests=True)
+    answer_with_drafts(speculating, in_flight, [8], [9, 10, 11])
+    assert speculating.requests["r0"].spec_token_ids == []
 
 
 # ---- documentation -------------------------------------------------------------------------------------------------

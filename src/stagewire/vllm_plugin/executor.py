@@ -189,6 +189,7 @@ class RingExecutor(Executor):
             self._reply_payloads[message.call_id] = list(delivery.payloads)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Nothing: asked for here, drafts would be of another step than the scheduler's. They come with the result."""
         return None
 
     # ---- calls -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from stagewire.checkpoint.model_config import CONFIG_NAME
 from stagewire.config import StageConfig
 from stagewire.ring.admission import EXPORT_SETTING
 from stagewire.ring.runtime import new_incarnation
+from stagewire.vllm_plugin.speculation import describe_speculation
 from stagewire.wire.messages import StageIdentity
 
 __all__ = ["make_identity"]
@@ -65,6 +66,8 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
         "--use-fp64-gumbel": model.use_fp64_gumbel,
         "--disable-sliding-window": model.disable_sliding_window,
         "--reasoning-config": vllm_config.reasoning_config,
+        "--speculative-config": describe_speculation(vllm_config),
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
     }
 
 

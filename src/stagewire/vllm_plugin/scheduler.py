@@ -1,4 +1,4 @@
-"""vLLM's scheduler with micro-batches of equal size.
+"""vLLM's scheduler with micro-batches of equal size, and drafts that arrive with a step's result.
 
 Stock vLLM schedules every request that can run, so with several steps in flight the first takes all of them and the
 others run empty or lopsided (14 and 50 of 64 was seen). This subclass holds the surplus back for one step through
@@ -14,6 +14,9 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+
+from stagewire.vllm_plugin.speculation import DraftingOutput, only_of, with_accepted
 
 __all__ = ["RingScheduler"]
 
@@ -70,6 +73,21 @@ class RingScheduler(Scheduler):
         num_active: int = len(self.running) + self.num_waiting_for_streaming_input
         return num_active + max(admitted, 1)
 
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """vLLM's own, then the drafts for the next step of the same requests.
+
+        Not those of a request that was preempted meanwhile: it computes from its beginning again.
+        """
+        followed = [
+            req_id
+            for req_id in scheduler_output.num_scheduled_tokens
+            if (request := self.requests.get(req_id)) is not None and request.num_stale_output_tokens == 0
+        ]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if isinstance(model_runner_output, DraftingOutput) and model_runner_output.draft_token_ids is not None:
+            self.update_draft_token_ids(only_of(model_runner_output.draft_token_ids, followed))
+        return outputs
+
     def _hold_back_surplus(self) -> None:
         """Lets at most a fair share of the decoding requests into this step; the rest is eligible for the next.
 
@@ -83,7 +101,8 @@ class RingScheduler(Scheduler):
             request.next_decode_eligible_step = next_step
 
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
-        """Without copies of whole histories: V1 workers read them only under async scheduling, which is off.
+        """Without copies of whole histories: V1 workers read them only under async scheduling, which is off. With
+        speculation, also the tokens that the last step accepted.
 
         vLLM copies the tokens of every request that the previous step did not hold; with micro-batches that is all of
         them, every step.
@@ -92,6 +111,7 @@ class RingScheduler(Scheduler):
         previous = scheduler.prev_step_scheduled_req_ids
         scheduler.prev_step_scheduled_req_ids = _Everything()
         try:
-            return super()._make_cached_request_data(*args, **kwargs)
+            cached = super()._make_cached_request_data(*args, **kwargs)
         finally:
             scheduler.prev_step_scheduled_req_ids = previous
+        return with_accepted(cached, self.requests, self.num_spec_tokens) if self.num_spec_tokens else cached

@@ -110,7 +110,7 @@ class _StageHost:
         finished = StageTiming(
             timing.stage, timing.received_ns, timing.started_ns, time.monotonic_ns(), 0, timing.hop_ns
         )
-        payload = encode_output(output)
+        payload = encode_output(output, self._ranks.own.take_drafts())
         self._ring.send(Result(0, step.step, [*step.timings, _sent(finished)]), [payload])
 
     # ---- calls -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from stagewire.config import StageConfig
@@ -26,7 +26,9 @@ from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
 from stagewire.vllm_plugin import compat, cpu, model_patches, pipeline_group, range_loader
 from stagewire.vllm_plugin.call_codec import check_call, decode_value, encode_value
+from stagewire.vllm_plugin.inputs import check_inputs, drop_towers
 from stagewire.vllm_plugin.pipeline_group import RankPlace
+from stagewire.vllm_plugin.speculation import check_speculation, prepare_runner, take_accepted
 from stagewire.vllm_plugin.step_codec import row_digest
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import TensorSpec
@@ -54,16 +56,10 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
             without pipeline support is refused earlier, by vLLM's own check of ``pipeline_parallel_size``.)
     """
     model = vllm_config.model_config
-    if model.is_multimodal_model and not getattr(model.multimodal_config, "language_model_only", False):
-        raise ConfigError(
-            f"{model.architecture} takes images or audio, which do not travel the ring yet: "
-            "give --language-model-only on every stage"
-        )
     if model.is_encoder_decoder:
         raise ConfigError(f"{model.architecture} is an encoder-decoder model: its encoder would run on every stage")
-    if vllm_config.speculative_config is not None:
-        # However it was asked for: by a short flag, or by a checkpoint that names its own draft.
-        raise ConfigError("speculative decoding is not carried between stages yet")
+    check_speculation(vllm_config)
+    check_inputs(config, vllm_config)
     if vllm_config.aux_output_config.enable_return_routed_experts:
         raise ConfigError("--aux-output-config: routed experts are not carried between stages yet")
     if model.runner_type != "generate":
@@ -85,6 +81,8 @@ class StageWorker:
 
     def __init__(self, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
         check_model(config, vllm_config)
+        if not config.is_head:
+            drop_towers(vllm_config)
         if vllm_config.use_v2_model_runner:
             raise ConfigError("external mode needs the V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
         self.config = config
@@ -104,6 +102,7 @@ class StageWorker:
         model_patches.check_heads(self.runner.get_model())
         if current_platform.is_cpu():
             cpu.release_second_copies(self.runner.get_model(), vllm_config, is_tail=config.is_tail)
+        prepare_runner(self.runner, is_tail=config.is_tail)
         current_platform.update_block_size_for_backend(vllm_config)
         self.plan = self._plan_tensors()
 
@@ -150,6 +149,8 @@ class StageWorker:
             PeerError: the tensors do not fit the plan, or this stage's rows differ from the head's.
         """
         num_tokens = schedule.total_num_scheduled_tokens
+        if not self.config.is_tail:
+            take_accepted(self.runner, schedule)
         if num_tokens and not self.config.is_head:
             check_tensors(self.plan, num_tokens, specs, frames)
             tensors = self._receive(num_tokens, specs, frames)
@@ -169,6 +170,11 @@ class StageWorker:
         if not isinstance(output, ModelRunnerOutput):
             raise InternalError(f"the worker returned {type(output).__name__}: async scheduling must be off")
         return output
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """On the tail, after `sample` and before the next step: what it drafted, with speculation."""
+        drafts: DraftTokenIds | None = self._wrapper.take_draft_token_ids()
+        return drafts
 
     def digest(self, schedule: SchedulerOutput) -> int:
         """Of this rank's rows, after `execute`; 0 for a schedule without tokens."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -19,9 +19,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
 from stagewire.errors import ConfigError, ProtocolError
+from stagewire.vllm_plugin.inputs import Feature, pack_features, stand_in_for_embeds, unpack_features
+from stagewire.vllm_plugin.speculation import DraftingOutput, SpeculativeRequestData
 from stagewire.wire.codec import Frame
 
 __all__ = [
@@ -47,6 +49,8 @@ class _NewRequest(_Struct):
     sampling_params: SamplingParams | None
     block_ids: tuple[list[int], ...]
     num_computed_tokens: int
+    features: list[Feature]
+    num_prompt_embeds: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None  # of a prompt without token ids
 
 
 class _Schedule(_Struct):
@@ -64,6 +68,10 @@ class _Schedule(_Struct):
     block_ids_to_zero: list[int] | None
     block_copies: list[tuple[int, int]] | None
     has_structured_output: bool
+    encoder_inputs: dict[str, list[int]]
+    spec_token_ids: dict[str, list[int]]
+    num_spec_tokens: int  # how many the tail may draft for the next step
+    accepted_token_ids: list[list[int]] | None
 
 
 class _Array(_Struct):
@@ -79,12 +87,18 @@ class _Logprobs(_Struct):
     cu_num_generated_tokens: list[int] | None
 
 
+class _Drafts(_Struct):
+    req_ids: list[str]
+    token_ids: list[list[int]]
+
+
 class _Output(_Struct):
     req_ids: list[str]
     sampled_token_ids: list[list[int]]
     logprobs: _Logprobs | None
     prompt_logprobs: dict[str, _Logprobs | None]
     num_nans_in_logits: dict[str, int] | None
+    drafts: _Drafts | None
 
 
 class _Grammar(_Struct):
@@ -122,8 +136,6 @@ def encode_schedule(schedule: SchedulerOutput) -> bytes:
         ConfigError: the schedule uses a feature that the ring does not carry (refused at start, so a bug if seen).
     """
     cached = schedule.scheduled_cached_reqs
-    if schedule.scheduled_spec_decode_tokens or schedule.scheduled_encoder_inputs:
-        raise ConfigError("speculative tokens and encoder inputs do not travel the ring yet")
     return _ENCODER.encode(
         _Schedule(
             new=[_new_request(request) for request in schedule.scheduled_new_reqs],
@@ -140,6 +152,10 @@ def encode_schedule(schedule: SchedulerOutput) -> bytes:
             block_ids_to_zero=schedule.new_block_ids_to_zero,
             block_copies=_pairs(schedule.kv_cache_block_copies),
             has_structured_output=schedule.has_structured_output_requests,
+            encoder_inputs=schedule.scheduled_encoder_inputs,
+            spec_token_ids=schedule.scheduled_spec_decode_tokens,
+            num_spec_tokens=schedule.num_spec_tokens_to_schedule,
+            accepted_token_ids=cached.accepted_token_ids if isinstance(cached, SpeculativeRequestData) else None,
         )
     )
 
@@ -156,28 +172,23 @@ def decode_schedule(data: Frame) -> SchedulerOutput:
             NewRequestData(
                 req_id=request.req_id,
                 prompt_token_ids=request.prompt_token_ids,
-                mm_features=[],
+                mm_features=unpack_features(request.features),
                 sampling_params=request.sampling_params,
                 pooling_params=None,
                 block_ids=request.block_ids,
                 num_computed_tokens=request.num_computed_tokens,
                 lora_request=None,
+                prompt_embeds=(
+                    None if request.num_prompt_embeds is None else stand_in_for_embeds(request.num_prompt_embeds)
+                ),
             )
             for request in wire.new
         ],
-        scheduled_cached_reqs=CachedRequestData(
-            req_ids=wire.cached_ids,
-            resumed_req_ids=set(wire.resumed_ids),
-            new_token_ids=wire.new_token_ids,
-            all_token_ids={},
-            new_block_ids=wire.new_block_ids,
-            num_computed_tokens=wire.num_computed_tokens,
-            num_output_tokens=wire.num_output_tokens,
-        ),
+        scheduled_cached_reqs=_cached_requests(wire),
         num_scheduled_tokens=wire.num_scheduled_tokens,
         total_num_scheduled_tokens=sum(wire.num_scheduled_tokens.values()),
-        scheduled_spec_decode_tokens={},
-        scheduled_encoder_inputs={},
+        scheduled_spec_decode_tokens=wire.spec_token_ids,
+        scheduled_encoder_inputs=wire.encoder_inputs,
         finished_req_ids=set(wire.finished_ids),
         free_encoder_mm_hashes=wire.freed_mm_hashes,
         preempted_req_ids=None if wire.preempted_ids is None else set(wire.preempted_ids),
@@ -186,6 +197,7 @@ def decode_schedule(data: Frame) -> SchedulerOutput:
         kv_cache_block_copies=(
             None if wire.block_copies is None else [KVCacheBlockCopy(src, dst) for src, dst in wire.block_copies]
         ),
+        num_spec_tokens_to_schedule=wire.num_spec_tokens,
     )
 
 
@@ -204,14 +216,37 @@ def token_digest(output: ModelRunnerOutput) -> int:
 
 
 def _new_request(request: NewRequestData) -> _NewRequest:
-    if request.mm_features or request.prompt_embeds is not None or request.lora_request or request.pooling_params:
-        raise ConfigError("multimodal inputs, prompt embeddings, LoRA and pooling do not travel the ring yet")
+    if request.lora_request or request.pooling_params:
+        raise ConfigError("LoRA and pooling do not travel the ring yet")
     params = copy.copy(request.sampling_params)
     if params is not None:
         # Read by the API server and the scheduler only; the grammar arrives as a bitmask.
         params.structured_outputs = None
         params.stop = None
-    return _NewRequest(request.req_id, request.prompt_token_ids, params, request.block_ids, request.num_computed_tokens)
+    return _NewRequest(
+        request.req_id,
+        request.prompt_token_ids,
+        params,
+        request.block_ids,
+        request.num_computed_tokens,
+        pack_features(request.mm_features),
+        request.prompt_len if request.prompt_token_ids is None else None,
+    )
+
+
+def _cached_requests(wire: _Schedule) -> CachedRequestData:
+    cached = CachedRequestData(
+        req_ids=wire.cached_ids,
+        resumed_req_ids=set(wire.resumed_ids),
+        new_token_ids=wire.new_token_ids,
+        all_token_ids={},
+        new_block_ids=wire.new_block_ids,
+        num_computed_tokens=wire.num_computed_tokens,
+        num_output_tokens=wire.num_output_tokens,
+    )
+    if wire.accepted_token_ids is None:
+        return cached
+    return SpeculativeRequestData(**vars(cached), accepted_token_ids=wire.accepted_token_ids)
 
 
 def _pairs(copies: list[KVCacheBlockCopy] | None) -> list[tuple[int, int]] | None:
@@ -221,8 +256,8 @@ def _pairs(copies: list[KVCacheBlockCopy] | None) -> list[tuple[int, int]] | Non
 # ---- what the tail returns -----------------------------------------------------------------------------------------
 
 
-def encode_output(output: ModelRunnerOutput) -> bytes:
-    """Token ids and what else requests asked for; never hidden states."""
+def encode_output(output: ModelRunnerOutput, drafts: DraftTokenIds | None = None) -> bytes:
+    """Token ids and what else requests asked for; never hidden states. ``drafts``: for the next step, if any."""
     logprobs = output.logprobs
     return _ENCODER.encode(
         _Output(
@@ -241,15 +276,16 @@ def encode_output(output: ModelRunnerOutput) -> bytes:
                 for req_id, tensors in output.prompt_logprobs_dict.items()
             },
             num_nans_in_logits=output.num_nans_in_logits,
+            drafts=None if drafts is None else _Drafts(drafts.req_ids, drafts.draft_token_ids),
         )
     )
 
 
 def decode_output(data: Frame) -> ModelRunnerOutput:
-    """Raises ProtocolError for malformed bytes."""
+    """A `DraftingOutput` when the tail has drafted. Raises ProtocolError for malformed bytes."""
     wire = _decode(_OUTPUT_DECODER, data, "result")
     logprobs = wire.logprobs
-    return ModelRunnerOutput(
+    output = ModelRunnerOutput(
         req_ids=wire.req_ids,
         req_id_to_index={req_id: index for index, req_id in enumerate(wire.req_ids)},
         sampled_token_ids=wire.sampled_token_ids,
@@ -260,6 +296,9 @@ def decode_output(data: Frame) -> ModelRunnerOutput:
         },
         num_nans_in_logits=wire.num_nans_in_logits,
     )
+    if wire.drafts is None:
+        return output
+    return DraftingOutput(**vars(output), draft_token_ids=DraftTokenIds(wire.drafts.req_ids, wire.drafts.token_ids))
 
 
 def _logprobs(ids: Any, logprobs: Any, ranks: Any, cu: list[int] | None) -> _Logprobs:

@@ -1,0 +1,132 @@
+"""Prompts given as embeddings, mixed with ordinary ones: the tokens of one process. One ring of the real model.
+
+The vectors reach the head only; the other stages know their number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from support.stages import Ring, SingleProcess
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, license_text, requests
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+RANGES = ("0-9", "9-20", "20-30")
+# A budget that cuts long prompts, and a KV cache that is too small for all of them at once.
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "768", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
+    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "60", "--kv-cache-memory-bytes", "300M"),
+    "--enable-prompt-embeds",
+]
+CONCURRENCY = 16
+
+
+@pytest.fixture(scope="module")
+def embedding(model_dir: Path) -> torch.Tensor:
+    """# [vocab_size, hidden_size]"""
+    from safetensors import safe_open
+
+    name = "model.embed_tokens.weight"
+    index = json.loads((model_dir / "model.safetensors.index.json").read_text())["weight_map"]
+    with safe_open(model_dir / index[name], "pt") as file:
+        weight: torch.Tensor = file.get_tensor(name)
+        return weight
+
+
+@pytest.fixture(scope="module")
+def encode(model_dir: Path) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    return lambda text: tokenizer.encode(text).ids
+
+
+def as_option(vectors: torch.Tensor) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(vectors, buffer)
+    return {"prompt": None, "prompt_embeds": base64.b64encode(buffer.getvalue()).decode()}
+
+
+Work = list[tuple[Request, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
+    """Of three requests one is text, one the same text's embeddings, one vectors that no token has."""
+    generator = torch.Generator().manual_seed(0)
+    made: Work = []
+    for request in requests(12, seed=5, text=license_text(), longest_words=300):
+        vectors = embedding[encode(request.prompt)].float()
+        noise = torch.randn(vectors.shape, generator=generator) * vectors.std() * 0.3
+        made += [(request, {}), (request, as_option(vectors)), (request, as_option(vectors + noise))]
+    return made
+
+
+def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
+    async def everything() -> list[Answer]:
+        gate = asyncio.Semaphore(concurrency)
+        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
+
+            async def one(request: Request, options: dict[str, Any]) -> Answer:
+                async with gate:
+                    return await complete(client, str(model), request, **options)
+
+            return list(await asyncio.gather(*(one(*each) for each in work)))
+
+    return asyncio.run(everything())
+
+
+@pytest.fixture(scope="module")
+def references(model_dir: Path, work: Work) -> list[list[Answer]]:
+    """One process at the ring's concurrency, and at two others."""
+    with SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
+        return [run(single.url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
+
+
+@pytest.fixture(scope="module")
+def ring(model_dir: Path, references: object) -> Iterator[Ring]:
+    with Ring(model_dir, RANGES, SETTINGS) as running:
+        yield running
+
+
+def test_embedded_prompts_give_the_tokens_of_one_process(
+    ring: Ring, work: Work, references: list[list[Answer]], say: Callable[[str], None]
+) -> None:
+    for concurrency in (1, CONCURRENCY):
+        answers = run(ring.url, ring.model, work, concurrency)
+        ordered = references if concurrency == CONCURRENCY else [references[1], references[0], references[2]]
+        result = compare(answers, ordered)
+        say(
+            f"{concurrency} concurrent: {result.num_tokens} tokens equal but for {len(result.ties)} ties, "
+            f"log-probabilities within {result.worst_logprob:.1e}"
+        )
+        assert not result.wrong, "\n".join(result.wrong)
+        assert result.worst_logprob <= LOGPROB_TOLERANCE
+    texts, same, noisy = answers[0::3], answers[1::3], answers[2::3]
+    assert [a.token_ids for a in same] != [a.token_ids for a in noisy], "the vectors decide, not the text"
+    equal = sum(text.token_ids == embedded.token_ids for text, embedded in zip(texts, same, strict=True))
+    say(f"{equal} of {len(texts)} texts have the same answer as their own embeddings")
+    assert equal >= len(texts) - 1, "a text and its embeddings are one prompt"
+
+
+def test_a_prompt_of_the_wrong_width_is_refused_and_the_ring_goes_on(ring: Ring) -> None:
+    body = {"model": str(ring.model), "max_tokens": 2, **as_option(torch.zeros(4, 7))}
+    assert httpx.post(f"{ring.url}/v1/completions", json=body, trust_env=False).status_code == 400
+    answer = httpx.post(
+        f"{ring.url}/v1/completions",
+        json={"model": str(ring.model), "prompt": "One", "max_tokens": 2},
+        timeout=60,
+        trust_env=False,
+    )
+    assert answer.status_code == 200

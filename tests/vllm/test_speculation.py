@@ -1,0 +1,122 @@
+"""n-gram speculation over stages: the tokens of one process, with and without it; what else drafts is refused.
+
+One ring of three stages of the real model, with a KV cache that is too small for the largest load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support.stages import Ring, SingleProcess
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, license_text
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+RANGES = ("0-8", "8-21", "21-30")
+CONTEXT = 512
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", "256", "--max-num-seqs", "32"),
+    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "72", "--kv-cache-memory-bytes", "300M"),
+]
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}'
+CONCURRENCIES = {1: 3, 8: 14, 32: 44}  # and how many requests
+COUNTERS = ("num_draft_tokens", "num_accepted_tokens")
+# A third of the requests; the grammar of some ends early, that of others allows anything for a while.
+GRAMMARS: Sequence[dict[str, Any]] = (
+    {"structured_outputs": {"regex": r"(a|b|c| ){10,30}"}, "ignore_eos": False},
+    {"structured_outputs": {"choice": ["the License", "the Work and Derivative Works"]}, "ignore_eos": False},
+    {"structured_outputs": {"regex": r"[A-Za-z ,.\n]{40,200}"}, "ignore_eos": False},
+)
+
+Work = list[tuple[Request, dict[str, Any]]]
+
+
+def work_for(concurrency: int) -> Work:
+    """Texts that begin again, so that there is something to look up; every third with a grammar. Two fill the context
+    to its end, where drafts no longer fit.
+    """
+    rng = random.Random(concurrency)
+    words = license_text().split()
+    made: Work = []
+    for index in range(CONCURRENCIES[concurrency]):
+        begin, length = rng.randrange(len(words) - 100), rng.randrange(20, 90)
+        passage = words[begin : begin + length]
+        prompt = " ".join([*passage, *passage[: length // 3]])
+        options = dict(GRAMMARS[index // 3 % 3]) if index % 3 == 2 else {}
+        made.append((Request(prompt, rng.randrange(16, 49)), options))
+    counting = ("one two three four " * CONTEXT).split()
+    for room in (3, 14):  # each of the words is a token
+        made.insert(len(made) // 2, (Request(" ".join(counting[: CONTEXT - room]), room), {}))
+    return made
+
+
+def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
+    async def everything() -> list[Answer]:
+        gate = asyncio.Semaphore(concurrency)
+        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
+
+            async def one(request: Request, options: dict[str, Any]) -> Answer:
+                async with gate:
+                    return await complete(client, str(model), request, **options)
+
+            return list(await asyncio.gather(*(one(*each) for each in work)))
+
+    return asyncio.run(everything())
+
+
+def counter(url: str, name: str) -> float:
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    found = re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found))
+
+
+@pytest.fixture(scope="module")
+def references(model_dir: Path) -> dict[int, list[list[Answer]]]:
+    """Per load: one process without speculation, at its concurrency and at another, then one with."""
+    found: dict[int, list[list[Answer]]] = {concurrency: [] for concurrency in CONCURRENCIES}
+    env = {"OMP_NUM_THREADS": "2"}
+    for extra in ([], ["--speculative-config", NGRAM]):
+        with SingleProcess(model_dir, [*SETTINGS, *extra], env) as single:
+            for concurrency, answers in found.items():
+                sizes = (concurrency, 4) if not extra else (concurrency,)
+                answers += [run(single.url, model_dir, work_for(concurrency), size) for size in sizes]
+    return found
+
+
+@pytest.fixture(scope="module")
+def ring(model_dir: Path, references: object) -> Iterator[Ring]:
+    with Ring(model_dir, RANGES, [*SETTINGS, "--speculative-config", NGRAM]) as running:
+        yield running
+
+
+@pytest.mark.parametrize("concurrency", CONCURRENCIES)
+def test_tokens_equal_one_process_with_and_without_speculation(
+    concurrency: int, ring: Ring, references: dict[int, list[list[Answer]]], say: Callable[[str], None]
+) -> None:
+    before = {name: counter(ring.url, f"spec_decode_{name}") for name in COUNTERS}
+    preempted = counter(ring.url, "num_preemptions")
+    answers = run(ring.url, ring.model, work_for(concurrency), concurrency)
+    drafted, accepted = (counter(ring.url, f"spec_decode_{name}") - before[name] for name in COUNTERS)
+    preemptions = counter(ring.url, "num_preemptions") - preempted
+    known = references[concurrency]
+    for name, reference in (("without", known[0]), ("with", known[-1])):
+        result = compare(answers, [reference, *(each for each in known if each is not reference)])
+        say(
+            f"{concurrency} concurrent, one process {name}: {result.num_tokens} tokens equal but for "
+            f"{len(result.ties)} ties, log-probabilities within {result.worst_logprob:.1e}"
+        )
+        assert not result.wrong, "\n".join(result.wrong)
+        assert result.worst_logprob <= LOGPROB_TOLERANCE
+    say(f"{drafted:.0f} tokens drafted, {accepted:.0f} accepted, {preemptions:.0f} preemptions")
+    assert drafted > 20
+    assert 0 < accepted < drafted, "both outcomes of a draft are seen"
+    if concurrency == 32:
+        assert preemptions, "the KV cache is meant to be too small for this load"
