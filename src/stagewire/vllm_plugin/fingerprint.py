@@ -68,6 +68,8 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
         "--reasoning-config": vllm_config.reasoning_config,
         "--speculative-config": describe_speculation(vllm_config),
         "--enable-prompt-embeds": model.enable_prompt_embeds,
+        # Also by limits of 0. Before `drop_towers`, so of what was asked for.
+        "--language-model-only": model.multimodal_config is not None and not model.supports_multimodal_inputs,
     }
 
 
