@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,13 @@ class Comparison:
     ties: list[str]  # where an id differs and the reference itself does, between two batch sizes
     wrong: list[str]
     worst_logprob: float
+
+
+def counter(url: str, name: str) -> float:
+    """One of vLLM's counters, as a server's /metrics has it now."""
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    found = re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found))
 
 
 def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -> Comparison:

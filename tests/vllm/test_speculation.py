@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import httpx
 import pytest
 
 from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, license_text
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, counter, license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -70,12 +69,6 @@ def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
             return list(await asyncio.gather(*(one(*each) for each in work)))
 
     return asyncio.run(everything())
-
-
-def counter(url: str, name: str) -> float:
-    text = httpx.get(f"{url}/metrics", trust_env=False).text
-    found = re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.MULTILINE)
-    return sum(map(float, found))
 
 
 @pytest.fixture(scope="module")

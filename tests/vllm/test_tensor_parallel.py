@@ -21,7 +21,7 @@ import pytest
 
 from support.models import make_llama
 from support.stages import Ring, SingleProcess, process_tree
-from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
+from support.workload import LOGPROB_TOLERANCE, Answer, compare, counter, license_text, requests, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -182,6 +182,23 @@ def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
         wait_gone(tree, 10)
         ring.stages[0].popen.terminate()
         assert ring.stages[0].wait(20) == 1
+
+
+# ---- 2, 2: drafts --------------------------------------------------------------------------------------------------
+
+
+def test_every_rank_knows_drafts_and_what_was_accepted(model: Path, reference: Any) -> None:
+    """All ranks of the tail draft and check drafts, all ranks of the head embed them; they would end the ring if they
+    disagreed.
+    """
+    ngram = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 4}'
+    settings = [*SETTINGS, "--speculative-config", ngram]
+    with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=(2, 2)) as ring:
+        assert_same(ring, reference[0])
+        drafted, accepted = (counter(ring.url, f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
+        assert 0 < accepted < drafted
+        answer = ask(ring.url, model, temperature=0.5, n=8, repetition_penalty=0.8)
+        assert len(answer["choices"]) == 8
 
 
 # ---- 1, 2: a rank that hangs ---------------------------------------------------------------------------------------
