@@ -136,8 +136,16 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
         {"--speculative-config": '{"method":"ngram_gpu","num_speculative_tokens":2}'},
         "speculative decoding by 'ngram_gpu'",
     ),
-    "speculation by suffixes": (HEAD, {"--spec-method": "suffix", "--spec-tokens": "2"}, "uffix"),
-    "a draft model": (WORKER, {"--spec-method": "draft_model", "--spec-tokens": "2"}, "speculative"),
+    "speculation by suffixes": (
+        HEAD,
+        {"--spec-method": "suffix", "--spec-tokens": "2"},
+        "speculative decoding by 'suffix'",
+    ),
+    "a draft model": (
+        WORKER,
+        {"--spec-method": "draft_model", "--spec-tokens": "2"},
+        "speculative decoding by 'draft_model'",
+    ),
     "prompt embeddings on a head of two ranks": (
         HEAD,
         {"--enable-prompt-embeds": None, "--tensor-parallel-size": "2"},
@@ -174,7 +182,7 @@ def image_model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Pa
     return make_blip2(tmp_path_factory.mktemp("blip2"), model_dir, num_layers=32)
 
 
-TWO_RANKS = {"--tensor-parallel-size": "2"}
+TWO_RANKS: dict[str, object] = {"--tensor-parallel-size": "2"}
 
 
 def test_images_on_a_head_of_two_ranks(
@@ -187,22 +195,40 @@ def test_images_on_a_head_of_two_ranks(
     assert "takes images or other items, with --tensor-parallel-size 2 on stage 0" in line, line
 
 
+WITHOUT_IMAGES: dict[str, dict[str, object]] = {
+    "language model only": {"--language-model-only": None},
+    "no images": {"--limit-mm-per-prompt": '{"image": 0}'},
+}
+
+
 @pytest.mark.parametrize(
-    ("base", "change"),
+    "flags",
     [
-        (HEAD, {}),
-        (HEAD, TWO_RANKS | {"--language-model-only": None}),
-        (HEAD, TWO_RANKS | {"--limit-mm-per-prompt": '{"image": 0}'}),
-        (WORKER, TWO_RANKS),
-        (TAIL, TWO_RANKS | {"--enable-prompt-embeds": None}),
+        HEAD,
+        *(HEAD | TWO_RANKS | change for change in WITHOUT_IMAGES.values()),
+        WORKER | TWO_RANKS,
+        TAIL | TWO_RANKS | {"--enable-prompt-embeds": None},
     ],
-    ids=["one rank", "language model only", "no images", "worker", "tail"],
+    ids=["head of one rank", *WITHOUT_IMAGES, "worker", "tail"],
 )
 def test_images_and_ranks_that_start(
-    base: dict[str, object], change: dict[str, object], image_model: Path, monkeypatch: pytest.MonkeyPatch
+    flags: dict[str, object], image_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StartedError):
-        serve(monkeypatch, image_model, base | change)
+        serve(monkeypatch, image_model, flags)
+
+
+def test_stages_must_agree_whether_images_come(image_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM builds another attention without them, so it is compared between the stages."""
+    from stagewire.vllm_plugin.fingerprint import make_identity
+
+    found = []
+    for change in ({}, *WITHOUT_IMAGES.values()):
+        with pytest.raises(StartedError) as started:
+            serve(monkeypatch, image_model, WORKER | change)
+        config, vllm_config, _ = started.value.args
+        found.append(make_identity(config, vllm_config).shared["--language-model-only"])
+    assert found == ["False", "True", "True"]
 
 
 @pytest.mark.parametrize("flags", [HEAD, WORKER, TAIL], ids=["head", "worker", "tail"])

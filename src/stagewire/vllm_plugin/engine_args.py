@@ -93,6 +93,10 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
 
     from stagewire.vllm_plugin.executor import RingExecutor
     from stagewire.vllm_plugin.scheduler import RingScheduler
+    from stagewire.vllm_plugin.speculation import check_method
+
+    for method in (engine_args.spec_method, (engine_args.speculative_config or {}).get("method")):
+        check_method(method)
 
     if KEY in engine_args.additional_config:
         raise ConfigError(f"--additional-config {KEY}: this key is Stagewire's own")

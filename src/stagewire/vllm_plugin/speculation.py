@@ -21,6 +21,7 @@ from stagewire.errors import ConfigError, PeerError
 __all__ = [
     "DraftingOutput",
     "SpeculativeRequestData",
+    "check_method",
     "check_speculation",
     "describe_speculation",
     "only_of",
@@ -53,6 +54,18 @@ class DraftingOutput(ModelRunnerOutput):
     draft_token_ids: DraftTokenIds | None = None
 
 
+def check_method(method: str | None) -> None:
+    """Also before vLLM has looked at it, which wants some methods' packages first. ``None``: not said.
+
+    Raises ConfigError for every method but n-grams.
+    """
+    if method not in (None, METHOD):
+        raise ConfigError(
+            f"speculative decoding by {method!r} is not carried between stages: its drafter would sit on the "
+            f'last stage alone; give --speculative-config \'{{"method": "{METHOD}", ...}}\', or none'
+        )
+
+
 def check_speculation(vllm_config: Any) -> None:
     """Raises ConfigError for every kind of speculation but n-grams, however it was asked for: a checkpoint may name its
     own draft model.
@@ -60,11 +73,7 @@ def check_speculation(vllm_config: Any) -> None:
     config = vllm_config.speculative_config
     if config is None:
         return
-    if config.method != METHOD:
-        raise ConfigError(
-            f"speculative decoding by {config.method!r} is not carried between stages: its drafter would sit on the "
-            f'last stage alone; give --speculative-config \'{{"method": "{METHOD}", ...}}\', or none'
-        )
+    check_method(config.method)
     if config.rejection_sample_method == "synthetic":
         raise ConfigError("rejection_sample_method 'synthetic' in --speculative-config gives other tokens on purpose")
     if vllm_config.model_config.is_hybrid:
