@@ -74,7 +74,6 @@ REFUSED: dict[str, str] = {
     "spec_method": _NOT_YET,
     "spec_model": _NOT_YET,
     "spec_tokens": _NOT_YET,
-    "enable_lora": _NOT_YET,
     "enable_prompt_embeds": _NOT_YET,
 }
 
