@@ -15,6 +15,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -817,6 +818,24 @@ def test_arguments_that_vllm_does_not_take(method: str, args: tuple[Any, ...], k
         bind_call(method, args, kwargs)
 
 
+def test_a_call_waits_for_the_steps_before_it() -> None:
+    """But not for the one that vLLM has still to ask for: its grammar is not there yet."""
+    executor: Any = RingExecutor.__new__(RingExecutor)
+
+    def receive(*_: Any) -> None:
+        executor._steps.pop(min(executor._steps)).future.set_result(None)
+
+    executor._stage, executor._receive = SimpleNamespace(step_timeout_s=1), receive
+    for current, left in (((3, None), [3]), (None, [])):
+        executor._current = current
+        executor._steps = {
+            step: SimpleNamespace(step=step, future=Future(), sent_at=0, num_requests=1, num_tokens=1)
+            for step in (1, 2, 3)
+        }
+        executor._finish_steps()
+        assert list(executor._steps) == left
+
+
 def test_a_callable_never_travels() -> None:
     executor = RingExecutor.__new__(RingExecutor)  # refused before it looks at itself
     with pytest.raises(NotImplementedError, match="a callable cannot run on all stages"):
@@ -1532,13 +1551,17 @@ def scheduler(external_config: Any) -> Any:
     return RingScheduler(config, cache, StructuredOutputManager(config), block_size=16)
 
 
-def add_requests(scheduler: Any, count: int, num_prompt_tokens: int = 20) -> None:
+def add_requests(scheduler: Any, count: int, num_prompt_tokens: int = 20, num_adapters: int = 0) -> None:
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
     for index in range(count):
         params = SamplingParams(max_tokens=50, ignore_eos=True)
-        scheduler.add_request(Request(f"r{index}", [index + 1] * num_prompt_tokens, params, None))
+        number = index % (num_adapters + 1)
+        adapter = LoRARequest(f"adapter {number}", number, "/path") if number else None
+        prompt = [index + 1] * num_prompt_tokens
+        scheduler.add_request(Request(f"r{index}", prompt, params, None, lora_request=adapter))
 
 
 def answer(scheduler: Any, schedule: Any) -> None:
@@ -1577,6 +1600,35 @@ def test_arrivals_and_ends_do_not_unbalance_for_long(scheduler: Any) -> None:
 def test_prefill_is_not_held_back(scheduler: Any) -> None:
     add_requests(scheduler, 3, num_prompt_tokens=200)
     assert scheduler.schedule().total_num_scheduled_tokens == 600
+
+
+def test_vllm_counts_adapters_of_one_step_only(scheduler: Any) -> None:
+    """When this fails vLLM keeps to `max_loras` with steps in flight by itself, and we need not."""
+    scheduler.lora_config = SimpleNamespace(max_loras=2)
+    scheduler._hold_back_adapters = lambda _: None
+    add_requests(scheduler, 15, num_adapters=4)
+    for schedule in [scheduler.schedule(), scheduler.schedule()]:
+        answer(scheduler, schedule)
+    scheduler._hold_back_surplus = lambda: None
+    with pytest.raises(AssertionError):
+        scheduler.schedule()
+
+
+def test_no_step_has_more_adapters_than_fit(scheduler: Any) -> None:
+    scheduler.lora_config = SimpleNamespace(max_loras=2)
+    add_requests(scheduler, 15, num_adapters=4)
+    done = dict.fromkeys((f"r{index}" for index in range(15)), 0)
+    in_flight = [scheduler.schedule() for _ in range(NUM_STAGES)]
+    for _ in range(20 * NUM_STAGES):
+        schedule = in_flight.pop(0)
+        if schedule.num_scheduled_tokens:
+            answer(scheduler, schedule)
+        adapters = {int(req_id[1:]) % 5 for req_id in schedule.num_scheduled_tokens} - {0}
+        assert len(adapters) <= 2
+        for req_id in schedule.num_scheduled_tokens:
+            done[req_id] += 1
+        in_flight.append(scheduler.schedule())
+    assert min(done.values()) > 5, "nobody waits for ever"
 
 
 def test_histories_are_not_copied_and_new_tokens_are(scheduler: Any) -> None:

@@ -212,7 +212,7 @@ class RingExecutor(Executor):
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
     ) -> Any:
-        """One call once round the ring: passed on before it is run, results in rank order.
+        """One call once round the ring, after the steps that were sent before it: results in rank order.
 
         Raises:
             NotImplementedError: not on the closed list; a callable never travels.
@@ -227,6 +227,7 @@ class RingExecutor(Executor):
         return _resolved(results) if non_block else results
 
     def _call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
+        self._finish_steps()
         call_id = self._next_call
         self._next_call += 1
         self._replies[call_id] = None
@@ -245,6 +246,16 @@ class RingExecutor(Executor):
         results += reply.results
         payloads += self._reply_payloads.pop(call_id)
         return self._values(method, results, payloads)
+
+    def _finish_steps(self) -> None:
+        """A call is passed on before it is run, and so would overtake a step that a stage still computes.
+
+        Stages would then use adapters in other orders, and evict other ones. The step whose `sample_tokens` is due does
+        not end before that, and stays behind.
+        """
+        due = None if self._current is None else self._current[0]
+        while any(step != due for step in self._steps):
+            self._pump(next(iter(self._steps.values())).future)
 
     def _values(self, method: str, results: list[CallResult], payloads: list[Any]) -> list[Any]:
         """One for each worker, in the order of stages and their ranks."""
