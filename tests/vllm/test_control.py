@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ SETTINGS = [
     *("--enforce-eager", "--kv-cache-memory-bytes", "100M", "--block-size", "32"),
 ]
 ENV = {"VLLM_SERVER_DEV_MODE": "1"}
+NOTHING = hashlib.sha256().hexdigest()
 WORK = [Request(" ".join(license_text().split()[i : i + 60]), 16) for i in range(4)]
 
 
@@ -143,7 +145,11 @@ def test_weights_and_modules_of_all_stages(ring: Ring, stock: SingleProcess) -> 
     (whole,) = checksums(stock.url)
     parts = checksums(ring.url)
     together = {name: value for part in parts for name, value in part.items()}
-    assert together == whole
+    # Where the CPU has packed kernels, matrices that are only multiplied by are kept packed and their own tensors are
+    # empty: of linear layers in vLLM too, of the output head over stages alone.
+    packed = {name for name, value in together.items() if value == NOTHING}
+    assert packed - {"lm_head.weight"} == {name for name, value in whole.items() if value == NOTHING}
+    assert together == whole | dict.fromkeys(packed, NOTHING)
     layers = [{int(name.split(".")[2]) for name in part if name.startswith("model.layers.")} for part in parts]
     assert layers == [set(range(2)), set(range(2, 6)), set(range(6, 8))]
     inspected = results(ring.url, "get_model_inspection")
