@@ -94,7 +94,7 @@ def post(url: str, path: str, **body: Any) -> httpx.Response:
     return httpx.post(url + path, json=body, timeout=120, trust_env=False)
 
 
-def call(url: str, method: str, *args: Any) -> list[str]:
+def call(url: str, method: str, *args: Any) -> list[Any]:
     """One of vLLM's calls to all workers, through the development mode of its API."""
     response = post(url, "/collective_rpc", method=method, args=list(args))
     response.raise_for_status()
@@ -103,7 +103,7 @@ def call(url: str, method: str, *args: Any) -> list[str]:
 
 def loras(url: str) -> set[int]:
     """The adapters that every stage has."""
-    (same,) = {frozenset(json.loads(each.replace("{", "[").replace("}", "]"))) for each in call(url, "list_loras")}
+    (same,) = {frozenset(each) for each in call(url, "list_loras")}
     return set(same)
 
 

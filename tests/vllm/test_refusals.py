@@ -142,6 +142,11 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
         {"--enable-lora": None, "--tensor-parallel-size": "2"},
         "--enable-lora with --tensor-parallel-size 2",
     ),
+    "adapters of a pooling model": (
+        HEAD,
+        {"--enable-lora": None, "--runner": "pooling", "--convert": "embed"},
+        "--enable-lora: adapters of pooling models",
+    ),
     "no such root": (WORKER, {"--pipeline-lora-root": "/nonexistent"}, "--pipeline-lora-root /nonexistent"),
     "root without the mode": (
         dict.fromkeys(HEAD, DROP),

@@ -73,6 +73,8 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
             f"--enable-lora with --tensor-parallel-size {ranks}: adapters are not cut over a stage's ranks yet; give "
             "every stage one rank"
         )
+    if vllm_config.lora_config is not None and model.runner_type == "pooling":
+        raise ConfigError("--enable-lora: adapters of pooling models are not carried between stages yet")
     if model.runner_type not in ("generate", "pooling"):
         raise ConfigError(f"--runner {model.runner_type}: stages serve generation and pooling models")
     check_own_range(config.stage, config.num_stages, config.layers, model.get_total_num_hidden_layers())
