@@ -67,6 +67,8 @@ class StageConfig:
     pipeline_id: str | None = None
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
+    lora_roots: tuple[str, ...] = ()
+    lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
 
     @property
     def is_head(self) -> bool:
@@ -97,6 +99,7 @@ _FLAGS = {
     "pipeline_id": "--pipeline-id",
     "pipeline_start_timeout": "--pipeline-start-timeout",
     "pipeline_step_timeout": "--pipeline-step-timeout",
+    "pipeline_lora_root": "--pipeline-lora-root",
     "external_pp_worker": "--external-pp-worker",
 }
 
@@ -153,6 +156,9 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
         pipeline_id=flags.get("pipeline_id"),
         start_timeout_s=_seconds(flags, "pipeline_start_timeout", DEFAULT_START_TIMEOUT_S),
         step_timeout_s=_seconds(flags, "pipeline_step_timeout", DEFAULT_STEP_TIMEOUT_S),
+        lora_roots=tuple(map(str, flags.get("pipeline_lora_root") or ())),
+        # vLLM's own flag, already parsed by it.
+        lora_modules=tuple((module.name, module.path) for module in flags.get("lora_modules") or ()),
     )
 
 

@@ -121,12 +121,14 @@ class Ring:
         ranges: one per stage, as typed.
         extra: arguments of every stage.
         env: environment of every stage.
+        own: arguments of one stage, by its index.
     """
 
     model: Path
     ranges: Sequence[str]
     extra: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    own: Mapping[int, Sequence[str]] = field(default_factory=dict)
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sw-")))
     stages: list[Process] = field(default_factory=list)
     events: list[StatusEvent] = field(default_factory=list)
@@ -153,6 +155,7 @@ class Ring:
             *("--pipeline-layer-range", self.ranges[stage], "--pipeline-local-bind-port", str(self.ports[stage])),
             *own,
             *self.extra,
+            *self.own.get(stage, ()),
         ]
 
     def start_stage(self, stage: int, command: Sequence[str] | None = None) -> Process:

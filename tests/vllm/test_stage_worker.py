@@ -175,6 +175,7 @@ def test_tensors_that_are_not_the_plan_fail_the_step(worker: Any, specs: Any, fr
         ("__class__", ()),
         ("apply_model", (print,)),
         ("sleep", ("1",)),
+        ("add_lora", ("/path",)),
         ("update_max_model_len", ()),
         ("get_kv_cache_spec", (1,)),
     ],

@@ -1,22 +1,23 @@
 """The closed list of calls that may go round the ring, and their values as bytes.
 
 A method that is not in `CALLS` does not exist for a peer; a callable never travels. Values are encoded by type from an
-allow-list: plain data, torch dtypes, and the dataclasses and enums of vLLM's KV cache interface by name. Decoding
-builds only those, with fields that the class has; nothing is imported or executed by name. The types of an object's
-fields are not checked: the handshake has already compared the vLLM versions.
+allow-list: plain data, torch dtypes, LoRA requests, and the dataclasses and enums of vLLM's KV cache interface by name.
+Decoding builds only those, with fields that the class has; nothing is imported or executed by name. The types of an
+object's fields are not checked: the handshake has already compared the vLLM versions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import msgspec
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.v1 import kv_cache_interface as kv
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -25,7 +26,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from stagewire.errors import ConfigError, ProtocolError
 from stagewire.wire.codec import Frame
 
-__all__ = ["CALLS", "CallSpec", "check_call", "decode_value", "encode_value"]
+__all__ = ["CALLS", "CallSpec", "bind_call", "check_call", "decode_value", "encode_value"]
 
 
 def _is_layouts(value: Any) -> bool:
@@ -44,6 +45,18 @@ def _is_optional_int(value: Any) -> bool:
     return value is None or isinstance(value, int)
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _is_optional_texts(value: Any) -> bool:
+    return value is None or _is_texts(value)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, set) and all(isinstance(item, int) for item in value)
+
+
 def _is_nothing(value: Any) -> bool:
     return value is None
 
@@ -54,36 +67,73 @@ def _is_a(*types: type) -> Callable[[Any], bool]:
 
 @dataclass(frozen=True)
 class CallSpec:
-    """One allowed call: a check per positional argument, one for the result, and whether it may take minutes."""
+    """One allowed call: a check per argument by vLLM's name for it, one for the result, and how it is made.
 
-    args: tuple[Callable[[Any], bool], ...]
+    ``by_keyword``: how many of the last arguments vLLM takes by keyword only. ``is_slow``: it may take minutes.
+    """
+
+    args: dict[str, Callable[[Any], bool]]
     result: Callable[[Any], bool]
     is_slow: bool = False
+    by_keyword: int = 0
 
 
-# Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile or allocate, so it gets the start deadline.
+# Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile, allocate or write a trace, so it gets the start
+# deadline.
 CALLS: dict[str, CallSpec] = {
-    "get_kv_cache_spec": CallSpec((), _is_kv_specs, is_slow=True),
-    "get_supported_kv_cache_layouts": CallSpec((), _is_layouts, is_slow=True),
-    "set_kv_cache_layout": CallSpec((_is_a(str),), _is_nothing, is_slow=True),
-    "determine_available_memory": CallSpec((), _is_a(int), is_slow=True),
-    "update_max_model_len": CallSpec((_is_a(int),), _is_nothing, is_slow=True),
-    "initialize_from_config": CallSpec((_is_kv_configs,), _is_nothing, is_slow=True),
-    "compile_or_warm_up_model": CallSpec((), _is_a(CompilationTimes), is_slow=True),
+    "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
+    "get_supported_kv_cache_layouts": CallSpec({}, _is_layouts, is_slow=True),
+    "set_kv_cache_layout": CallSpec({"kv_cache_layout": _is_a(str)}, _is_nothing, is_slow=True),
+    "determine_available_memory": CallSpec({}, _is_a(int), is_slow=True),
+    "update_max_model_len": CallSpec({"max_model_len": _is_a(int)}, _is_nothing, is_slow=True),
+    "initialize_from_config": CallSpec({"kv_cache_configs": _is_kv_configs}, _is_nothing, is_slow=True),
+    "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), is_slow=True),
     # Ours: one threshold for all stages, or rows would be ordered differently (docs/vllm-seams.md, "row order").
-    "get_reorder_batch_threshold": CallSpec((), _is_optional_int, is_slow=True),
-    "set_reorder_batch_threshold": CallSpec((_is_optional_int,), _is_nothing, is_slow=True),
+    "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, is_slow=True),
+    "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, is_slow=True),
     # Ours: what a stage still remembers of requests; for tests and status.
-    "get_stage_state": CallSpec((), _is_a(dict)),
-    "reset_mm_cache": CallSpec((), _is_nothing),
-    "reset_encoder_cache": CallSpec((), _is_nothing),
-    "synchronize_device": CallSpec((), _is_nothing),
-    "sleep": CallSpec((_is_a(int),), _is_nothing),
-    "wake_up": CallSpec((_is_a(list, type(None)),), _is_nothing),
-    "profile": CallSpec((_is_a(bool), _is_a(str, type(None))), _is_nothing),
-    "compute_weight_checksums": CallSpec((), _is_a(dict)),
-    "get_model_inspection": CallSpec((), _is_a(str)),
+    "get_stage_state": CallSpec({}, _is_a(dict)),
+    "reset_mm_cache": CallSpec({}, _is_nothing),
+    "reset_encoder_cache": CallSpec({}, _is_nothing),
+    "synchronize_device": CallSpec({}, _is_nothing),
+    "sleep": CallSpec({"level": _is_a(int)}, _is_nothing, is_slow=True),
+    "wake_up": CallSpec({"tags": _is_optional_texts}, _is_nothing, is_slow=True),
+    "discard": CallSpec({"tags": _is_texts}, _is_nothing),
+    "profile": CallSpec(
+        {
+            "is_start": _is_a(bool),
+            "profile_prefix": _is_a(str, type(None)),
+            "delay_iterations": _is_optional_int,
+            "max_iterations": _is_optional_int,
+        },
+        _is_nothing,
+        is_slow=True,
+        by_keyword=2,
+    ),
+    "compute_weight_checksums": CallSpec({}, _is_a(dict)),
+    "get_model_inspection": CallSpec({}, _is_a(str)),
+    # Ours: whether every stage can load an adapter, and from the same bytes, before any stage takes it in.
+    "check_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(str)),
+    "add_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(bool)),
+    "remove_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool)),
+    "pin_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool)),
+    "list_loras": CallSpec({}, _is_ids),
+    "release_late_interaction_query_cache": CallSpec({"query_keys": _is_texts}, _is_nothing),
 }
+
+
+def bind_call(method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments in the order of `CALLS`; one that is missing is None.
+
+    Raises ConfigError as `check_call` does.
+    """
+    names = list(CALLS[method].args) if method in CALLS else []
+    values = dict(zip(names, args, strict=False)) | dict(kwargs)
+    if len(values) != len(args) + len(kwargs) or not values.keys() <= set(names):
+        raise ConfigError(f"{method} with {len(args)} arguments and {sorted(kwargs)}: expected {names}")
+    bound = tuple(values.get(name) for name in names)
+    check_call(method, bound)
+    return bound
 
 
 def check_call(method: str, args: tuple[Any, ...]) -> None:
@@ -91,7 +141,8 @@ def check_call(method: str, args: tuple[Any, ...]) -> None:
     spec = CALLS.get(method)
     if spec is None:
         raise ConfigError(f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)")
-    if len(args) != len(spec.args) or not all(check(arg) for check, arg in zip(spec.args, args, strict=True)):
+    checks = spec.args.values()
+    if len(args) != len(checks) or not all(check(arg) for check, arg in zip(checks, args, strict=True)):
         raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")
 
 
@@ -152,6 +203,8 @@ def _pack(value: Any) -> Any:
         return ["multiple_of", value.base]
     if isinstance(value, CompilationTimes):
         return ["compilation_times", *value]
+    if type(value) is LoRARequest:
+        return ["lora_request", *(_pack(getattr(value, name)) for name in LoRARequest.__struct_fields__)]
     if isinstance(value, (list, tuple, set, frozenset)):
         kind = "list" if isinstance(value, list) else "tuple" if isinstance(value, tuple) else "set"
         return [kind, *(_pack(item) for item in value)]
@@ -194,6 +247,7 @@ _UNPACKERS: dict[str, Callable[[list[Any]], Any]] = {
     "fraction": lambda parts: Fraction(parts[0], parts[1]),
     "multiple_of": lambda parts: MultipleOf(parts[0]),
     "compilation_times": lambda parts: CompilationTimes(*parts),
+    "lora_request": lambda parts: msgspec.convert(parts, LoRARequest),
     "list": lambda parts: [_unpack(item) for item in parts],
     "tuple": lambda parts: tuple(_unpack(item) for item in parts),
     "set": lambda parts: {_unpack(item) for item in parts},

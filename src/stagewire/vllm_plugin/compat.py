@@ -6,6 +6,7 @@ A patch raises when its target has moved; nothing is patched by import. tests/vl
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "keep_generators_of_discarded_rows",
     "keep_logprobs_of_neighbours",
     "let_engine_say_goodbye",
+    "mend_lora",
     "wrap",
 ]
 
@@ -35,6 +37,10 @@ class Patch:
     reason: str
     until: str
 
+
+# The second module imports the operators of the first by name.
+_TORCH_LORA_MODULES = ("ops.torch_ops.lora_ops", "punica_wrapper.punica_cpu")
+_TORCH_LORA_OPERATORS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 PATCHES = (
     Patch(
@@ -114,6 +120,22 @@ PATCHES = (
         "the Transformers backend runs what comes between embedding and first layer (positions, a norm) again on later "
         "stages; only in a process that runs a model through that backend",
         "later stages leave it out",
+    ),
+    Patch(
+        "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._apply_adapters",
+        "a step's adapters come as a set of names, which each process iterates in an order of its own, so stages would "
+        "evict different ones; only in a stage's process",
+        "vLLM touches a step's adapters in an order that is the same everywhere",
+    ),
+    *(
+        Patch(
+            f"vllm.lora.{module}:{name}",
+            "-1 stands for the base model and is used as an index, so requests to the base model get the last slot's "
+            "adapter when their batch has adapters; only in a stage's process, without effect off the CPU",
+            "vLLM's torch operators of LoRA leave out rows of index -1 (vllm-project/vllm#48421)",
+        )
+        for module in _TORCH_LORA_MODULES
+        for name in _TORCH_LORA_OPERATORS
     ),
 )
 
@@ -249,6 +271,32 @@ def keep_logprobs_of_neighbours() -> None:
 
     wrap(Sampler, "forward", make_forward)
     wrap(Sampler, "gather_specific_token_logprobs", make_gather)
+
+
+def mend_lora() -> None:
+    """In a stage's process, before the first step: both patches of LoRA."""
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _apply_adapters(self: Any, lora_requests: Any) -> None:
+            original(self, sorted(lora_requests, key=lambda request: request.lora_int_id))
+
+        return _apply_adapters
+
+    wrap(LRUCacheWorkerLoRAManager, "_apply_adapters", make)
+    for module in _TORCH_LORA_MODULES:
+        owner = importlib.import_module(f"vllm.lora.{module}")
+        for name in _TORCH_LORA_OPERATORS:
+            wrap(owner, name, _without_base_rows)
+
+
+def _without_base_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    def operator(inputs: Any, weights: Any, output: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
+        # inputs: [num_rows, ...]; a row of zeros adds nothing, whichever adapter is applied to it.
+        rows = inputs.masked_fill((indices < 0).unsqueeze(-1), 0)
+        return original(rows, weights, output, indices, *args, **kwargs)
+
+    return operator
 
 
 def _expected() -> str:

@@ -70,7 +70,6 @@ REFUSED: dict[str, str] = {
     "enable_trace_replay": _NOT_YET,
     "mm_encoder_only": _NOT_YET,
     "kv_sharing_fast_prefill": _NOT_YET,
-    "enable_lora": _NOT_YET,
     "mm_processor_cache_type": "only 'lru' keeps images out of memory that stages would have to share",
     "mm_tensor_ipc": "images reach the head's own process through vLLM's ordinary messages",
     "video_pruning_rate": "it moves positions after the encoder has run, which only the head would know",

@@ -7,6 +7,7 @@ order in which they arrive.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
@@ -21,7 +23,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 from stagewire.errors import ConfigError, InternalError, PeerError, StagewireError
 from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
-from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
+from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
 from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
@@ -79,6 +81,8 @@ class RingExecutor(Executor):
         self._next_step = 0
         self._next_call = 0
         self._current: tuple[int, SchedulerOutput] | None = None  # the step whose sample_tokens is due
+        self._is_pooling = self.vllm_config.model_config.runner_type == "pooling"
+        self._adapters: dict[int, LoRARequest] = {}  # that every stage knows
         self._step_log = StepLog.from_environment()
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = RingProcess(self._stage, self.vllm_config, self._ranks, self._status)
@@ -96,10 +100,14 @@ class RingExecutor(Executor):
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
-        """Runs the head's layers and sends the step on. The result belongs to `sample_tokens`, as in stock vLLM."""
+        """Runs the head's layers and sends the step on.
+
+        The result belongs to `sample_tokens`, as in stock vLLM; of a pooling model it is this call's own.
+        """
         if is_nothing(scheduler_output):
             self._current = None
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+        self._introduce_adapters(scheduler_output)
         step = self._next_step
         self._next_step += 1
         received_ns = time.monotonic_ns()
@@ -127,15 +135,18 @@ class RingExecutor(Executor):
         if not has_tokens:
             self._current = None
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
-        self._current = (step, scheduler_output)
+        future = _StepFuture(self._pump)
         self._steps[step] = _InFlight(
             step,
-            _StepFuture(self._pump),
+            future,
             time.monotonic(),
             len(scheduler_output.num_scheduled_tokens),
             scheduler_output.total_num_scheduled_tokens,
             message.waits_for_sample,
         )
+        if self._is_pooling:
+            return future if non_block else future.result()
+        self._current = (step, scheduler_output)
         return _resolved(None) if non_block else None
 
     def sample_tokens(
@@ -202,7 +213,7 @@ class RingExecutor(Executor):
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
     ) -> Any:
-        """One call once round the ring: passed on before it is run, results in rank order.
+        """One call once round the ring, after the steps that were sent before it: results in rank order.
 
         Raises:
             NotImplementedError: not on the closed list; a callable never travels.
@@ -213,14 +224,13 @@ class RingExecutor(Executor):
                 f"{method if isinstance(method, str) else 'a callable'} cannot run on all stages: "
                 "the ring carries a closed list of calls (docs/vllm-seams.md, C1)"
             )
-        values = (*args, *(kwargs or {}).values())
-        results = self._call(method, values, timeout)
+        results = self._call(method, bind_call(method, args, kwargs or {}), timeout)
         return _resolved(results) if non_block else results
 
     def _call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
+        self._finish_steps()
         call_id = self._next_call
         self._next_call += 1
-        check_call(method, args)  # before any stage runs its part
         self._replies[call_id] = None
         args_bytes = encode_value(args)
         self._process.ring.send(Call(0, call_id, method), [args_bytes])
@@ -237,6 +247,16 @@ class RingExecutor(Executor):
         results += reply.results
         payloads += self._reply_payloads.pop(call_id)
         return self._values(method, results, payloads)
+
+    def _finish_steps(self) -> None:
+        """A call is passed on before it is run, and so would overtake a step that a stage still computes.
+
+        Stages would then use adapters in other orders, and evict other ones. The step whose `sample_tokens` is due does
+        not end before that, and stays behind.
+        """
+        due = None if self._current is None else self._current[0]
+        while any(step != due for step in self._steps):
+            self._pump(next(iter(self._steps.values())).future)
 
     def _values(self, method: str, results: list[CallResult], payloads: list[Any]) -> list[Any]:
         """One for each worker, in the order of stages and their ranks."""
@@ -256,6 +276,65 @@ class RingExecutor(Executor):
                 raise PeerError(f"{method}: {where} returned a {type(value).__name__}")
             values.append(value)
         return values
+
+    # ---- adapters and profiling: all stages or none ----------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Every stage first loads the adapter into nowhere: what one of them cannot read changes nothing on the others.
+
+        Raises:
+            RuntimeError: a stage cannot load it, or has other files of it; the message names the stage.
+        """
+        lora_id, loaded = lora_request.lora_int_id, self.list_loras()
+        if lora_id not in loaded or lora_request.load_inplace:
+            _compare_digests(lora_request, self.collective_rpc("check_lora", args=(lora_request,)))
+        try:
+            is_added = super().add_lora(lora_request)
+        except RuntimeError:
+            if lora_id not in loaded:
+                with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+                    self.remove_lora(lora_id)
+            raise
+        self._adapters[lora_id] = lora_request
+        return bool(is_added)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        if lora_id not in self.list_loras():
+            raise ValueError(
+                f"Pinning failed. LoRA {lora_id} is not registered."
+            )  # vLLM's words, before any stage pins
+        return bool(super().pin_lora(lora_id))
+
+    def _introduce_adapters(self, schedule: SchedulerOutput) -> None:
+        """`LLM.generate` names an adapter that nobody has added: stock vLLM would load it in this very step."""
+        for request in schedule.scheduled_new_reqs:
+            adapter = request.lora_request
+            if adapter is None:
+                continue
+            known = self._adapters.get(adapter.lora_int_id)
+            if known is None or known.lora_path != adapter.lora_path:
+                try:
+                    self.add_lora(adapter)
+                except Exception as error:
+                    self._process.fail_from(error)
+                    raise
+
+    def profile(
+        self,
+        is_start: bool = True,
+        profile_prefix: str | None = None,
+        *,
+        delay_iterations: int | None = None,
+        max_iterations: int | None = None,
+    ) -> None:
+        """vLLM's own; when one stage cannot start (it has no --profiler-config), the others stop again."""
+        try:
+            super().profile(is_start, profile_prefix, delay_iterations=delay_iterations, max_iterations=max_iterations)
+        except RuntimeError:
+            if is_start:
+                with contextlib.suppress(RuntimeError):
+                    self.collective_rpc("profile", args=(False,))
+            raise
 
     # ---- start-up --------------------------------------------------------------------------------------------------
 
@@ -295,6 +374,15 @@ class RingExecutor(Executor):
     @classmethod
     def supports_async_scheduling(cls) -> bool:
         return False
+
+
+def _compare_digests(adapter: LoRARequest, digests: list[str]) -> None:
+    other = next((stage for stage, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"adapter {adapter.lora_name!r} differs between stages: stage 0 has {digests[0]}, stage {other} has "
+            f"{digests[other]} (sha256 of its files); copy the same adapter to every stage"
+        )
 
 
 def _resolved(value: Any) -> Future[Any]:

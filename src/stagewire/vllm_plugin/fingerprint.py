@@ -6,7 +6,9 @@ Table C5 of docs/vllm-seams.md has the reasons, and what may differ.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,19 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
         "--enable-prompt-embeds": model.enable_prompt_embeds,
         # Also by limits of 0. Before `drop_towers`, so of what was asked for.
         "--language-model-only": model.multimodal_config is not None and not model.supports_multimodal_inputs,
+        "--runner": model.runner_type,
+        "--convert": model.convert_type,
+        "--pooler-config": _fields(model.pooler_config, without={"enable_flash_late_interaction"}),
+        "--enable-lora": _fields(vllm_config.lora_config),
     }
+
+
+def _fields(settings: Any, without: Set[str] = frozenset()) -> str:
+    """One of vLLM's dataclasses of settings as text, "off" without one."""
+    if settings is None:
+        return "off"
+    names = [field.name for field in dataclasses.fields(settings) if field.name not in without]
+    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
 def _by_name(value: Any) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stagewire.checkpoint import hub
+from stagewire.checkpoint.adapter import ROOT_FLAG, check_roots
 from stagewire.checkpoint.index import read_index
 from stagewire.checkpoint.kv_cache import check_own_kv
 from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, check_place, read_manifest
@@ -74,6 +75,12 @@ def add_flags(parser: Any) -> None:
         type=float,
         help=f"Seconds after which a step that has not come back fails the ring. Default: {DEFAULT_STEP_TIMEOUT_S}.",
     )
+    add(
+        ROOT_FLAG,
+        action="extend",
+        nargs="+",
+        help="Folders of this machine below which a stage without API may read LoRA adapters; stage 0 needs none.",
+    )
 
 
 def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,11 +138,15 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     status = StatusSender(config.stage)
     status.send(Phase.IMPORTING)
     _check_entry_point(config, args)
+    check_roots(config.lora_roots)
     _check_checkpoint(config, args.model, args.revision)
     vllm_config = _resolve(args)
     from stagewire.vllm_plugin.stage_worker import check_model
 
     check_model(config, vllm_config)
+    if vllm_config.model_config.runner_type == "pooling":
+        # Scoring in the API server: queries cached on the last stage would be lost with it.
+        args.enable_flash_late_interaction = False
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -270,6 +281,8 @@ def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
 
     ignored = []
     for field in dataclasses.fields(FrontendArgs):
+        if field.name == "lora_modules":
+            continue  # they say where this stage reads adapters
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

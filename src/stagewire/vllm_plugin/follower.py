@@ -91,11 +91,11 @@ def _serve(link: LeaderLink, config: StageConfig, vllm_config: VllmConfig, place
         match request:
             case RunStep(digest, specs):
                 schedule_bytes, *tensors = frames
-                schedule = decode_schedule(schedule_bytes)
+                schedule = decode_schedule(schedule_bytes, worker.adapters.known)
                 worker.execute(schedule, digest, specs, tensors)
                 link.answer(Done(worker.digest(schedule)))
             case RunSample():
-                output = worker.sample(decode_grammar(frames[0]) if frames else None)
+                output = worker.answer(decode_grammar(frames[0]) if frames else None)
                 link.answer(Done(token_digest(output)))
             case RunCall(method, first_rank):
                 link.answer(CallDone(*run_call(worker, method, frames[0], first_rank)))

@@ -54,14 +54,17 @@ def report(stage: int, error: StagewireError) -> str:
 def max_frame_bytes(vllm_config: Any) -> int:
     """Above the largest frame that can be right, in bytes, from the predecessor.
 
-    Activations of a full batch; a schedule full of long prompts; or log-probabilities (id, value: 8 bytes, and a rank)
-    of whole prompts, which all arrive with a prompt's last chunk.
+    Activations of a full batch; a schedule full of long prompts; log-probabilities (id, value: 8 bytes, and a rank) of
+    whole prompts, which all arrive with a prompt's last chunk; a pooling model's vectors of all tokens, which do too.
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     prompt_tokens = scheduler.max_num_seqs * model.max_model_len
     num_logprobs = model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size()
     activations = scheduler.max_num_batched_tokens * model.get_hidden_size() * 8
-    largest = max(activations, prompt_tokens * 5, prompt_tokens * (num_logprobs + 2) * 8, MIN_FRAME_LIMIT_BYTES)
+    from_tail = prompt_tokens * (num_logprobs + 2) * 8
+    if model.runner_type == "pooling":
+        from_tail = prompt_tokens * max(model.get_hidden_size(), model.embedding_size) * 4
+    largest = max(activations, prompt_tokens * 5, from_tail, MIN_FRAME_LIMIT_BYTES)
     return int(min(largest, MAX_FRAME_LIMIT_BYTES))
 
 

@@ -5,6 +5,10 @@ others run empty or lopsided (14 and 50 of 64 was seen). This subclass holds the
 `Request.next_decode_eligible_step`, which vLLM's own loop honours: nothing is hidden from `running`, and preemption and
 prefix caching stay vLLM's. Prompts that wait together are shared out in the same way, by their tokens and uncut: the
 later stages then begin with the first of them while the head runs the next.
+
+With LoRA it also keeps each step's adapters to ``max_loras``. vLLM admits a request when the step at hand has room for
+its adapter, and takes for granted that every step holds all running requests; with several steps in flight it does not,
+and vLLM's own assertion ends the engine as soon as too many meet.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from stagewire.vllm_plugin.speculation import DraftingOutput, only_of, with_accepted
 
@@ -41,15 +46,21 @@ class RingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._num_stages = self.vllm_config.parallel_config.pipeline_parallel_size
         self._least_tokens = _LEAST_TOKENS_ON_CPU if current_platform.is_cpu() else _LEAST_TOKENS_ELSEWHERE
+        self._last_steps: dict[int, int] = {}  # of each LoRA adapter
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self.lora_config is not None:
+            self._hold_back_adapters(self.lora_config.max_loras)
         self._hold_back_surplus()
         limit = self.max_num_active_reqs
         self.max_num_active_reqs = min(limit, self._active_with_share())
         try:
-            return super().schedule(throttle_prefills)
+            schedule = super().schedule(throttle_prefills)
         finally:
             self.max_num_active_reqs = limit
+        for req_id in schedule.num_scheduled_tokens if self.lora_config is not None else ():
+            self._last_steps[_adapter(self.requests[req_id])] = self.current_step
+        return schedule
 
     def _active_with_share(self) -> int:
         """Active requests after this step, if a fair share of the prompts' tokens is admitted, to the nearest prompt.
@@ -88,17 +99,36 @@ class RingScheduler(Scheduler):
             self.update_draft_token_ids(only_of(model_runner_output.draft_token_ids, followed))
         return outputs
 
+    def _hold_back_adapters(self, max_loras: int) -> None:
+        """Of the requests that are ready, those whose adapters have waited longest; the others wait one more step."""
+        ready = [request for request in self.running if self._is_ready(request) and _adapter(request)]
+        waited = sorted(
+            {_adapter(request) for request in ready}, key=lambda each: (self._last_steps.get(each, 0), each)
+        )
+        for request in ready:
+            if _adapter(request) not in waited[:max_loras]:
+                request.next_decode_eligible_step = self._next_step
+
     def _hold_back_surplus(self) -> None:
         """Lets at most a fair share of the decoding requests into this step; the rest is eligible for the next.
 
-        A request in flight has computed all its tokens, so vLLM skips it by itself: only those that are ready count.
+        Only those that are ready count; vLLM skips the others by itself.
         """
         decoding = [request for request in self.running if not request.is_prefill_chunk]
         share = -(-len(decoding) // self._num_stages)
-        ready = [request for request in decoding if request.num_tokens_with_spec > request.num_computed_tokens]
-        next_step = self.current_step + 2  # `super().schedule()` counts up first
+        ready = [request for request in decoding if self._is_ready(request)]
         for request in ready[share:]:
-            request.next_decode_eligible_step = next_step
+            request.next_decode_eligible_step = self._next_step
+
+    @property
+    def _next_step(self) -> int:
+        """The one after the step that is about to be scheduled: `super().schedule()` counts up first."""
+        return int(self.current_step) + 2
+
+    def _is_ready(self, request: Request) -> bool:
+        """Not held back, and not in flight: then it has computed all its tokens."""
+        has_work: bool = request.num_tokens_with_spec > request.num_computed_tokens
+        return has_work and request.next_decode_eligible_step < self._next_step
 
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
         """Without copies of whole histories: V1 workers read them only under async scheduling, which is off. With
@@ -115,3 +145,8 @@ class RingScheduler(Scheduler):
         finally:
             scheduler.prev_step_scheduled_req_ids = previous
         return with_accepted(cached, self.requests, self.num_spec_tokens) if self.num_spec_tokens else cached
+
+
+def _adapter(request: Request) -> int:
+    """Its number; 0 stands for the base model."""
+    return int(request.lora_request.lora_int_id) if request.lora_request else 0

@@ -76,7 +76,7 @@ class _StageHost:
 
     def _run_step(self, step: Step, delivery: Delivery) -> None:
         schedule_bytes, *frames = delivery.payloads
-        schedule = decode_schedule(schedule_bytes)
+        schedule = decode_schedule(schedule_bytes, self._ranks.own.adapters.known)
         if schedule.total_num_scheduled_tokens != step.num_tokens:
             raise PeerError(f"step {step.step}: {step.num_tokens} tokens in the header, another number in the schedule")
         started_ns = time.monotonic_ns()
@@ -106,7 +106,7 @@ class _StageHost:
         self._answer(step, timing, payloads[0] if payloads else None)
 
     def _answer(self, step: Step, timing: StageTiming, grammar: Frame | None) -> None:
-        output = self._ranks.sample(grammar)
+        output = self._ranks.answer(grammar)
         finished = StageTiming(
             timing.stage, timing.received_ns, timing.started_ns, time.monotonic_ns(), 0, timing.hop_ns
         )

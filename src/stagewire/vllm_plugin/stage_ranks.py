@@ -59,6 +59,7 @@ class StageRanks:
         self.num_ranks = vllm_config.parallel_config.tensor_parallel_size
         self._folder = tempfile.TemporaryDirectory(prefix="stagewire-")
         self._store = Path(self._folder.name) / f"stagewire-{secrets.token_hex(8)}"
+        self._is_pooling = vllm_config.model_config.runner_type == "pooling"
         self._unsettled: list[int] = []
         block = Block()
         self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
@@ -114,15 +115,20 @@ class StageRanks:
             activations = self.own.execute(schedule, digest, specs, frames)
             if self.followers:
                 self._unsettled.append(self.own.digest(schedule))
-            if not self.config.is_tail or not schedule.total_num_scheduled_tokens:
+            if self._is_pooling or not self.config.is_tail or not schedule.total_num_scheduled_tokens:
                 self._settle()
         return activations
 
-    def sample(self, grammar: Frame | None) -> ModelRunnerOutput:
-        """On the tail, after `execute`: all ranks sample the same tokens, as in stock vLLM; rank 0's travel."""
+    def answer(self, grammar: Frame | None) -> ModelRunnerOutput:
+        """On the tail, after `execute`: all ranks sample the same tokens, as in stock vLLM; rank 0's travel.
+
+        A pooling model has no such step: every rank has pooled in `execute`, and rank 0's vectors travel.
+        """
+        if self._is_pooling:
+            return self.own.answer(None)
         with self.followers.work("sampling", self.config.step_timeout_s * SHARE_OF_STEP_TIMEOUT):
             self.followers.send(RunSample(), [] if grammar is None else [grammar])
-            output = self.own.sample(None if grammar is None else decode_grammar(grammar))
+            output = self.own.answer(None if grammar is None else decode_grammar(grammar))
             if self.followers:
                 self._unsettled.append(token_digest(output))
             self._settle()

@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import check_own_range, partition_counts
 from stagewire.vllm_plugin import compat, cpu, model_patches, pipeline_group, range_loader
-from stagewire.vllm_plugin.call_codec import check_call, decode_value, encode_value
+from stagewire.vllm_plugin.adapters import Adapters
+from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
 from stagewire.vllm_plugin.inputs import check_inputs, drop_towers
 from stagewire.vllm_plugin.pipeline_group import RankPlace
 from stagewire.vllm_plugin.speculation import check_speculation, prepare_runner, take_accepted
@@ -62,8 +64,18 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
     check_inputs(config, vllm_config)
     if vllm_config.aux_output_config.enable_return_routed_experts:
         raise ConfigError("--aux-output-config: routed experts are not carried between stages yet")
-    if model.runner_type != "generate":
-        raise ConfigError(f"--runner {model.runner_type}: only generation is served over stages so far")
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if vllm_config.lora_config is not None and ranks > 1:
+        raise ConfigError(
+            f"--enable-lora with --tensor-parallel-size {ranks}: adapters are not cut over a stage's ranks yet; give "
+            "every stage one rank"
+        )
+    if vllm_config.lora_config is not None and vllm_config.speculative_config is not None:
+        raise ConfigError("--enable-lora with --speculative-config: drafts with adapters were not shown to be right yet")
+    if vllm_config.lora_config is not None and model.runner_type == "pooling":
+        raise ConfigError("--enable-lora: adapters of pooling models are not carried between stages yet")
+    if model.runner_type not in ("generate", "pooling"):
+        raise ConfigError(f"--runner {model.runner_type}: stages serve generation and pooling models")
     check_own_range(config.stage, config.num_stages, config.layers, model.get_total_num_hidden_layers())
 
 
@@ -88,6 +100,12 @@ class StageWorker:
         self.config = config
         self.vllm_config = vllm_config
         self.place = place
+        self._is_pooling = vllm_config.model_config.runner_type == "pooling"
+        self._pooled: Any = None
+        if self._is_pooling:
+            # A query cached on the last stage would be lost with it, and its documents would fail.
+            vllm_config.model_config.pooler_config.enable_flash_late_interaction = False
+        compat.mend_lora()
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         counts = partition_counts(config.stage, config.num_stages, config.layers, num_layers)
         # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
@@ -105,6 +123,7 @@ class StageWorker:
         prepare_runner(self.runner, is_tail=config.is_tail)
         current_platform.update_block_size_for_backend(vllm_config)
         self.plan = self._plan_tensors()
+        self.adapters = Adapters(config, self._wrapper)
 
     def __repr__(self) -> str:
         rank = f", rank={self.place.rank}/{self.place.size}" if self.place.size > 1 else ""
@@ -142,7 +161,7 @@ class StageWorker:
             specs, frames: the incoming tensors; empty on the head and for a schedule without tokens.
 
         Returns:
-            What goes to the next stage; None on the tail (call `sample`), for a schedule without tokens, and on other
+            What goes to the next stage; None on the tail (call `answer`), for a schedule without tokens, and on other
             ranks than 0: the activations are complete on each, and one copy travels.
 
         Raises:
@@ -155,7 +174,9 @@ class StageWorker:
             check_tensors(self.plan, num_tokens, specs, frames)
             tensors = self._receive(num_tokens, specs, frames)
             self.group.put_incoming(tensors, lambda: self._check_rows(schedule, digest))
-        self._wrapper.execute_model(schedule)
+        output = self._wrapper.execute_model(schedule)
+        if self._is_pooling:
+            self._pooled = output
         if not num_tokens or self.config.is_tail:
             return None
         outgoing = self.group.take_outgoing()
@@ -164,9 +185,11 @@ class StageWorker:
         specs_out, frames_out = self._send(num_tokens, outgoing)
         return Activations(specs_out, frames_out, self.digest(schedule) if self.config.is_head else digest)
 
-    def sample(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
-        """On the tail, after `execute`: the sampled tokens and what else the requests asked for."""
-        output = self._wrapper.sample_tokens(grammar)
+    def answer(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+        """On the tail, after `execute`: the sampled tokens and what else the requests asked for, or what was pooled."""
+        output = self._pooled if self._is_pooling else self._wrapper.sample_tokens(grammar)
+        if self._is_pooling and isinstance(output, AsyncModelRunnerOutput):
+            output = output.get_output()  # copied from the device meanwhile
         if not isinstance(output, ModelRunnerOutput):
             raise InternalError(f"the worker returned {type(output).__name__}: async scheduling must be off")
         return output
@@ -254,11 +277,21 @@ class StageWorker:
         check_call(method, args)
         self._wrapper.global_rank = first_rank + self.place.rank
         own = _OWN_CALLS.get(method)
-        return own(self, *args) if own else getattr(self._wrapper, method)(*args)
+        if own:
+            return own(self, *args)
+        names = list(CALLS[method].args)
+        first = len(names) - CALLS[method].by_keyword
+        return getattr(self._wrapper, method)(*args[:first], **dict(zip(names[first:], args[first:], strict=True)))
 
     def supported_tasks(self) -> tuple[Any, ...]:
         """What the model can do, as vLLM names it; the same on every stage, so the head answers alone."""
         return tuple(self._wrapper.get_supported_tasks())
+
+    def _check_lora(self, request: LoRARequest) -> str:
+        return self.adapters.check(request)
+
+    def _add_lora(self, request: LoRARequest) -> bool:
+        return self.adapters.add(request)
 
     def _get_threshold(self) -> int | None:
         return getattr(self.runner, "reorder_batch_threshold", None)
@@ -308,4 +341,6 @@ _OWN_CALLS: dict[str, Any] = {
     "get_reorder_batch_threshold": StageWorker._get_threshold,
     "set_reorder_batch_threshold": StageWorker._set_threshold,
     "get_stage_state": StageWorker._get_state,
+    "check_lora": StageWorker._check_lora,
+    "add_lora": StageWorker._add_lora,
 }

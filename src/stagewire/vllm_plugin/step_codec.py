@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -16,15 +17,18 @@ import msgspec
 import numpy as np
 import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
-from stagewire.errors import ConfigError, ProtocolError
+from stagewire.errors import ProtocolError
 from stagewire.vllm_plugin.inputs import Feature, pack_features, stand_in_for_embeds, unpack_features
 from stagewire.vllm_plugin.speculation import DraftingOutput, SpeculativeRequestData
 from stagewire.wire.codec import Frame
+from stagewire.wire.tensors import ITEM_BYTES
 
 __all__ = [
     "decode_grammar",
@@ -51,6 +55,8 @@ class _NewRequest(_Struct):
     num_computed_tokens: int
     features: list[Feature]
     num_prompt_embeds: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] | None  # of a prompt without token ids
+    pooling_params: PoolingParams | None
+    lora_id: int  # 0: the base model
 
 
 class _Schedule(_Struct):
@@ -99,6 +105,7 @@ class _Output(_Struct):
     prompt_logprobs: dict[str, _Logprobs | None]
     num_nans_in_logits: dict[str, int] | None
     drafts: _Drafts | None
+    pooled: list[_Array | None] | None
 
 
 class _Grammar(_Struct):
@@ -160,11 +167,14 @@ def encode_schedule(schedule: SchedulerOutput) -> bytes:
     )
 
 
-def decode_schedule(data: Frame) -> SchedulerOutput:
+def decode_schedule(data: Frame, adapters: Mapping[int, LoRARequest] | None = None) -> SchedulerOutput:
     """A SchedulerOutput as the head's own worker saw it, in everything that a worker reads.
 
+    Args:
+        adapters: the LoRA adapters that this stage knows, by number.
+
     Raises:
-        ProtocolError: malformed bytes.
+        ProtocolError: malformed bytes, or an adapter that this stage does not know.
     """
     wire = _decode(_SCHEDULE_DECODER, data, "schedule")
     return SchedulerOutput(
@@ -174,10 +184,10 @@ def decode_schedule(data: Frame) -> SchedulerOutput:
                 prompt_token_ids=request.prompt_token_ids,
                 mm_features=unpack_features(request.features),
                 sampling_params=request.sampling_params,
-                pooling_params=None,
+                pooling_params=request.pooling_params,
                 block_ids=request.block_ids,
                 num_computed_tokens=request.num_computed_tokens,
-                lora_request=None,
+                lora_request=_known_adapter(request.lora_id, adapters or {}),
                 prompt_embeds=(
                     None if request.num_prompt_embeds is None else stand_in_for_embeds(request.num_prompt_embeds)
                 ),
@@ -216,22 +226,30 @@ def token_digest(output: ModelRunnerOutput) -> int:
 
 
 def _new_request(request: NewRequestData) -> _NewRequest:
-    if request.lora_request or request.pooling_params:
-        raise ConfigError("LoRA and pooling do not travel the ring yet")
     params = copy.copy(request.sampling_params)
     if params is not None:
         # Read by the API server and the scheduler only; the grammar arrives as a bitmask.
         params.structured_outputs = None
         params.stop = None
     return _NewRequest(
-        request.req_id,
-        request.prompt_token_ids,
-        params,
-        request.block_ids,
-        request.num_computed_tokens,
-        pack_features(request.mm_features),
-        request.prompt_len if request.prompt_token_ids is None else None,
+        req_id=request.req_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling_params=params,
+        block_ids=request.block_ids,
+        num_computed_tokens=request.num_computed_tokens,
+        features=pack_features(request.mm_features),
+        num_prompt_embeds=request.prompt_len if request.prompt_token_ids is None else None,
+        pooling_params=request.pooling_params,
+        lora_id=request.lora_request.lora_int_id if request.lora_request else 0,
     )
+
+
+def _known_adapter(lora_id: int, adapters: Mapping[int, LoRARequest]) -> LoRARequest | None:
+    if not lora_id:
+        return None
+    if lora_id not in adapters:
+        raise ProtocolError(f"a request with LoRA adapter {lora_id}, which was not added on this stage before")
+    return adapters[lora_id]
 
 
 def _cached_requests(wire: _Schedule) -> CachedRequestData:
@@ -277,6 +295,7 @@ def encode_output(output: ModelRunnerOutput, drafts: DraftTokenIds | None = None
             },
             num_nans_in_logits=output.num_nans_in_logits,
             drafts=None if drafts is None else _Drafts(drafts.req_ids, drafts.draft_token_ids),
+            pooled=None if output.pooler_output is None else [_optional_tensor(each) for each in output.pooler_output],
         )
     )
 
@@ -295,6 +314,7 @@ def decode_output(data: Frame) -> ModelRunnerOutput:
             for req_id, item in wire.prompt_logprobs.items()
         },
         num_nans_in_logits=wire.num_nans_in_logits,
+        pooler_output=None if wire.pooled is None else [None if each is None else _torch(each) for each in wire.pooled],
     )
     if wire.drafts is None:
         return output
@@ -330,6 +350,28 @@ def decode_grammar(data: Frame) -> GrammarOutput:
 def _array(values: Any) -> _Array:
     array = np.ascontiguousarray(values)
     return _Array(array.dtype.name, list(array.shape), array.tobytes())
+
+
+def _optional_tensor(tensor: torch.Tensor | None) -> _Array | None:
+    """Of any dtype that activations have; numpy has no bfloat16."""
+    if tensor is None:
+        return None
+    values = tensor.contiguous()
+    dtype = str(values.dtype).removeprefix("torch.")
+    return _Array(dtype, list(values.shape), values.view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _torch(array: _Array) -> torch.Tensor:
+    if array.dtype not in ITEM_BYTES or min(array.shape, default=0) < 0:
+        raise ProtocolError(f"a tensor of {array.dtype!r} {array.shape}: expected one of {sorted(ITEM_BYTES)}")
+    if math.prod(array.shape) * ITEM_BYTES[array.dtype] != len(array.data):
+        raise ProtocolError(f"a tensor of {array.dtype} {array.shape} in {len(array.data)} bytes")
+    # An empty buffer cannot be viewed; one byte more can.
+    flat = torch.frombuffer(bytearray(array.data) or bytearray(1), dtype=torch.uint8)[: len(array.data)]
+    try:
+        return flat.view(getattr(torch, array.dtype)).view(array.shape)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"a tensor of {array.dtype} {array.shape}: {error}") from error
 
 
 def _numpy(array: _Array) -> np.ndarray[Any, Any]:
