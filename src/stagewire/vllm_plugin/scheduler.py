@@ -46,7 +46,7 @@ class RingScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._num_stages = self.vllm_config.parallel_config.pipeline_parallel_size
         self._least_tokens = _LEAST_TOKENS_ON_CPU if current_platform.is_cpu() else _LEAST_TOKENS_ELSEWHERE
-        self._last_steps: dict[int, int] = {}  # of each LoRA adapter
+        self._last_steps: dict[str, int] = {}  # of each request, with LoRA
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self.lora_config is not None:
@@ -58,8 +58,8 @@ class RingScheduler(Scheduler):
             schedule = super().schedule(throttle_prefills)
         finally:
             self.max_num_active_reqs = limit
-        for req_id in schedule.num_scheduled_tokens if self.lora_config is not None else ():
-            self._last_steps[_adapter(self.requests[req_id])] = self.current_step
+        if self.lora_config is not None:
+            self._last_steps.update(dict.fromkeys(schedule.num_scheduled_tokens, self.current_step))
         return schedule
 
     def _active_with_share(self) -> int:
@@ -100,13 +100,16 @@ class RingScheduler(Scheduler):
         return outputs
 
     def _hold_back_adapters(self, max_loras: int) -> None:
-        """Of the requests that are ready, those whose adapters have waited longest; the others wait one more step."""
+        """Lets the requests in that have waited longest and, of the others that are ready, those with their adapters.
+
+        By request, not by adapter: one adapter may have requests in several micro-batches.
+        """
+        self._last_steps = {each: step for each, step in self._last_steps.items() if each in self.requests}
         ready = [request for request in self.running if self._is_ready(request) and _adapter(request)]
-        waited = sorted(
-            {_adapter(request) for request in ready}, key=lambda each: (self._last_steps.get(each, 0), each)
-        )
+        ready.sort(key=lambda request: self._last_steps.get(request.request_id, 0))
+        chosen = list(dict.fromkeys(map(_adapter, ready)))[:max_loras]
         for request in ready:
-            if _adapter(request) not in waited[:max_loras]:
+            if _adapter(request) not in chosen:
                 request.next_decode_eligible_step = self._next_step
 
     def _hold_back_surplus(self) -> None:

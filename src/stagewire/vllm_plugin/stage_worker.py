@@ -71,7 +71,9 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
             "every stage one rank"
         )
     if vllm_config.lora_config is not None and vllm_config.speculative_config is not None:
-        raise ConfigError("--enable-lora with --speculative-config: drafts with adapters were not shown to be right yet")
+        raise ConfigError(
+            "--enable-lora with --speculative-config: drafts with adapters were not shown to be right yet"
+        )
     if vllm_config.lora_config is not None and model.runner_type == "pooling":
         raise ConfigError("--enable-lora: adapters of pooling models are not carried between stages yet")
     if model.runner_type not in ("generate", "pooling"):
