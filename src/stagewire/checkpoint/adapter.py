@@ -53,8 +53,8 @@ def find_adapter(stage: int, name: str, path: str, roots: Sequence[str], named: 
     other = next((each for each in _OTHER_WEIGHTS if (folder / each).is_file()), None)
     if other is not None:
         raise ConfigError(
-            f"stage {stage} does not read {folder / other}: that format is loaded by unpickling; save adapter {name!r} "
-            f"as {_SAFE_WEIGHTS}"
+            f"stage {stage} does not read adapter {name!r} from {other} (in {folder}): that format is loaded by "
+            f"unpickling; save it as {_SAFE_WEIGHTS}"
         )
     raise ConfigError(
         f"stage {stage} has no adapter {name!r} at {folder}: expected {_CONFIG} and {_SAFE_WEIGHTS} there; each stage "
