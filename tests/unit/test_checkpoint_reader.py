@@ -52,6 +52,19 @@ def index(tmp_path: Path) -> CheckpointIndex:
     return read_files(tmp_path, ["a.safetensors", "b.safetensors"])
 
 
+@pytest.fixture
+def announced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of what the system was told to fetch, in order."""
+    lengths: list[int] = []
+
+    def posix_fadvise(_file: int, _offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            lengths.append(length)
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    return lengths
+
+
 @given(sizes=SIZES, data=st.data())
 @settings(deadline=None)
 def test_any_choice_of_tensors(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], data: st.DataObject) -> None:
@@ -127,15 +140,8 @@ def test_the_system_reads_ahead_only_where_it_stays_in_the_run(
 
 
 def test_at_the_end_of_a_file_there_is_nothing_to_read_ahead_to(
-    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, index: CheckpointIndex, announced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announced: list[int] = []
-
-    def posix_fadvise(_file: int, _offset: int, length: int, advice: int) -> None:
-        if advice == os.POSIX_FADV_WILLNEED:
-            announced.append(length)
-
-    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
     monkeypatch.setattr(reader_module, "_window_bytes", lambda _: 20)
     read(tmp_path, [index.tensors[name] for name in ("a4", "a5", "b3", "b4")])
     assert announced == [20, 20, 40], "where a run begins; and b4, behind which is another stage's"
@@ -181,15 +187,8 @@ def test_chunks_that_are_there_are_copied_beside_one_another(
 
 
 def test_the_system_is_told_of_what_comes_but_not_too_far(
-    tmp_path: Path, index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, index: CheckpointIndex, announced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announced: list[int] = []
-
-    def posix_fadvise(_file: int, _offset: int, length: int, advice: int) -> None:
-        if advice == os.POSIX_FADV_WILLNEED:
-            announced.append(length)
-
-    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
     monkeypatch.setattr(reader_module, "ANNOUNCED_BYTES", 60)
     chosen = [tensor for tensor in index.tensors.values() if not tensor.name.endswith("5")]
     walk = iter(TensorReader(tmp_path, chosen, allocate))
