@@ -78,14 +78,11 @@ def test_tokens_equal_the_full_model_s(exported: tuple[Path, list[list[Answer]]]
 
 def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
     """So that full and pre-split stages mix; a fine-tuned copy, equal by its headers, is another export."""
-    from stagewire.vllm_plugin.fingerprint import make_identity
+    from stagewire.vllm_plugin.fingerprint import identify_model
 
-    def shared(folder: Path, stage: int) -> dict[str, str]:
+    def identity(folder: Path, stage: int) -> dict[str, str]:
         config = StageConfig(stage, 3, LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
-        vllm_config = Mock()
-        vllm_config.model_config = Mock(model=str(folder), hf_overrides={})
-        vllm_config.parallel_config = Mock(tensor_parallel_size=1)
-        return {name: value for name, value in make_identity(config, vllm_config).shared.items() if "Mock" not in value}
+        return identify_model(config, Mock(model=str(folder)))
 
     tuned = shutil.copytree(model_dir, tmp_path / "tuned")
     with next(tuned.glob("*.safetensors")).open("r+b") as stream:
@@ -97,12 +94,12 @@ def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
         (export_id,) = {manifest.export_id for manifest in run_export(plan, tmp_path / name, lambda _: None)}
         ids.add(export_id)
         for stage in range(3):
-            expected = shared(model_dir, stage) | {EXPORT_SETTING: export_id}
-            assert shared(stage_folder(tmp_path / name, stage), stage) == expected
+            expected = identity(model_dir, stage) | {EXPORT_SETTING: export_id}
+            assert identity(stage_folder(tmp_path / name, stage), stage) == expected
     assert len(ids) == 2
-    assert shared(model_dir, 0)[EXPORT_SETTING] == ""
+    assert identity(model_dir, 0)[EXPORT_SETTING] == ""
     with pytest.raises(ConfigError, match="--pipeline-stage-idx 1 contradicts"):
-        shared(stage_folder(tmp_path / "a", 0), 1)
+        identity(stage_folder(tmp_path / "a", 0), 1)
 
 
 @pytest.mark.parametrize(

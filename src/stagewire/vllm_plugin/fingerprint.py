@@ -23,7 +23,7 @@ from stagewire.ring.runtime import new_incarnation
 from stagewire.vllm_plugin.speculation import describe_speculation
 from stagewire.wire.messages import StageIdentity
 
-__all__ = ["make_identity"]
+__all__ = ["identify_model", "make_identity"]
 
 
 def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
@@ -49,7 +49,7 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
 
     model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
     return {
-        **_model_identity(config, model),
+        **identify_model(config, model),
         "vLLM version": vllm_version.partition("+")[0],
         "Stagewire version": __version__,
         "--dtype": str(model.dtype).removeprefix("torch."),
@@ -92,10 +92,11 @@ def _by_name(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
 
-def _model_identity(config: StageConfig, model: Any) -> dict[str, str]:
+def identify_model(config: StageConfig, model: Any) -> dict[str, str]:
     """Of the config and the weight index, so that stages may keep the checkpoint under different paths.
 
     A pre-split stage has its source's fingerprint, and so may sit between stages that load from the full checkpoint.
+    Raises ``ConfigError`` as ``make_identity`` does.
     """
     path = Path(model.model)
     if not path.is_dir():
