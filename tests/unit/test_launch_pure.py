@@ -121,6 +121,8 @@ def test_a_stage_gets_private_files_and_the_user_s_own_choices() -> None:
         (1, "OSError: [Errno 98] Address already in use", "--port"),
         (1, "OSError: [Errno 28] No space left on device", "disk is full"),
         (1, "torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler found", "--enforce-eager"),
+        (-signal.SIGBUS, "", "torch_compile_cache"),
+        (1, "torch._inductor.exc.InductorError: OSError: /x/cafe.main.so: file too short", "torch_compile_cache"),
         (1, "OSError: Can't load the configuration of '/nope'.", "--model"),
         (1, "torch.OutOfMemoryError: CUDA out of memory.", "--max-model-len"),
     ],

@@ -17,6 +17,7 @@ _SECOND_HAND = ("Engine core initialization failed", "EngineCore encountered an 
 _NUM_TAIL_LINES = 5
 
 _SAVE_MEMORY = "use more stages, a smaller --max-model-len, or a smaller KV cache (--kv-cache-memory-bytes)"
+_COMPILE_CACHE = "a compilation that was stopped half-way leaves broken files: remove ~/.cache/vllm/torch_compile_cache"
 _HINTS = (
     (
         r"out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator|std::bad_alloc|MemoryError",
@@ -35,13 +36,15 @@ _HINTS = (
         r"Repository Not Found|is not a local folder|Can't load the configuration of|Invalid repository ID",
         "the model was not found: --model takes the folder with config.json and the weights",
     ),
+    (r"InductorError.*(?:OSError|ImportError|file too short)", _COMPILE_CACHE),
     (r"Illegal instruction", "this CPU lacks instructions that this data type uses: try `-- --dtype float32`"),
 )
 _SIGNAL_HINTS = {
     signal.SIGKILL: "something killed it, most often the kernel when memory runs out (`dmesg | grep -i oom` tells): "
     + _SAVE_MEMORY,
     signal.SIGILL: "this CPU lacks instructions (AMX, AVX-512) that this data type uses: try `-- --dtype float32`",
-    signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk and /dev/shm",
+    signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk and /dev/shm; "
+    + _COMPILE_CACHE,
 }
 
 
