@@ -21,6 +21,8 @@ FAKE_STAGE = Path(__file__).with_name("launch_fake_stage.py")
 
 def main() -> int:
     folder, port, timeouts, *behaviours = sys.argv[1:]
+    settings = json.loads(timeouts)
+    restarts = int(settings.pop("restarts", 2))
     specs = place_stages(split_evenly(30, len(behaviours)), 15550)
 
     def command(spec: StageSpec) -> list[str]:
@@ -36,8 +38,9 @@ def main() -> int:
             private,
             Path(folder),
             lambda model: f"serving {model} from {private}",
-            Timeouts(**json.loads(timeouts)),
+            Timeouts(**settings),
             os.environ,
+            max_restarts=restarts,
         )
         try:
             return asyncio.run(supervisor.run())

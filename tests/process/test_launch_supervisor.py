@@ -45,6 +45,10 @@ class Launcher:
         """The pid that a stage gave: `pid` its own, `engine` its child's."""
         return next(int(m[1]) for line in self.lines if (m := re.search(rf"stage {stage}  .* {kind} (\d+)$", line)))
 
+    def last_number(self, kind: str, stage: int) -> int:
+        """Of the process that was started last."""
+        return [int(m[1]) for line in self.lines if (m := re.search(rf"stage {stage}  .* {kind} (\d+)$", line))][-1]
+
     def end(self) -> int:
         assert self.process.stdout is not None
         self.lines += self.process.stdout.read().splitlines()
@@ -179,8 +183,54 @@ def test_a_stage_that_fails_at_start_is_named_with_its_own_reason(
     assert "stage_1.log" in error
 
 
-def test_a_stage_killed_while_serving_stops_the_rest(launch: Launch) -> None:
+def test_a_stage_killed_while_serving_is_started_again(launch: Launch) -> None:
     launcher = launch("serve", "serve", "serve")
+    launcher.wait_for("serving fake-model")
+    first = launcher.number("pid", 2)
+    os.kill(first, signal.SIGKILL)
+    launcher.wait_for("stage 2 was killed by SIGKILL")
+    launcher.wait_for("stage 2 is started again")
+    launcher.wait_for("stage 2  loading pid")
+    launcher.wait_for("stage 2  ready")
+    assert launcher.last_number("pid", 2) != first
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.end() == 0
+    for stage in range(3):
+        assert_gone(launcher.last_number("pid", stage))
+
+
+def test_a_head_killed_while_serving_is_started_again_and_its_engine_is_not_left(launch: Launch) -> None:
+    launcher = launch("serve", "serve")
+    launcher.wait_for("serving fake-model")
+    engine = launcher.number("engine", 0)
+    os.kill(launcher.number("pid", 0), signal.SIGKILL)
+    launcher.wait_for("stage 0  ready")
+    assert_gone(engine)
+
+
+def test_it_gives_up_a_stage_that_ends_again_and_again(launch: Launch) -> None:
+    launcher = launch("serve", "serve", "serve", restarts=2, back_off=0.01)
+    launcher.wait_for("serving fake-model")
+    for _ in range(3):
+        os.kill(launcher.last_number("pid", 1), signal.SIGKILL)
+        if _ < 2:
+            launcher.wait_for("stage 1  ready")
+    assert launcher.end() == 1
+    error = launcher.error()
+    assert "stage 1 was killed by SIGKILL" in error
+    assert "3 times in a row" in error
+
+
+def test_what_was_healthy_for_long_enough_is_not_counted(launch: Launch) -> None:
+    launcher = launch("serve", "serve", restarts=1, back_off=0.01, healthy=0.0)
+    launcher.wait_for("serving fake-model")
+    for _ in range(3):
+        os.kill(launcher.last_number("pid", 1), signal.SIGKILL)
+        launcher.wait_for("stage 1  ready")
+
+
+def test_without_restarts_a_stage_killed_while_serving_stops_the_rest(launch: Launch) -> None:
+    launcher = launch("serve", "serve", "serve", restarts=0)
     launcher.wait_for("serving fake-model")
     os.kill(launcher.number("pid", 2), signal.SIGKILL)
     assert launcher.end() == 1
@@ -191,7 +241,7 @@ def test_a_stage_killed_while_serving_stops_the_rest(launch: Launch) -> None:
 
 
 def test_the_end_of_the_head_also_ends_its_engine(launch: Launch) -> None:
-    launcher = launch("serve", "serve")
+    launcher = launch("serve", "serve", restarts=0)
     launcher.wait_for("serving fake-model")
     os.kill(launcher.number("pid", 0), signal.SIGKILL)
     assert launcher.end() == 1
@@ -199,11 +249,13 @@ def test_the_end_of_the_head_also_ends_its_engine(launch: Launch) -> None:
 
 
 def test_the_root_cause_wins_over_whoever_lost_a_peer(launch: Launch) -> None:
-    launcher = launch("lost", "serve", root_cause=DEADLINE_S)
-    launcher.wait_for("serving fake-model")
+    launcher = launch("lost", "serve", "hang", root_cause=DEADLINE_S)
+    launcher.wait_for("stage 0  ready")
     # Stage 0 says that it lost stage 1, and ends; only then does stage 1.
     os.kill(launcher.number("pid", 0), signal.SIGUSR1)
     assert_gone(launcher.number("pid", 0))
+    if not any(line.startswith("stage 1  ready") for line in launcher.lines):
+        launcher.wait_for("stage 1  ready")
     os.kill(launcher.number("pid", 1), signal.SIGKILL)
     assert launcher.end() == 1
     assert "stage 1 was killed by SIGKILL" in launcher.error()

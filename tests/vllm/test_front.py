@@ -177,19 +177,13 @@ def test_a_front_before_a_head_that_runs_already(pipeline: Pipeline, tmp_path: P
     assert httpx.get(f"{pipeline.url}/ready", trust_env=False).status_code == 200, "it stopped what it did not start"
 
 
-def test_a_lost_stage_ends_streams_and_readiness_at_once(pipeline: Pipeline) -> None:
-    stream = pipeline.stream(2000)
-    events = iter(stream)
+def test_a_lost_stage_ends_readiness_and_no_stream(pipeline: Pipeline) -> None:
+    events = iter(pipeline.stream(600))
     next(events)
     os.kill(_by_index(pipeline.model)[1], signal.SIGKILL)
-    with pytest.raises((openai.APIError, httpx.RemoteProtocolError)) as lost:
-        list(events)
-    assert re.search("stage 1|ended its answer", str(lost.value))
     with httpx.Client(trust_env=False) as client:
-        try:
-            answer = client.get(f"{pipeline.url}/ready")
-            assert answer.status_code == 503
-        except httpx.TransportError:
-            pass  # the front has ended with its stages
-    assert pipeline.up.wait() == 1
+        until(lambda: client.get(f"{pipeline.url}/ready").status_code == 503, "the front is not ready")
+        assert sum(1 for _ in events) >= 600 - 2
+        until(lambda: client.get(f"{pipeline.url}/ready").status_code == 200, "the front is ready again")
+    pipeline.up.read_until("serving again", DEADLINE_S)
     assert "stage 1 was killed by SIGKILL" in pipeline.up.text

@@ -13,8 +13,8 @@ from stagewire.observe.status import Phase, StatusEvent
 __all__ = ["LiveScreen", "PlainScreen", "Screen", "open_screen"]
 
 _LABELS = {Phase.KV_CACHE: "KV cache"}
-# FAILED and STOPPED are not on the way to READY.
-_STEPS = [phase for phase in Phase if phase not in (Phase.FAILED, Phase.STOPPED)]
+# On the way to READY.
+_STEPS = list(Phase)[: list(Phase).index(Phase.READY) + 1]
 
 
 def describe(event: StatusEvent) -> str:

@@ -1,11 +1,15 @@
-"""Starts local stages, watches them, stops them in order. One loop over one queue of events.
+"""Starts local stages, watches them, starts them again, stops them in order. One loop over one queue of events.
 
 Owns processes, signals and deadlines. What the stages are started with, and what is drawn, is decided elsewhere.
 
     status message ──┐
     child's exit   ──┼──> queue ──> run(): starting ──> first request ──> serving ──> stop: head, then the rest
     signal         ──┤                 └─ a stage failed, or a deadline passed ──────────^
-    first answer   ──┘
+    first answer   ──┤                                                       │
+    back-off over  ──┘                 a stage ended: it is started again, after a pause that grows, unless it has
+                                       ended too often without having been ready for long
+
+Before the first answer a stage that ends stops everything: what is wrong then would be wrong again.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ from stagewire.launch.screen import Screen
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
 from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
 
-__all__ = ["Progress", "StageFailed", "Supervisor", "Timeouts"]
+__all__ = ["DEFAULT_MAX_RESTARTS", "Progress", "StageFailed", "Supervisor", "Timeouts"]
 
+DEFAULT_MAX_RESTARTS = 5
 _LOG_TAIL_BYTES = 64 << 10
-_ORDER = list(Phase)
+# What is said besides is no step on the way.
+_ORDER: list[Phase] = [phase for phase in Phase if phase not in (Phase.RECOVERING, Phase.GIVEN_UP)]
 
 
 class StageFailed(StagewireError):
@@ -42,13 +48,18 @@ class StageFailed(StagewireError):
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds. ``root_cause``: for stages that failed before the one heard first to say so. ``poll``: between
-    questions to the head's HTTP port, the one thing that sends no message when it changes."""
+    questions to the head's HTTP port, the one thing that sends no message when it changes. ``back_off``: before a stage
+    is started for the third time; the first time again at once, later ones after twice as long each, at most
+    ``most_back_off``. ``healthy``: a stage that was ready for so long has not failed because of how it was started."""
 
     start: float = 600.0
     root_cause: float = 1.0
     head_stop: float = 10.0
     stop: float = 5.0
     poll: float = 0.2
+    back_off: float = 1.0
+    most_back_off: float = 30.0
+    healthy: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,11 @@ class _Exited:
 
 
 @dataclass(frozen=True)
+class _RestartDue:
+    stage: int
+
+
+@dataclass(frozen=True)
 class _StopAsked:
     signum: int
 
@@ -78,7 +94,7 @@ class _Answered:
     error: StagewireError | None = None
 
 
-_Event = StatusEvent | _Exited | _StopAsked | _Answered
+_Event = StatusEvent | _Exited | _RestartDue | _StopAsked | _Answered
 
 
 @dataclass
@@ -92,6 +108,8 @@ class _Stage:
     text: str = ""
     early_link: StatusEvent | None = None
     failure: StatusEvent | None = None
+    num_failures: int = 0  # in a row, of this stage's processes before this one
+    ready_at: float | None = None
     exited: asyncio.Task[None] = field(init=False)
 
     @property
@@ -154,6 +172,7 @@ class Supervisor:
         private_dir: short (AF_UNIX paths end at 107 bytes), private to the user; whoever made it removes it.
         log_dir: stage_<i>.log are written there, new.
         serving: called with the model's name once the ring has answered; its text is shown.
+        max_restarts: how often in a row a stage is started again while serving.
     """
 
     def __init__(
@@ -168,7 +187,10 @@ class Supervisor:
         serving: Callable[[str], str],
         timeouts: Timeouts | None = None,
         environ: Mapping[str, str] = os.environ,
+        max_restarts: int = DEFAULT_MAX_RESTARTS,
     ) -> None:
+        self._max_restarts = max_restarts
+        self._restarts: set[asyncio.Task[None]] = set()
         self._specs = specs
         self._command = command
         self._resources = resources
@@ -225,14 +247,13 @@ class Supervisor:
             return 128 + (self._asked or 0)
         self._screen.finish()
         self._screen.say(self._serving(model))
-        while not isinstance(await self._next(), _StopAsked):
-            pass
+        await self._serve()
         return 0
 
     async def _start(self, spec: StageSpec, resources: Resources) -> _Stage:
         log = self._log_dir / f"stage_{spec.index}.log"
         cores = resources.cores
-        with log.open("wb") as out:
+        with log.open("ab") as out:
             process = await asyncio.create_subprocess_exec(
                 *self._command(spec),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -247,8 +268,78 @@ class Supervisor:
         stage.exited = asyncio.create_task(self._watch(stage))
         return stage
 
+    # ---- serving ---------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Until asked to stop.
+
+        Raises:
+            StageFailed: a stage has ended too often.
+        """
+        now = asyncio.get_running_loop().time
+        for stage in self._stages:
+            stage.ready_at = now()
+        while True:
+            event = await self._queue.get()
+            match event:
+                case _StopAsked():
+                    return
+                case _Exited(index):
+                    self._plan_restart(self._stages[index])
+                case _RestartDue(index):
+                    before = self._stages[index]
+                    self._stages[index] = await self._start(before.spec, self._resources[index])
+                    self._stages[index].num_failures = before.num_failures
+                case StatusEvent():
+                    self._note_while_serving(event)
+
+    def _note_while_serving(self, event: StatusEvent) -> None:
+        stage = self._stages[event.stage]
+        match event.phase:
+            case Phase.RECOVERING:
+                self._screen.say(f"{event.text}: requests wait for it")
+            case Phase.GIVEN_UP:
+                self._screen.say(f"{event.text}: requests are refused until it does")
+            case Phase.READY if stage.spec.is_head and not stage.is_before(Phase.READY):
+                self._screen.say("serving again")
+            case Phase.FAILED:
+                stage.failure = stage.failure or event
+            case _:
+                self._note(event)
+        if event.phase is Phase.READY and stage.ready_at is None:
+            stage.ready_at = asyncio.get_running_loop().time()
+
+    def _plan_restart(self, stage: _Stage) -> None:
+        """Raises StageFailed instead when it has failed too often in a row."""
+        now = asyncio.get_running_loop().time()
+        if stage.ready_at is not None and now - stage.ready_at >= self._timeouts.healthy:
+            stage.num_failures = 0
+        stage.num_failures += 1
+        text = stage.describe_failure()
+        if stage.num_failures > self._max_restarts:
+            if self._max_restarts:
+                text += f"\n  it has ended {stage.num_failures} times in a row: not started again"
+            raise StageFailed(text, stage.exit_code if stage.exit_code > 0 else 1)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # a head's EngineCore outlives it
+            os.killpg(stage.process.pid, signal.SIGKILL)
+        pause = 0.0
+        if stage.num_failures > 1:
+            pause = min(self._timeouts.back_off * 2 ** (stage.num_failures - 2), self._timeouts.most_back_off)
+        when = f" in {pause:g} s" if pause else ""
+        self._screen.say(f"{text}\nstage {stage.spec.index} is started again{when}")
+        task = asyncio.create_task(self._restart_after(stage.spec.index, pause))
+        self._restarts.add(task)
+        task.add_done_callback(self._restarts.discard)
+
+    async def _restart_after(self, index: int, pause: float) -> None:
+        await asyncio.sleep(pause)
+        self._queue.put_nowait(_RestartDue(index))
+
+    # ---- events ----------------------------------------------------------------------------------------------------
+
     async def _watch(self, stage: _Stage) -> None:
         await stage.process.wait()
+        self._receive()  # its last words were sent before it ended
         self._queue.put_nowait(_Exited(stage.spec.index))
 
     def _receive(self) -> None:
@@ -309,9 +400,8 @@ class Supervisor:
     def _note(self, event: _Event) -> bool:
         """Records and shows what the event says; whether it is a stage's end."""
         if isinstance(event, _Exited):
-            self._receive()  # its last words were sent before it ended
             return True
-        if not isinstance(event, StatusEvent) or event.phase is Phase.STOPPED:
+        if not isinstance(event, StatusEvent) or event.phase in (Phase.STOPPED, Phase.RECOVERING, Phase.GIVEN_UP):
             return False
         stage = self._stages[event.stage] if event.stage < len(self._stages) else None
         if stage is None:
@@ -365,6 +455,8 @@ class Supervisor:
     async def _stop(self) -> None:
         """The head first: it closes the API and tells the ring, so that the workers end by themselves."""
         self._is_stopping = True
+        for task in list(self._restarts):
+            task.cancel()
         self._screen.finish()
         running = [stage for stage in self._stages if stage.process.returncode is None]
         if running:

@@ -28,7 +28,7 @@ from stagewire.launch.spec import (
     is_cpu_build,
     place_stages,
 )
-from stagewire.launch.supervisor import Supervisor, Timeouts
+from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS, Supervisor, Timeouts
 from stagewire.plan.ranges import LayerRange, check_ranges, split_evenly
 
 __all__ = ["EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "private_dir", "run"]
@@ -90,6 +90,14 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
     parser.add_argument(
         "--start-timeout", type=float, default=DEFAULT_START_TIMEOUT_S, metavar="S", help="default: %(default)g seconds"
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=DEFAULT_MAX_RESTARTS,
+        metavar="N",
+        help="how often in a row a stage that ends while serving is started again; 0 stops the others instead "
+        "(default: %(default)s)",
+    )
     return model
 
 
@@ -105,6 +113,7 @@ class Launch:
     log_dir: Path
     has_template: bool
     start_timeout_s: float
+    max_restarts: int
 
     def usage(self, api: Api, model: str) -> str:
         """What to copy once it serves; ``api`` is where clients ask."""
@@ -116,7 +125,7 @@ class Launch:
         screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.log_dir}")
         timeouts = Timeouts(start=self.start_timeout_s)
         parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.log_dir, serving)
-        return Supervisor(*parts, timeouts)
+        return Supervisor(*parts, timeouts, max_restarts=self.max_restarts)
 
 
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
@@ -143,6 +152,8 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
         ConfigError: a wrong setting.
     """
     _check_extra(extra)
+    if args.restarts < 0:
+        raise ConfigError(f"--restarts {args.restarts}: a number of 0 or more")
     ranges, folders = _choose_stages(args)
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
@@ -160,7 +171,7 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     log_dir = _make_log_dir(args.log_dir, len(specs))
     has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
     source = args.pipeline_dir or model_dir
-    return Launch(specs, command, resources, api, source, log_dir, has_template, args.start_timeout)
+    return Launch(specs, command, resources, api, source, log_dir, has_template, args.start_timeout, args.restarts)
 
 
 def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:

@@ -52,6 +52,8 @@ class Phase(StrEnum):
     LINKED = "linked"  # the whole ring is linked; start-up calls can travel
     KV_CACHE = "kv_cache"  # the KV cache is allocated; text: "512 blocks"
     READY = "ready"  # a worker can run steps; the head accepts requests
+    RECOVERING = "recovering"  # the head, which waits for a lost stage; text: which. READY follows
+    GIVEN_UP = "given_up"  # it has waited for too long and refuses requests meanwhile. READY may still follow
     FAILED = "failed"  # text: the reason, for people; exit_code: what the process will return
     STOPPED = "stopped"
 
@@ -134,7 +136,8 @@ class StatusSender:
 
     def __init__(self, stage: int, paths: list[str] | None = None) -> None:
         if paths is None:
-            paths = [p for p in (os.environ.get(LAUNCHER_SOCKET_ENV), os.environ.get(HEAD_SOCKET_ENV)) if p]
+            # The API server first: clients depend on it, and a launcher that is held up would hold this up too.
+            paths = [p for p in (os.environ.get(HEAD_SOCKET_ENV), os.environ.get(LAUNCHER_SOCKET_ENV)) if p]
         self._stage = stage
         self._phase = Phase.LOADING
         self._sender = DatagramSender(paths)
