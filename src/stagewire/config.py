@@ -13,9 +13,18 @@ from typing import Any
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
 
-__all__ = ["DEFAULT_START_TIMEOUT_S", "DEFAULT_STEP_TIMEOUT_S", "Address", "StageConfig", "is_external", "parse_stage"]
+__all__ = [
+    "DEFAULT_RECOVERY_TIMEOUT_S",
+    "DEFAULT_START_TIMEOUT_S",
+    "DEFAULT_STEP_TIMEOUT_S",
+    "Address",
+    "StageConfig",
+    "is_external",
+    "parse_stage",
+]
 
 DEFAULT_START_TIMEOUT_S = 600
+DEFAULT_RECOVERY_TIMEOUT_S = 600
 # As long as vLLM's own multiprocessing executor waits for a step (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS).
 DEFAULT_STEP_TIMEOUT_S = 300
 
@@ -67,6 +76,7 @@ class StageConfig:
     pipeline_id: str | None = None
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
+    recovery_timeout_s: float = DEFAULT_RECOVERY_TIMEOUT_S
     lora_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
 
@@ -99,6 +109,7 @@ _FLAGS = {
     "pipeline_id": "--pipeline-id",
     "pipeline_start_timeout": "--pipeline-start-timeout",
     "pipeline_step_timeout": "--pipeline-step-timeout",
+    "pipeline_recovery_timeout": "--pipeline-recovery-timeout",
     "pipeline_lora_root": "--pipeline-lora-root",
     "external_pp_worker": "--external-pp-worker",
 }
@@ -156,6 +167,7 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
         pipeline_id=flags.get("pipeline_id"),
         start_timeout_s=_seconds(flags, "pipeline_start_timeout", DEFAULT_START_TIMEOUT_S),
         step_timeout_s=_seconds(flags, "pipeline_step_timeout", DEFAULT_STEP_TIMEOUT_S),
+        recovery_timeout_s=_seconds(flags, "pipeline_recovery_timeout", DEFAULT_RECOVERY_TIMEOUT_S),
         lora_roots=tuple(map(str, flags.get("pipeline_lora_root") or ())),
         # vLLM's own flag, already parsed by it.
         lora_modules=tuple((module.name, module.path) for module in flags.get("lora_modules") or ()),

@@ -45,11 +45,12 @@ class PeerError(StagewireError):
 
 
 class StageLost(PeerError):
-    """A stage of the running pipeline is gone. ``stage`` is its index."""
+    """A stage of the running pipeline is gone. ``stage`` is its index; ``step``: what failed there, -1 for no step."""
 
-    def __init__(self, stage: int, message: str) -> None:
+    def __init__(self, stage: int, message: str, step: int = -1) -> None:
         super().__init__(message)
         self.stage = stage
+        self.step = step
 
 
 class ProtocolError(PeerError):

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,11 +133,24 @@ class Ring:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sw-")))
     stages: list[Process] = field(default_factory=list)
     events: list[StatusEvent] = field(default_factory=list)
+    _num_started: int = 0
 
     def __post_init__(self) -> None:
         self.num_stages = len(self.ranges)
         self.api_port, *self.ports = free_ports(self.num_stages + 1)
         self._receiver = StatusReceiver(str(self.folder / "status"))
+        self._heard = threading.Condition()
+        self._is_over = threading.Event()
+        # All the time: a stage waits a moment for a listener whose queue is full.
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        while not self._is_over.is_set():
+            select.select([self._receiver], [], [], 0.2)
+            with self._heard:
+                self.events += self._receiver.receive()
+                self._heard.notify_all()
 
     @property
     def url(self) -> str:
@@ -160,10 +174,18 @@ class Ring:
 
     def start_stage(self, stage: int, command: Sequence[str] | None = None) -> Process:
         env = {**self.env, LAUNCHER_SOCKET_ENV: self._receiver.path}
-        log = self.folder / f"stage_{stage}.{len(self.stages)}.log"
+        self._num_started += 1
+        log = self.folder / f"stage_{stage}.{self._num_started}.log"
         process = start(f"stage {stage}", command or self.command(stage), log, env)
         self.stages.append(process)
         return process
+
+    def restart_stage(self, stage: int) -> Process:
+        """Starts a stage whose process has ended again, as whoever looks after it would."""
+        self.stages[stage].wait()
+        self.start_stage(stage)
+        self.stages[stage] = self.stages.pop()
+        return self.stages[stage]
 
     def __enter__(self) -> Self:
         for stage in range(self.num_stages):
@@ -197,8 +219,8 @@ class Ring:
             dead = [stage for stage in self.stages if stage.popen.poll() is not None]
             if dead or left <= 0:
                 raise StageFailedError(self._describe(dead or self.stages))
-            select.select([self._receiver], [], [], min(left, 0.3))
-            self.events += self._receiver.receive()
+            with self._heard:
+                self._heard.wait(min(left, 0.3))
 
     def _describe(self, stages: Sequence[Process]) -> str:
         return "\n".join(f"--- {s.name}, exit code {s.popen.poll()}:\n{s.text()[-3000:]}" for s in stages)
@@ -212,6 +234,8 @@ class Ring:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 stage.wait(max(0.1, ends_at - time.monotonic()))
             stage.kill_group()
+        self._is_over.set()
+        self._listener.join()
         self._receiver.close()
         if os.environ.get("STAGEWIRE_KEEP_LOGS") is None:
             shutil.rmtree(self.folder, ignore_errors=True)

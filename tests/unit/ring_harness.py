@@ -9,10 +9,11 @@ from types import MappingProxyType
 import msgspec
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import StagewireError
+from stagewire.errors import StageLost, StagewireError
 from stagewire.plan.ranges import LayerRange
+from stagewire.ring.actions import Data
 from stagewire.ring.link import MemoryNetwork, MemoryTransport
-from stagewire.ring.node import Delivery, Observer, RingNode
+from stagewire.ring.node import Delivery, Item, Observer, RingNode
 from stagewire.ring.state import Phase, RingState
 from stagewire.wire.messages import Call, CallResult, Message, Reply, StageIdentity, StageReport
 
@@ -38,6 +39,7 @@ class Record(Observer):
     logs: list[str] = field(default_factory=list)
     bound: list[str] = field(default_factory=list)
     opened: list[tuple[int, tuple[StageIdentity, ...]]] = field(default_factory=list)
+    broken: list[tuple[int, StageLost]] = field(default_factory=list)
     errors: list[StagewireError] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
     own_report: Callable[[], StageReport | None] = lambda: None
@@ -57,6 +59,9 @@ class Record(Observer):
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
         self.opened.append((epoch, identities))
+
+    def on_broken(self, epoch: int, error: StageLost) -> None:
+        self.broken.append((epoch, error))
 
     def on_failed(self, error: StagewireError) -> None:
         self.errors.append(error)
@@ -85,6 +90,7 @@ def make_config(
         bind_port=bind_port or own,
         predecessor=Address("127.0.0.1", predecessor_port or before),
         start_timeout_s=60.0,
+        recovery_timeout_s=120.0,
     )
 
 
@@ -125,10 +131,14 @@ class Stage:
     def index(self) -> int:
         return self.node.config.stage
 
+    def send(self, message: Data, payloads: Sequence[bytes] = ()) -> None:
+        """In the epoch that this stage is in."""
+        self.node.send(msgspec.structs.replace(message, epoch=self.node.state.epoch), payloads)
+
     def deliveries(self) -> list[Message]:
         return [item.message for item in self._inbox() if isinstance(item, Delivery)]
 
-    def _inbox(self) -> list[Delivery | StagewireError | None]:
+    def _inbox(self) -> list[Item | StagewireError | None]:
         return [self.node.inbox.get() for _ in range(self.node.inbox.qsize())]
 
     @property
@@ -185,12 +195,12 @@ class Ring:
 
     def call(self, stages: Sequence[Stage], call_id: int = 1) -> None:
         """A call and its answers go once round, so that every stage serves."""
-        stages[0].node.send(Call(0, call_id, "check_health"), [b"args"])
+        stages[0].send(Call(0, call_id, "check_health"), [b"args"])
         self.settle()
         results: list[CallResult] = []
         for stage in stages[1:]:
             results.append(CallResult(stage.index, 0, "", ""))
-            stage.node.send(Reply(0, call_id, list(results)), [b"r"] * len(results))
+            stage.send(Reply(0, call_id, list(results)), [b"r"] * len(results))
             self.settle()
 
     def turn(self) -> None:

@@ -274,6 +274,39 @@ class TestHttp:
         assert sent[0]["status"] == status
         assert "stage 3 is lost" in sent[1]["body"].decode()
 
+    def test_while_a_lost_stage_may_come_back(self, health: HeadHealth, channel: Channel) -> None:
+        health.is_serving = True
+        channel.tell_open("linking", lost_stage=3)
+        health.update(StatusEvent(0, Phase.READY))
+        health.update(StatusEvent(0, Phase.RECOVERING, "stage 3 is lost"))
+        assert health.answer("/health") is None
+        assert health.answer("/v1/completions") is None
+        assert health.answer("/ready") == (503, "recovering: stage 3 is lost")
+        described = json.loads(self._ask(health, "/pipeline/status")[1]["body"])
+        assert (described["state"], described["is_ready"], described["reason"]) == (
+            "recovering",
+            False,
+            "stage 3 is lost",
+        )
+        assert states(described)[3] == "lost"
+        health.update(StatusEvent(0, Phase.READY))
+        channel.tell_open()
+        assert health.answer("/ready") == (200, "the whole ring answers")
+
+    def test_past_the_deadline_until_it_is_back(self, health: HeadHealth, channel: Channel) -> None:
+        told: list[str | None] = []
+        health.is_serving = True
+        health.on_refusal(lambda: told.append(health.refusal))
+        channel.tell_open()
+        health.update(StatusEvent(0, Phase.RECOVERING, "stage 3 is lost"))
+        assert told == []
+        health.update(StatusEvent(0, Phase.GIVEN_UP, "stage 3 did not come back"))
+        assert told == ["stage 3 did not come back"]
+        for path in ("/health", "/ready", "/v1/models"):
+            assert health.answer(path) == (503, "stage 3 did not come back")
+        health.update(StatusEvent(0, Phase.READY))
+        assert health.answer("/v1/models") is None
+
     def test_ready_does_not_vouch_for_a_silent_engine(self, health: HeadHealth, channel: Channel) -> None:
         health.is_serving = True
         channel.tell_open()

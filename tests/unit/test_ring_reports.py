@@ -63,7 +63,7 @@ class TestRound:
         assert head.record.reports[-1] == ALL
         ring.kill(stages[2])
         ring.wait(6)
-        assert head.phase is Phase.FAILED
+        assert head.phase is Phase.LINKING
         seen = len(head.record.reports)
         ring.wait(5)
         assert len(head.record.reports) == seen
@@ -154,7 +154,7 @@ class TestFullQueue:
         ring.wait(5)  # longer than a lost successor is waited for
         assert len(stages[0].record.reports) == seen
         assert {stage.phase for stage in stages} == {Phase.SERVING}
-        one.node.send(Step(0, 1, 4, 99, False, [], []), [b"schedule"])
+        one.send(Step(0, 1, 4, 99, False, [], []), [b"schedule"])
         ring.settle()
         assert [type(message) for message in stages[2].deliveries()] == [Step]
         monkeypatch.setattr(one.transport, "send", send)

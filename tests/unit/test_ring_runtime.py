@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from stagewire.config import Address
-from stagewire.errors import InternalError, PeerError, StageLost
+from stagewire.errors import InternalError, PeerError
 from stagewire.ring.actions import Side
 from stagewire.ring.link import Event, MemoryNetwork, MemoryTransport
+from stagewire.ring.node import Broken, Delivery
 from stagewire.ring.runtime import RingRuntime, new_incarnation
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Call
@@ -81,9 +82,9 @@ def test_open_send_receive_stop(pair: tuple[RingRuntime, RingRuntime]) -> None:
     head, tail = pair
     head.wait_open(WAIT_S)
     assert [identity.stage for identity in head.identities] == [0, 1]
-    head.send(Call(0, 1, "check_health"), [b"args"])
+    head.send(Call(head.node.state.epoch, 1, "check_health"), [b"args"])
     delivery = tail.receive(WAIT_S)
-    assert delivery is not None
+    assert isinstance(delivery, Delivery)
     assert isinstance(delivery.message, Call)
     assert [bytes(frame) for frame in delivery.payloads] == [b"args"]
     with pytest.raises(queue.Empty):
@@ -96,12 +97,16 @@ def test_open_send_receive_stop(pair: tuple[RingRuntime, RingRuntime]) -> None:
 def test_a_failure_reaches_the_others_thread(pair: tuple[RingRuntime, RingRuntime]) -> None:
     head, tail = pair
     head.wait_open(WAIT_S)
-    head.send(Call(0, 1, "check_health"), [b""])
+    epoch = head.node.state.epoch
+    head.send(Call(epoch, 1, "check_health"), [b""])
     assert tail.receive(WAIT_S) is not None
     tail.fail(InternalError("bad step"))
+    news = head.receive(WAIT_S)
+    assert isinstance(news, Broken)
+    assert (news.epoch, news.error.stage, str(news.error)) == (epoch, 1, "stage 1 failed: bad step")
     for _ in range(2):
-        with pytest.raises(StageLost, match="stage 1 failed: bad step"):
-            head.receive(WAIT_S)
+        with pytest.raises(InternalError, match="bad step"):
+            tail.receive(WAIT_S)
 
 
 def test_who_waits_learns_why_it_never_opens() -> None:

@@ -110,7 +110,7 @@ def test_addresses_that_are_somebody_elses(model: Path, web_server: int, tmp_pat
         ring.stop()
 
 
-def test_a_step_past_its_deadline_fails_by_name(model: Path) -> None:
+def test_a_step_past_its_deadline_ends_the_stage_that_has_not_run_it(model: Path) -> None:
     """No stage is lost here: they answer heartbeats, but a step takes longer than it may."""
     ring = Ring(model, ("0-4", "4-8"), [*SETTINGS, "--pipeline-step-timeout", "0.002"])
     try:
@@ -119,12 +119,11 @@ def test_a_step_past_its_deadline_fails_by_name(model: Path) -> None:
         with contextlib.suppress(StageFailedError):  # a call may already be too slow for this limit
             ring.wait_ready()
             body = {"model": str(model), "prompt": "word " * 300, "max_tokens": 4}
-            response = httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False)
-            assert response.status_code == 503
-            assert "did not come back in time" in response.json()["error"]["message"]
+            with contextlib.suppress(httpx.TimeoutException):  # it waits for the stage to come back
+                httpx.post(f"{ring.url}/v1/completions", json=body, timeout=5, trust_env=False)
         assert ring.stages[1].wait(60) == 3
-        assert "did not come back in time" in ring.stages[0].text()
-        assert "did not come back in time" in last_lines(ring.stages[1])
+        assert "did not come back within 0.002 s" in ring.stages[0].text()
+        assert "stage 0 has ended this stage: stage 1 hangs or is too slow" in last_lines(ring.stages[1])
     finally:
         ring.stop()
 

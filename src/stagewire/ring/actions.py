@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from stagewire.errors import StagewireError
+from stagewire.errors import StageLost, StagewireError
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Call, Message, Reply, Result, Sample, StageIdentity, StageReport, Step
 
@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "PassReport",
     "Send",
+    "SetBroken",
     "SetOpen",
     "SetReports",
     "Side",
@@ -92,6 +93,14 @@ class SetOpen:
 
 
 @dataclass(frozen=True)
+class SetBroken:
+    """The ring of ``epoch`` is not whole any more; it may come back, with another epoch."""
+
+    epoch: int
+    error: StageLost
+
+
+@dataclass(frozen=True)
 class PassReport:
     """Add this stage's report to ``earlier`` ones and send them on, if that goes without waiting."""
 
@@ -121,7 +130,9 @@ class Log:
     is_warning: bool = False
 
 
-Action = Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | PassReport | SetReports | Fail | Stop | Log
+Action = (
+    Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | SetBroken | PassReport | SetReports | Fail | Stop | Log
+)
 
 # Of one part of the rules: what to do, or why this stage cannot go on (ring/state.py tells the others then).
 Outcome = list[Action] | StagewireError

@@ -12,10 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from stagewire.config import Address, StageConfig
-from stagewire.errors import ProtocolError, StagewireError
+from stagewire.errors import ProtocolError, StageLost, StagewireError
 from stagewire.ring.actions import (
     Action,
     Bind,
@@ -27,6 +25,7 @@ from stagewire.ring.actions import (
     Log,
     PassReport,
     Send,
+    SetBroken,
     SetOpen,
     SetReports,
     Side,
@@ -46,7 +45,7 @@ from stagewire.ring.state import RingState
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Report, StageIdentity, StageReport
 
-__all__ = ["Delivery", "Observer", "RingNode"]
+__all__ = ["Broken", "Delivery", "Item", "Observer", "RingNode", "Whole"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,13 @@ class Observer:
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None: ...
 
+    def on_broken(self, epoch: int, error: StageLost) -> None:
+        """The ring of ``epoch`` is not whole any more; `on_open` follows when it is again, with another epoch."""
+
+    def takes(self, delivery: Delivery) -> bool:
+        """Whether this message is for the observer, and not for the model's thread."""
+        return False
+
     def report(self) -> StageReport | None:
         """What this stage says of itself, about once a second while the ring is open. None: nothing."""
         return None
@@ -80,6 +86,24 @@ class Observer:
 
     def on_ended(self) -> None:
         """The last call: everything queued has left and the transport is closed."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """For the model's thread: what was sent in ``epoch`` and has not come back never will."""
+
+    epoch: int
+    error: StageLost
+
+
+@dataclass(frozen=True)
+class Whole:
+    """For the model's thread of the head: what is sent from now on is of ``epoch``."""
+
+    epoch: int
+
+
+Item = Delivery | Broken | Whole
 
 
 class RingNode:
@@ -106,7 +130,7 @@ class RingNode:
         self.config = config
         self.state = state
         self.transport = transport
-        self.inbox: queue.SimpleQueue[Delivery | StagewireError | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Item | StagewireError | None] = queue.SimpleQueue()
         self._outbox: deque[tuple[Data, Sequence[Frame]]] = deque()
         self._requests: deque[Callable[[], list[Action]]] = deque()
         self._clock_ns = clock_ns
@@ -122,7 +146,7 @@ class RingNode:
     # ---- from any thread -------------------------------------------------------------------------------------------
 
     def send(self, message: Data, payloads: Sequence[Frame] = ()) -> None:
-        """To the successor, in order; waits until the ring is open, whose epoch is stamped on it when it leaves."""
+        """To the successor, in order. One of an epoch that is over by the time it could leave is dropped."""
         self._outbox.append((message, payloads))
         self.transport.wake()
 
@@ -132,6 +156,10 @@ class RingNode:
 
     def request_fail(self, error: StagewireError) -> None:
         self._requests.append(lambda: self.state.fail(error))
+        self.transport.wake()
+
+    def request_end_of_epoch(self, error: StageLost) -> None:
+        self._requests.append(lambda: self.state.end_epoch(error, self._now()))
         self.transport.wake()
 
     # ---- the ring's thread -----------------------------------------------------------------------------------------
@@ -180,7 +208,9 @@ class RingNode:
             case Send(side, message, peer, payloads):
                 self._transmit(side, peer, encode(message, payloads))
             case Deliver(message, payloads):
-                self.inbox.put(Delivery(message, payloads, self._clock_ns()))
+                delivery = Delivery(message, payloads, self._clock_ns())
+                if not self._observer.takes(delivery):
+                    self.inbox.put(delivery)
             case Connect(port):
                 target = self.config.predecessor
                 self._replaced.add(Side.PREDECESSOR)
@@ -192,6 +222,9 @@ class RingNode:
                 return self._bind(public)
             case SetOpen(epoch, identities):
                 self._observer.on_open(epoch, identities)
+            case SetBroken(epoch, error):
+                self._observer.on_broken(epoch, error)
+                self.inbox.put(Broken(epoch, error))
             case PassReport(earlier):
                 self._pass_report(earlier)
             case SetReports(reports):
@@ -249,11 +282,13 @@ class RingNode:
         return []
 
     def _flush_outbox(self) -> None:
-        """Sends what waits, while there is somebody to send it to; what finds nobody stays for the next epoch."""
-        while self._outbox and self.state.is_open and self.state.successor_peer is not None:
+        """Sends what waits, while there is somebody to send it to, and drops what is of another epoch."""
+        while self._outbox:
             message, payloads = self._outbox[0]
-            frames = encode(msgspec.structs.replace(message, epoch=self.state.epoch), payloads)
-            if not self._transmit(Side.SUCCESSOR, self.state.successor_peer, frames):
-                return
+            if message.epoch == self.state.epoch and self.state.is_open:
+                if self.state.successor_peer is None:
+                    return
+                if not self._transmit(Side.SUCCESSOR, self.state.successor_peer, encode(message, payloads)):
+                    return
+                self.state.began_serving()
             self._outbox.popleft()
-            self.state.began_serving()

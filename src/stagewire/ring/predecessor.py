@@ -46,6 +46,7 @@ class PredecessorLink:
 
     _heard_at: float = 0.0
     _is_redirected: bool = False
+    _was_linked: bool = False
     _bad_handshakes: int = 0
     _ping_ns: int = -1
     _next_send_at: float = 0.0
@@ -63,8 +64,8 @@ class PredecessorLink:
         return self.state is Link.LINKED
 
     def is_mute(self, now: float) -> bool:
-        """Whether what is connected there has had time to answer like a stage, and has not."""
-        return self.is_greeting and now - self._heard_at >= MUTE_PEER_S
+        """Whether what is connected there has had time to answer like a stage, and has not, nor ever did."""
+        return self.is_greeting and not self._was_linked and now - self._heard_at >= MUTE_PEER_S
 
     def heard(self, now: float) -> None:
         self._heard_at = now
@@ -92,7 +93,7 @@ class PredecessorLink:
             return [Connect()]
         self._bad_handshakes += 1
         self.note = "something answers there, but not a Stagewire stage"
-        if self._bad_handshakes >= MAX_BAD_HANDSHAKES:
+        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not self._was_linked:  # a stage that is frozen answers so
             return self.not_a_stage("does not speak Stagewire's protocol")
         return [Connect()]
 
@@ -110,6 +111,7 @@ class PredecessorLink:
 
     def welcomed(self) -> list[Action]:
         self.state = Link.LINKED
+        self._was_linked = True
         self.note = "linked"
         reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
         self._unreported.clear()

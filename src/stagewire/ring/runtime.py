@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from stagewire.config import StageConfig
-from stagewire.errors import InternalError, PeerError, StagewireError
+from stagewire.errors import InternalError, PeerError, StageLost, StagewireError
 from stagewire.ring.actions import Data
 from stagewire.ring.link import Transport
-from stagewire.ring.node import Delivery, Observer, RingNode
+from stagewire.ring.node import Delivery, Item, Observer, RingNode
 from stagewire.ring.state import RingState
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import StageIdentity, StageReport
@@ -83,8 +83,8 @@ class RingRuntime(Observer):
     def send(self, message: Data, payloads: Sequence[Frame] = ()) -> None:
         self.node.send(message, payloads)
 
-    def receive(self, timeout_s: float | None) -> Delivery | None:
-        """The next message for the model's thread; None once the ring was stopped in order.
+    def receive(self, timeout_s: float | None) -> Item | None:
+        """The next message or news for the model's thread; None once the ring was stopped in order.
 
         Raises:
             StagewireError: the ring has failed.
@@ -107,6 +107,10 @@ class RingRuntime(Observer):
         """Ends the ring because this stage cannot go on; the others learn why."""
         self.node.request_fail(error)
         self._join(5)
+
+    def end_epoch(self, error: StageLost) -> None:
+        """Gives up what is in flight, because a step failed; the ring comes back by itself."""
+        self.node.request_end_of_epoch(error)
 
     def _join(self, timeout_s: float) -> None:
         if self._thread.ident is not None:  # a ring that was never started has ended
@@ -143,6 +147,12 @@ class RingRuntime(Observer):
         self.identities = identities
         self._settled.set()
         self._observer.on_open(epoch, identities)
+
+    def on_broken(self, epoch: int, error: StageLost) -> None:
+        self._observer.on_broken(epoch, error)
+
+    def takes(self, delivery: Delivery) -> bool:
+        return self._observer.takes(delivery)
 
     def report(self) -> StageReport | None:
         return self._observer.report()

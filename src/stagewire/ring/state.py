@@ -6,9 +6,9 @@ them. It knows stages, links, epochs and failures, and no socket, clock, thread,
     the head        LINKING ──its Roll came round──> OPENING ──its Open came round──> OPEN ──first call sent──> SERVING
     other stages    LINKING ─────────────Open came from the predecessor─────────────> OPEN ──first call came──> SERVING
 
-    back to LINKING      from OPENING or OPEN, never from SERVING: a neighbour's connection ended or was made anew, a
-                         Fault came, a new Roll came (at the head it leads to OPENING of the next epoch)
-    any ──> FAILED       a refusal or a deadline; from SERVING also a Fault, or the predecessor's loss
+    back to LINKING      from all of these: a neighbour's connection ended or was made anew, a Fault of this epoch came,
+                         a Roll of another one; from OPENING also after a while
+    any ──> FAILED       a refusal or a deadline, or this stage cannot go on
     any ──> STOPPED      `stop` here, or the head's Bye
 
 Its parts have rules of their own: ring/predecessor.py and ring/successor.py the two links, ring/rendezvous.py a port
@@ -16,9 +16,11 @@ that several stages share, ring/admission.py who is wrong when two stages differ
 identity arrives with the Roll; a stage judges a caller's total or pipeline id only once it knows the head, until then
 it says "ask again".
 
-A loss before SERVING only unlinks: the others wait for the corrected stage until their start deadline. Whoever leaves
-OPEN because its predecessor is gone sends a Fault forward, which reaches the head before the Roll that repairs the
-ring can, so that a head that has just begun to serve fails instead of waiting for an answer.
+An epoch ends once, for everybody: whoever sees that it cannot go on leaves it and sends a Fault forward, whoever hears
+a Fault of its own epoch does the same, and it ends where the epoch is over already. The head then calls the roll for
+the next epoch, once a second until it has come round; a stage that missed the Fault learns from the Roll. Data of
+another epoch is dropped wherever it is. So any loss mends itself as soon as every stage is linked again; how long to
+wait for that is the only difference between a ring that has served and one that has not.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from stagewire.ring.actions import (
     Outcome,
     PassReport,
     Send,
+    SetBroken,
     SetOpen,
     SetReports,
     Side,
@@ -80,6 +83,9 @@ __all__ = ["Phase", "RingState"]
 
 WAIT_LINE_INTERVAL_S = 10.0
 REPORT_INTERVAL_S = 1.0
+ROLL_INTERVAL_S = 1.0
+# An Open that has not come round by then was lost.
+OPENING_TIMEOUT_S = 5.0
 # Bounds what strangers can make us remember, and say.
 MAX_REMEMBERED = 1000
 
@@ -103,7 +109,7 @@ class RingState:
     Args:
         config: this stage's place.
         identity: what it tells the others.
-        started_at: when the start deadline begins; it begins anew when an open ring falls apart before serving.
+        started_at: when the start deadline begins; it begins anew when an open ring falls apart.
         first_epoch: the head counts epochs from here; random, so that a restarted head never repeats one.
     """
 
@@ -121,6 +127,12 @@ class RingState:
     _successor: SuccessorLink = field(init=False)
     _rendezvous: Rendezvous = field(init=False)
     _roll: tuple[StageIdentity, ...] | None = None
+    _roll_epoch: int = 0
+    _has_served: bool = False
+    _lost: StageLost | None = None  # why the last epoch ended
+    _last_fault: Fault | None = None
+    _opening_since: float = 0.0
+    _next_roll_at: float = 0.0
     _next_line_at: float = 0.0
     _next_report_at: float = 0.0
     _told: set[Hashable] = field(default_factory=set)
@@ -195,6 +207,7 @@ class RingState:
     def began_serving(self) -> None:
         """A message of this stage's own has left on the open ring."""
         self.phase = Phase.SERVING
+        self._has_served = True
 
     def stop(self, text: str) -> list[Action]:
         """This stage was asked to stop. The head takes the others along; a worker tells them that it is gone."""
@@ -202,7 +215,8 @@ class RingState:
             return []
         stage = self.config.stage
         text = clip(text)
-        message: Message = Bye(text) if self.config.is_head else Fault(stage, f"stage {stage} stopped: {text}")
+        gone = Fault(self.epoch, stage, -1, clip(f"stage {stage} stopped: {text}"))
+        message: Message = Bye(text) if self.config.is_head else gone
         self.phase = Phase.STOPPED
         return [*self._successor.send(message), Stop(text)]
 
@@ -213,14 +227,18 @@ class RingState:
         self.phase = Phase.FAILED
         return [*self._successor.send(self._fault_of(error)), Fail(error)]
 
+    def end_epoch(self, error: StageLost, now: float) -> list[Action]:
+        """A step failed here, or the head gives one up: the epoch is over, this stage stays."""
+        return self._broke(error, now) if self.is_open else []
+
     def tick(self, now: float) -> list[Action]:
         """Call it a few times a second: repeats what may have been lost and checks deadlines."""
         if self.is_over:
             return []
         actions = self._predecessor.tick(now)
-        actions += self._settle(self._rendezvous.tick(self.is_open, now))
-        if self.phase is Phase.SERVING:
-            actions += self._tick_serving(now)
+        actions += self._settle(self._rendezvous.tick(self._is_settled, now))
+        if self.is_open:
+            actions += self._tick_open(now)
         elif self.phase in (Phase.LINKING, Phase.OPENING):
             actions += self._tick_waiting(now)
         if self.config.is_head and self.is_open and now >= self._next_report_at:
@@ -230,22 +248,47 @@ class RingState:
 
     def _tick_waiting(self, now: float) -> list[Action]:
         waited = now - self.started_at
-        limit = self.config.start_timeout_s
-        if waited >= limit:
+        limit = self._limit_s
+        if limit is not None and waited >= limit:
             return self.fail(PeerError(f"stage {self.config.stage} waited {limit:.0f} s for {self.waits_for()}"))
         if self._predecessor.is_mute(now):
             return self.fail(self._predecessor.not_a_stage("answers nothing a stage would answer"))
+        if self.phase is Phase.OPENING and now - self._opening_since >= OPENING_TIMEOUT_S:
+            self._unopen(now)
+        actions: list[Action] = []
+        if self.config.is_head and self.phase is Phase.LINKING and now >= self._next_roll_at:
+            self._next_roll_at = now + ROLL_INTERVAL_S
+            actions += self._pass_roll()
         if now >= self._next_line_at:
             self._next_line_at = now + WAIT_LINE_INTERVAL_S
-            return [Log(f"Stage {self.config.stage}: waiting for {self.waits_for()}, {waited:.0f} of {limit:.0f} s")]
-        return []
+            how_long = f"{waited:.0f} s" if limit is None else f"{waited:.0f} of {limit:.0f} s"
+            actions.append(Log(f"Stage {self.config.stage}: waiting for {self.waits_for()}, {how_long}"))
+        return actions
 
-    def _tick_serving(self, now: float) -> list[Action]:
+    @property
+    def _limit_s(self) -> float | None:
+        """How long a ring that is not whole is waited for, in seconds; None: as long as the process lives.
+
+        A ring that has served waits for a stage without limit: the head refuses requests meanwhile (its own deadline),
+        and serves again when the stage is back. Without a head there is nothing to wait for.
+        """
+        if not self._has_served:
+            return self.config.start_timeout_s
+        is_headless = self._lost is not None and self._lost.stage == 0
+        is_headless |= self.config.predecessor_stage == 0 and not self._predecessor.is_linked
+        return self.config.recovery_timeout_s if is_headless and not self.config.is_head else None
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether this stage was part of a ring: what it shares a port with is a stage then, even if it is silent."""
+        return self.is_open or self._has_served
+
+    def _tick_open(self, now: float) -> list[Action]:
         if not self._successor.is_lost(now):
             return []
         lost = self.config.successor_stage
         text = f"stage {lost} is lost: its connection to stage {self.config.stage} is gone"
-        return self.fail(StageLost(lost, text))
+        return self._broke(StageLost(lost, text), now)
 
     def _settle(self, outcome: Outcome) -> list[Action]:
         """What a part decided, or the end of this stage."""
@@ -257,7 +300,7 @@ class RingState:
         if self.is_over:
             return []
         if side is Side.OWNER:
-            return self._settle(self._rendezvous.connected(self.is_open, now))
+            return self._settle(self._rendezvous.connected(self._is_settled, now))
         return self._predecessor.connected(now)
 
     def disconnected(self, side: Side, note: str, now: float) -> list[Action]:
@@ -267,16 +310,11 @@ class RingState:
         if side is Side.OWNER:
             return self._rendezvous.disconnected(now)
         self._predecessor.disconnected(note)
+        if not self.config.is_head:
+            self._roll = None
         stage = self.config.predecessor_stage
         lost = StageLost(stage, f"stage {stage} is lost: stage {self.config.stage} no longer reaches it ({note})")
-        if self.phase is Phase.SERVING:
-            return self.fail(lost)
-        was_open = self.is_open
-        self._roll = None
-        self._unopen(now)
-        # Not from the tail of a ring that was never open, and not from the head: it is the one who must know.
-        notice = self._successor.send(self._fault_of(lost)) if was_open and not self.config.is_head else []
-        return [*notice, Connect()]
+        return [*self._broke(lost, now), Connect()]
 
     def bad_handshake(self, side: Side, now: float) -> list[Action]:
         """What was connected to (or, on the successor side, what called) does not speak our transport's protocol."""
@@ -285,14 +323,14 @@ class RingState:
         if side is Side.SUCCESSOR:
             return self.bad_message(side, b"", ProtocolError("a connection that does not speak ZeroMQ"), now)
         if side is Side.OWNER:
-            return self._settle(self._rendezvous.bad_handshake(self.is_open))
+            return self._settle(self._rendezvous.bad_handshake(self._is_settled))
         return self._settle(self._predecessor.bad_handshake())
 
     def successor_unreachable(self, now: float) -> None:
-        """A send found nobody. The stage after it sees the loss first and tells; we unlink and, if serving, wait for
-        that word: after the head's Bye it is no loss at all."""
+        """A send found nobody. The stage after it sees the loss first and tells; we unlink and wait for that word:
+        after the head's Bye it is no loss at all."""
         self._successor.unreachable(now)
-        if self.phase in (Phase.OPENING, Phase.OPEN):
+        if self.phase is Phase.OPENING:
             self._unopen(now)
 
     def bad_message(self, side: Side, peer: bytes, error: ProtocolError, now: float) -> list[Action]:
@@ -366,8 +404,8 @@ class RingState:
             case Pong(sent_ns):
                 self._predecessor.ponged(sent_ns, now)
                 return []
-            case Roll(identities):
-                return self._rolled(tuple(identities), now)
+            case Roll(epoch, identities):
+                return self._rolled(epoch, tuple(identities), now)
             case Open(epoch):
                 return self._opened(epoch)
             case Fault():
@@ -439,11 +477,12 @@ class RingState:
 
     def _succeeded(self, peer: bytes, caller: StageIdentity, now: float) -> list[Action]:
         before = self._successor.peer
-        actions = self._successor.claimed(peer, caller, self.phase is Phase.SERVING, now)
+        actions = self._successor.claimed(peer, caller, now)
         if isinstance(actions, Refused):
             return self._answer(peer, caller, actions)
-        if self._successor.peer != before and self.phase is not Phase.SERVING:
-            self._unopen(now)
+        if self._successor.peer != before:
+            lost = StageLost(caller.stage, f"stage {caller.stage} has connected anew to stage {self.config.stage}")
+            actions += self._broke(lost, now)
             actions += self._pass_roll()
         return actions
 
@@ -451,60 +490,88 @@ class RingState:
 
     def _pass_roll(self) -> list[Action]:
         if self.config.is_head:
-            return self._successor.send(Roll([self.identity]))
+            return self._successor.send(Roll(self._next_epoch, [self.identity]))
         if self._roll is None:
             return []
-        return self._successor.send(Roll([*self._roll, self.identity]))
+        return self._successor.send(Roll(self._roll_epoch, [*self._roll, self.identity]))
 
-    def _rolled(self, roll: tuple[StageIdentity, ...], now: float) -> list[Action]:
-        if self.phase is Phase.SERVING:
-            return []
+    @property
+    def _next_epoch(self) -> int:
+        """At the head: of the roll that it calls."""
+        return max(self.epoch + 1, self.first_epoch)
+
+    def _rolled(self, epoch: int, roll: tuple[StageIdentity, ...], now: float) -> list[Action]:
+        if self.is_open and epoch == self.epoch:
+            return []  # repeated meanwhile
         if not roll or roll[0].stage != 0:
             return self._unexpected()
-        if self.config.is_head and roll[0].incarnation != self.identity.incarnation:
-            return []  # from before our restart; ours is on its way
+        if self.config.is_head and (
+            roll[0].incarnation != self.identity.incarnation
+            or epoch != self._next_epoch
+            or self.phase is not Phase.LINKING
+        ):
+            return []  # from before our restart, or of another epoch
         refusal = settings_refusal(roll[0], self.identity) or export_refusal(roll, self.identity)
         if refusal:
             return self._refuse_myself(refusal)
         expected = range(self.config.num_stages if self.config.is_head else self.config.stage)
         if [identity.stage for identity in roll] != list(expected):
             return self._unexpected()
-        self._roll = roll
+        self._roll, self._roll_epoch = roll, epoch
         if self.config.is_head:
-            return self._check_and_open(roll)
-        self._unopen(now)
-        return self._pass_roll()
+            return self._check_and_open(roll, now)
+        return [*self._broke(StageLost(0, "the head calls the roll anew"), now), *self._pass_roll()]
 
-    def _check_and_open(self, roll: tuple[StageIdentity, ...]) -> list[Action]:
+    def _check_and_open(self, roll: tuple[StageIdentity, ...], now: float) -> list[Action]:
         """At the head: the whole pipeline is known. Every stage has checked itself; this is the last gate."""
         for earlier, later in itertools.pairwise(roll):
             refusal = range_refusal(earlier, later)
             if refusal:
-                return [Log(f"Stage 0: the ring is linked but not right, waiting: {refusal.text}", is_warning=True)]
+                text = f"Stage 0: the ring is linked but not right, waiting: {refusal.text}"
+                return self._warn_once(("range", refusal.text), text)
         if any(settings_refusal(roll[0], each) or export_refusal(roll, each) for each in roll):
             return []  # it has refused itself and is leaving
-        self.epoch = max(self.epoch + 1, self.first_epoch)
+        self.epoch = self._next_epoch
         self.phase = Phase.OPENING
+        self._opening_since = now
         return self._successor.send(Open(self.epoch))
 
     def _opened(self, epoch: int) -> list[Action]:
-        if self.phase is Phase.SERVING or self._successor.peer is None or self._roll is None:
-            return []  # a neighbour went away meanwhile; its return brings a new Roll and a new epoch
+        if self.is_open or self._successor.peer is None or self._roll is None or self._roll_epoch != epoch:
+            return []  # a neighbour went away meanwhile; the head calls the roll again
         if self.config.is_head:
             if self.phase is not Phase.OPENING or epoch != self.epoch:
                 return []
             self.phase = Phase.OPEN
+            self._lost = None
             return [SetOpen(epoch, self._roll)]
         self.epoch = epoch
         self.phase = Phase.OPEN
+        self._lost = None
         return [*self._successor.send(Open(epoch)), SetOpen(epoch, self._roll)]
 
     def _unopen(self, now: float) -> None:
-        """Back to linking from OPENING or OPEN: the ring is not whole, and nothing has run."""
+        """Back to linking: the ring is not whole."""
         if self.is_open:
             self.started_at = now
             self._next_line_at = now + WAIT_LINE_INTERVAL_S
         self.phase = Phase.LINKING
+
+    def _broke(self, lost: StageLost, now: float) -> list[Action]:
+        """The end of the epoch, unless it is over already: everybody hears of it, and the head calls the next roll."""
+        if self.phase is Phase.OPENING:
+            self._unopen(now)
+        if not self.is_open:
+            return []
+        self._unopen(now)
+        self._lost = lost
+        fault = self._last_fault = Fault(self.epoch, lost.stage, lost.step, clip(str(lost)))
+        line = Log(f"Stage {self.config.stage}: {clip(str(lost))}", is_warning=True)
+        actions = [line, SetBroken(self.epoch, lost), *self._successor.send(fault)]
+        if self.config.is_head:
+            self._next_roll_at = now + ROLL_INTERVAL_S
+            actions += self._pass_roll()
+        return actions
 
     # ---- serving ---------------------------------------------------------------------------------------------------
 
@@ -515,6 +582,7 @@ class RingState:
         if not isinstance(message, _FOR_HEAD if self.config.is_head else _FOR_WORKER):
             return self._unexpected()
         self.phase = Phase.SERVING
+        self._has_served = True
         # A call is passed on before it is run, so that all stages work at once.
         is_passed_on = isinstance(message, Call) and not self.config.is_tail
         onward = self._successor.send(message, payloads) if is_passed_on else []
@@ -532,21 +600,26 @@ class RingState:
         return [SetReports(report.stages) if self.config.is_head else PassReport(report.stages)]
 
     def _faulted(self, fault: Fault, now: float) -> list[Action]:
-        """Once round: whoever is serving fails with it; before that it is news for the head, where it ends."""
-        if self.phase is Phase.SERVING:
-            self.phase = Phase.FAILED
-            return [*self._successor.send(fault), Fail(StageLost(fault.stage, fault.text))]
-        self._unopen(now)
-        line = Log(f"Stage {self.config.stage}: {fault.text}", is_warning=True)
-        relay = [] if self.config.is_head else self._successor.send(fault)
-        return [line, *relay]
+        """Of this epoch, its end. Of none or an earlier one, news on its way to the head."""
+        if fault.epoch == self.epoch and (self.is_open or self.phase is Phase.OPENING):
+            actions = self._broke(StageLost(fault.stage, fault.text, fault.step), now)
+            if fault.step >= 0 and fault.stage == self.config.stage and not self.config.is_head:
+                # A step that failed here we would know of: the head has waited for this stage too long.
+                self.phase = Phase.FAILED
+                actions.append(Fail(PeerError(f"stage 0 has ended this stage: {fault.text}")))
+            return actions
+        if self.is_open or fault == self._last_fault:
+            return []
+        self._last_fault = fault
+        line = Log(f"Stage {self.config.stage}: {clip(fault.text)}", is_warning=True)
+        return [line] if self.config.is_head else [line, *self._successor.send(fault)]
 
     def _fault_of(self, error: StagewireError) -> Fault:
         """What the others learn: of a loss, whose it is; of any other error, that this stage failed."""
         if isinstance(error, StageLost):
-            return Fault(error.stage, clip(str(error)))
+            return Fault(self.epoch, error.stage, error.step, clip(str(error)))
         stage = self.config.stage
-        return Fault(stage, f"stage {stage} failed: {clip(str(error))}")
+        return Fault(self.epoch, stage, -1, clip(f"stage {stage} failed: {error}"))
 
     # ---- refusals --------------------------------------------------------------------------------------------------
 

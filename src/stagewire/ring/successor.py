@@ -19,7 +19,7 @@ from stagewire.wire.messages import Message, NotHere, Pong, Refused, StageIdenti
 
 __all__ = ["SuccessorLink"]
 
-# With a successor gone while serving, word of it comes round the ring (Fault or Bye); without, we fail by ourselves.
+# With a successor gone, word of it comes round the ring (Fault or Bye); without, it is lost by our own account.
 LOST_SUCCESSOR_S = 2.0
 
 
@@ -59,7 +59,7 @@ class SuccessorLink:
             return []
         return [Send(Side.SUCCESSOR, message, self._current.peer, payloads)]
 
-    def claimed(self, peer: bytes, caller: StageIdentity, is_serving: bool, now: float) -> list[Action] | Refused:
+    def claimed(self, peer: bytes, caller: StageIdentity, now: float) -> list[Action] | Refused:
         """The caller says it is our successor. It is, unless another process with its index answers."""
         current = self._current
         if current is None or current.identity.incarnation == caller.incarnation:
@@ -69,7 +69,7 @@ class SuccessorLink:
         verdict = current.judge(caller.incarnation, now)
         if verdict is Verdict.REFUSED:
             return duplicate_refusal(caller.stage)
-        if verdict is Verdict.WAITS or is_serving:
+        if verdict is Verdict.WAITS:
             # Finds out whether the first one's connection still is: an answer would be ignored.
             return [Send(Side.SUCCESSOR, Pong(0), current.peer), Send(Side.SUCCESSOR, NotHere(caller.stage), peer)]
         self._current = _Current(caller, now, peer)

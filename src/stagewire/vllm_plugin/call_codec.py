@@ -57,6 +57,12 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, set) and all(isinstance(item, int) for item in value)
 
 
+def _is_token_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(tokens, list) and all(type(token) is int for token in tokens) for tokens in value
+    )
+
+
 def _is_nothing(value: Any) -> bool:
     return value is None
 
@@ -70,35 +76,46 @@ class CallSpec:
     """One allowed call: a check per argument by vLLM's name for it, one for the result, and how it is made.
 
     ``by_keyword``: how many of the last arguments vLLM takes by keyword only. ``is_slow``: it may take minutes.
+    ``is_kept``: a stage that comes back must run it too, to be like the others. ``is_once``: and no stage runs it
+    twice; asked again, it answers as it did (a new head does not know what its stages did for the one before).
     """
 
     args: dict[str, Callable[[Any], bool]]
     result: Callable[[Any], bool]
     is_slow: bool = False
     by_keyword: int = 0
+    is_kept: bool = False
+    is_once: bool = False
 
+
+_START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
 # Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile, allocate or write a trace, so it gets the start
 # deadline.
 CALLS: dict[str, CallSpec] = {
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
     "get_supported_kv_cache_layouts": CallSpec({}, _is_layouts, is_slow=True),
-    "set_kv_cache_layout": CallSpec({"kv_cache_layout": _is_a(str)}, _is_nothing, is_slow=True),
-    "determine_available_memory": CallSpec({}, _is_a(int), is_slow=True),
-    "update_max_model_len": CallSpec({"max_model_len": _is_a(int)}, _is_nothing, is_slow=True),
-    "initialize_from_config": CallSpec({"kv_cache_configs": _is_kv_configs}, _is_nothing, is_slow=True),
-    "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), is_slow=True),
+    "set_kv_cache_layout": CallSpec({"kv_cache_layout": _is_a(str)}, _is_nothing, **_START),
+    "determine_available_memory": CallSpec({}, _is_a(int), **_START),
+    "update_max_model_len": CallSpec({"max_model_len": _is_a(int)}, _is_nothing, **_START),
+    "initialize_from_config": CallSpec({"kv_cache_configs": _is_kv_configs}, _is_nothing, **_START),
+    "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), **_START),
     # Ours: one threshold for all stages, or rows would be ordered differently (docs/vllm-seams.md, "row order").
     "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, is_slow=True),
-    "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, is_slow=True),
+    "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, **_START),
+    # Ours: after a loss all stages forget their requests and get the live ones anew: a schedule of them, and the tokens
+    # that each has got; the first of several calls also forgets.
+    "restore_requests": CallSpec(
+        {"schedule": _is_a(bytes), "outputs": _is_token_lists, "is_first": _is_a(bool)}, _is_nothing
+    ),
     # Ours: what a stage still remembers of requests; for tests and status.
     "get_stage_state": CallSpec({}, _is_a(dict)),
     "reset_mm_cache": CallSpec({}, _is_nothing),
     "reset_encoder_cache": CallSpec({}, _is_nothing),
     "synchronize_device": CallSpec({}, _is_nothing),
-    "sleep": CallSpec({"level": _is_a(int)}, _is_nothing, is_slow=True),
+    "sleep": CallSpec({"level": _is_a(int)}, _is_nothing, is_slow=True, is_kept=True),
     "wake_up": CallSpec({"tags": _is_optional_texts}, _is_nothing, is_slow=True),
-    "discard": CallSpec({"tags": _is_texts}, _is_nothing),
+    "discard": CallSpec({"tags": _is_texts}, _is_nothing, is_kept=True),
     "profile": CallSpec(
         {
             "is_start": _is_a(bool),
@@ -114,9 +131,9 @@ CALLS: dict[str, CallSpec] = {
     "get_model_inspection": CallSpec({}, _is_a(str)),
     # Ours: whether every stage can load an adapter, and from the same bytes, before any stage takes it in.
     "check_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(str)),
-    "add_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(bool)),
+    "add_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(bool), is_kept=True),
     "remove_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool)),
-    "pin_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool)),
+    "pin_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool), is_kept=True),
     "list_loras": CallSpec({}, _is_ids),
     "release_late_interaction_query_cache": CallSpec({"query_keys": _is_texts}, _is_nothing),
 }

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from stagewire.errors import ConfigError
 
@@ -297,6 +298,24 @@ def _without_base_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(rows, weights, output, indices, *args, **kwargs)
 
     return operator
+
+
+def release_kv_cache(runner: Any) -> None:
+    """Takes back `initialize_kv_cache`, so that another configuration may follow.
+
+    vLLM's runner has this for the cache that it profiles with. Its calls of the accelerator mean nothing on a CPU, and
+    fail there.
+    """
+    import torch
+
+    if torch.accelerator.is_available():
+        runner._cleanup_profiling_kv_cache()
+        return
+    with (
+        mock.patch.object(torch.accelerator, "synchronize"),
+        mock.patch.object(torch.accelerator, "empty_cache"),
+    ):
+        runner._cleanup_profiling_kv_cache()
 
 
 def _expected() -> str:

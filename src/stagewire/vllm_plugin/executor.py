@@ -3,14 +3,19 @@
 It runs the head's own layers in the EngineCore process and the rest over the ring. EngineCore's thread is the only
 one that touches the model; results are taken from the ring's inbox by whichever future that thread waits for, in the
 order in which they arrive.
+
+When the ring breaks, the steps in flight come back empty, and the scheduler (scheduler.py) asks this executor, as its
+`RingAccess`, whether the ring is whole again. It never waits for that; only start-up calls do, which nobody else could
+repeat.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +25,15 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
-from stagewire.errors import ConfigError, InternalError, PeerError, StagewireError
+from stagewire.errors import ConfigError, InternalError, PeerError, StageLost, StagewireError
 from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
+from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
+from stagewire.vllm_plugin.recovery import Loss, Restored
 from stagewire.vllm_plugin.settings import RingSettings
-from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
+from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s, is_step_failure
 from stagewire.vllm_plugin.step_codec import (
     decode_output,
     encode_grammar,
@@ -36,6 +43,10 @@ from stagewire.vllm_plugin.step_codec import (
 from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, StageTiming, Step
 
 __all__ = ["RingExecutor"]
+
+
+class _RingBroken(RuntimeError):
+    """A call was lost with the ring: an error of that call only, as vLLM takes it."""
 
 
 class _StepFuture(Future[ModelRunnerOutput]):
@@ -57,14 +68,14 @@ class _InFlight:
     step: int
     future: _StepFuture
     sent_at: float
-    num_requests: int
+    req_ids: list[str]
     num_tokens: int
     waits_for_sample: bool
 
     @property
     def is_decode(self) -> bool:
         """One token for each request, sampled at once: comparable with others."""
-        return self.num_tokens == self.num_requests and not self.waits_for_sample
+        return self.num_tokens == len(self.req_ids) and not self.waits_for_sample
 
 
 class RingExecutor(Executor):
@@ -79,7 +90,12 @@ class RingExecutor(Executor):
         self._replies: dict[int, Reply | None] = {}
         self._reply_payloads: dict[int, list[Any]] = {}
         self._next_step = 0
-        self._next_call = 0
+        # Stages remember the calls that they have run, also those of the head before this one.
+        self._next_call = secrets.randbelow(1 << 50)
+        self.epoch = 0
+        self.is_whole = False
+        self._losses: list[Loss] = []
+        self._is_started = False
         self._current: tuple[int, SchedulerOutput] | None = None  # the step whose sample_tokens is due
         self._is_pooling = self.vllm_config.model_config.runner_type == "pooling"
         self._adapters: dict[int, LoRARequest] = {}  # that every stage knows
@@ -94,6 +110,8 @@ class RingExecutor(Executor):
             raise
         self._process.mark_loaded(lambda: len(self._ranks.own.runner.requests))
         self._process.ring.wait_open(self._stage.start_timeout_s)
+        self._await_whole(self._stage.start_timeout_s)
+        RingSettings.find(self.vllm_config).ring = self
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -107,7 +125,11 @@ class RingExecutor(Executor):
         if is_nothing(scheduler_output):
             self._current = None
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
-        self._introduce_adapters(scheduler_output)
+        try:
+            self._introduce_adapters(scheduler_output)
+        except _RingBroken:  # the scheduler hears of that before it takes this step's output
+            self._current = None
+            return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         step = self._next_step
         self._next_step += 1
         received_ns = time.monotonic_ns()
@@ -116,14 +138,17 @@ class RingExecutor(Executor):
         try:
             activations = self._ranks.execute(scheduler_output, schedule_bytes, 0, (), ())
         except Exception as error:
-            self._process.fail_from(error)
-            raise
+            if not is_step_failure(self._ranks, error):
+                self._process.fail_from(error)
+                raise
+            self._process.end_epoch(step, error)
+            return self._await_result(step, scheduler_output, waits_for_sample=False, non_block=non_block)
         finished_ns = time.monotonic_ns()
         self._process.last_step = step
         has_tokens = activations is not None
         timing = StageTiming(0, received_ns, started_ns, finished_ns, time.monotonic_ns(), self._process.ring.hop_ns)
         message = Step(
-            epoch=0,
+            epoch=self.epoch,
             step=step,
             num_tokens=scheduler_output.total_num_scheduled_tokens,
             digest=activations.digest if activations else 0,
@@ -135,18 +160,23 @@ class RingExecutor(Executor):
         if not has_tokens:
             self._current = None
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
+        return self._await_result(
+            step, scheduler_output, waits_for_sample=message.waits_for_sample, non_block=non_block
+        )
+
+    def _await_result(self, step: int, schedule: SchedulerOutput, *, waits_for_sample: bool, non_block: bool) -> Any:
         future = _StepFuture(self._pump)
         self._steps[step] = _InFlight(
             step,
             future,
             time.monotonic(),
-            len(scheduler_output.num_scheduled_tokens),
-            scheduler_output.total_num_scheduled_tokens,
-            message.waits_for_sample,
+            list(schedule.num_scheduled_tokens),
+            schedule.total_num_scheduled_tokens,
+            waits_for_sample,
         )
         if self._is_pooling:
             return future if non_block else future.result()
-        self._current = (step, scheduler_output)
+        self._current = (step, schedule)
         return _resolved(None) if non_block else None
 
     def sample_tokens(
@@ -159,7 +189,7 @@ class RingExecutor(Executor):
         self._current = None
         if schedule.has_structured_output_requests:
             payloads = [] if grammar_output is None else [encode_grammar(grammar_output)]
-            self._process.ring.send(Sample(0, step), payloads)
+            self._process.ring.send(Sample(self.epoch, step), payloads)
         elif grammar_output is not None:
             raise InternalError("a grammar bitmask for a step without structured output")
         future = self._steps[step].future
@@ -172,32 +202,89 @@ class RingExecutor(Executor):
             if oldest is None:
                 raise InternalError("a future that no step belongs to")
             left = oldest.sent_at + self._stage.step_timeout_s - time.monotonic()
-            self._receive(left, f"step {oldest.step} ({oldest.num_requests} requests, {oldest.num_tokens} tokens)")
+            what = f"step {oldest.step} ({len(oldest.req_ids)} requests, {oldest.num_tokens} tokens)"
+            try:
+                self._receive(left)
+            except queue.Empty:
+                self._process.accuse(oldest.step, f"{what} did not come back within {self._stage.step_timeout_s:g} s")
+                self._receive(None)  # the end of the epoch
 
-    def _receive(self, timeout_s: float, what: str) -> None:
-        try:
-            delivery = self._process.ring.receive(max(timeout_s, 0.0))
-        except queue.Empty:
-            error = PeerError(
-                f"{what} did not come back in time: a stage hangs or is too slow; "
-                "--pipeline-step-timeout sets the limit for steps"
-            )
-            self._process.ring.fail(error)
-            raise error from None
-        if delivery is None:
-            raise PeerError("the ring was stopped")
+    def _receive(self, timeout_s: float | None) -> None:
+        """Takes in one message or piece of news. Raises queue.Empty after ``timeout_s``."""
+        item = self._process.ring.receive(None if timeout_s is None else max(timeout_s, 0.0))
+        match item:
+            case None:
+                raise PeerError("the ring was stopped")
+            case Broken(epoch, error):
+                self._lose(epoch, error)
+            case Whole(epoch):
+                self.epoch, self.is_whole = epoch, True
+            case Delivery():
+                self._take(item)
+
+    def _take(self, delivery: Delivery) -> None:
         message = delivery.message
         if isinstance(message, Result):
             in_flight = self._steps.pop(message.step, None)
             if in_flight is None:
                 raise PeerError(f"a result for step {message.step}, which is not in flight")
             timings = [*message.timings, StageTiming(0, delivery.received_ns, 0, 0, 0, self._process.ring.hop_ns)]
-            self._step_log.write(message.step, in_flight.num_requests, in_flight.num_tokens, timings)
-            self._process.steps.add(in_flight.num_requests, in_flight.is_decode, timings)
+            self._step_log.write(message.step, len(in_flight.req_ids), in_flight.num_tokens, timings)
+            self._process.steps.add(len(in_flight.req_ids), in_flight.is_decode, timings)
             in_flight.future.set_result(decode_output(delivery.payloads[0]))
         elif isinstance(message, Reply) and message.call_id in self._replies:
             self._replies[message.call_id] = message
             self._reply_payloads[message.call_id] = list(delivery.payloads)
+
+    # ---- a broken ring ---------------------------------------------------------------------------------------------
+
+    def _lose(self, epoch: int, error: StageLost) -> None:
+        """Every step in flight comes back empty, in order; the scheduler knows what to make of it."""
+        self.is_whole = False
+        lost = list(self._steps.values())
+        self._steps.clear()
+        failed = next((each.req_ids for each in lost if each.step == error.step), [])
+        self._losses.append(Loss(error, failed, [req_id for each in lost for req_id in each.req_ids]))
+        for each in lost:
+            each.future.set_result(EMPTY_MODEL_RUNNER_OUTPUT)
+
+    def poll(self) -> None:
+        """`RingAccess`."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._receive(0)
+        if self._process.given_up is not None and not self._process.has_api:
+            raise self._process.given_up  # nobody else is there to refuse requests
+
+    def take_losses(self) -> list[Loss]:
+        """`RingAccess`."""
+        losses, self._losses = self._losses, []
+        return losses
+
+    def restore(self, requests: Sequence[Restored]) -> bool:
+        """`RingAccess`. Every stage builds at most ``max_num_seqs`` at a time: vLLM's batch has no more rows."""
+        size = self.vllm_config.scheduler_config.max_num_seqs
+        try:
+            for begin in range(0, max(len(requests), 1), size):
+                part = requests[begin : begin + size]
+                schedule = SchedulerOutput.make_empty()
+                schedule.scheduled_new_reqs = [each.request for each in part]
+                self._ranks.own.given = schedule
+                outputs = [each.output_token_ids for each in part]
+                args = (encode_schedule(schedule), outputs, begin == 0)
+                self._call("restore_requests", args, self._stage.step_timeout_s)
+        except _RingBroken:
+            return False
+        self._process.mark_recovered(len(requests))
+        return True
+
+    def _await_whole(self, timeout_s: float) -> None:
+        ends_at = time.monotonic() + timeout_s
+        while not self.is_whole:
+            try:
+                self._receive(ends_at - time.monotonic())
+            except queue.Empty:
+                raise PeerError(f"the ring was not whole within {timeout_s:g} s") from None
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Nothing: asked for here, drafts would be of another step than the scheduler's. They come with the result."""
@@ -224,29 +311,60 @@ class RingExecutor(Executor):
                 f"{method if isinstance(method, str) else 'a callable'} cannot run on all stages: "
                 "the ring carries a closed list of calls (docs/vllm-seams.md, C1)"
             )
-        results = self._call(method, bind_call(method, args, kwargs or {}), timeout)
-        return _resolved(results) if non_block else results
+        bound = bind_call(method, args, kwargs or {})
+        while True:
+            try:
+                results = self._call(method, bound, timeout)
+            except _RingBroken:
+                if not CALLS[method].is_slow or self._is_started:
+                    raise
+                self._await_whole(self._stage.start_timeout_s)  # then all have run what came before, and this again
+            else:
+                return _resolved(results) if non_block else results
 
     def _call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
+        """One round. Raises _RingBroken when it is lost with the ring."""
         self._finish_steps()
+        self.poll()
+        if not self.is_whole:
+            raise _RingBroken(f"{method}: {self._process.why_broken()}")
         call_id = self._next_call
         self._next_call += 1
         self._replies[call_id] = None
         args_bytes = encode_value(args)
-        self._process.ring.send(Call(0, call_id, method), [args_bytes])
+        self._process.ring.send(Call(self.epoch, call_id, method), [args_bytes])
         try:
             results, payloads = self._ranks.call(method, args_bytes, 0)
         except StagewireError as error:
             self._process.fail_from(error)
             raise
-        ends_at = time.monotonic() + (timeout or call_limit_s(self._stage, method))
-        while self._replies[call_id] is None:
-            self._receive(ends_at - time.monotonic(), f"the call {method}")
-        reply = self._replies.pop(call_id)
+        limit_s = timeout or call_limit_s(self._stage, method)
+        ends_at = time.monotonic() + limit_s
+        try:
+            while self._replies[call_id] is None:
+                self._receive_reply(ends_at - time.monotonic(), method, limit_s)
+            reply = self._replies[call_id]
+        except _RingBroken:
+            if method in ("add_lora", "remove_lora", "pin_lora"):
+                lora_id = args[0].lora_int_id if method == "add_lora" else args[0]
+                self._next_call = self._process.journal.renumber_adapter(lora_id, self._next_call)
+            raise
+        finally:
+            del self._replies[call_id]
+            late = self._reply_payloads.pop(call_id, [])
         assert reply is not None
-        results += reply.results
-        payloads += self._reply_payloads.pop(call_id)
-        return self._values(method, results, payloads)
+        values = self._values(method, [*results, *reply.results], [*payloads, *late])
+        self._process.journal.add(call_id, method, args, args_bytes)
+        return values
+
+    def _receive_reply(self, timeout_s: float, method: str, limit_s: float) -> None:
+        try:
+            self._receive(timeout_s)
+        except queue.Empty:
+            self._process.accuse(-1, f"the call {method} did not come back within {limit_s:g} s")
+            self._receive(None)
+        if not self.is_whole:
+            raise _RingBroken(f"{method}: {self._process.why_broken()}")
 
     def _finish_steps(self) -> None:
         """A call is passed on before it is run, and so would overtake a step that a stage still computes.
@@ -315,6 +433,8 @@ class RingExecutor(Executor):
             if known is None or known.lora_path != adapter.lora_path:
                 try:
                     self.add_lora(adapter)
+                except _RingBroken:
+                    raise
                 except Exception as error:
                     self._process.fail_from(error)
                     raise
@@ -355,6 +475,7 @@ class RingExecutor(Executor):
 
     def compile_or_warm_up_model(self) -> None:
         super().compile_or_warm_up_model()
+        self._is_started = True
         self._process.mark_ready()
 
     @property

@@ -20,7 +20,14 @@ from stagewire.checkpoint.kv_cache import check_own_kv
 from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, check_place, read_manifest
 from stagewire.checkpoint.model_config import CONFIG_NAME, read_config, read_model_shape
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
-from stagewire.config import DEFAULT_START_TIMEOUT_S, DEFAULT_STEP_TIMEOUT_S, StageConfig, is_external, parse_stage
+from stagewire.config import (
+    DEFAULT_RECOVERY_TIMEOUT_S,
+    DEFAULT_START_TIMEOUT_S,
+    DEFAULT_STEP_TIMEOUT_S,
+    StageConfig,
+    is_external,
+    parse_stage,
+)
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.plan.ranges import check_own_range
@@ -73,7 +80,14 @@ def add_flags(parser: Any) -> None:
     add(
         "--pipeline-step-timeout",
         type=float,
-        help=f"Seconds after which a step that has not come back fails the ring. Default: {DEFAULT_STEP_TIMEOUT_S}.",
+        help=f"Seconds after which a step that has not come back is given up, and its slowest stage ended. Default: "
+        f"{DEFAULT_STEP_TIMEOUT_S}.",
+    )
+    add(
+        "--pipeline-recovery-timeout",
+        type=float,
+        help="Seconds that requests wait for a lost stage to come back, and a stage for a lost head. Default: "
+        f"{DEFAULT_RECOVERY_TIMEOUT_S}.",
     )
     add(
         ROOT_FLAG,

@@ -1,13 +1,15 @@
 """What the head's HTTP port says about the ring: /live, /health, /ready, /pipeline/status, and 503 with the reason.
 
     /live             200 once the process is up
-    /health           503 until the ring has answered once, 200 while it serves, 503 after it failed
+    /health           503 until the ring has answered once, 200 while it serves or a lost stage may come back, 503 past
+                      the recovery deadline and after this head failed
     /ready            200 only while the whole ring answers
     /pipeline/status  200 with all that is known of every stage, at any time
-    others            503 with Retry-After before the ring has answered, 503 with the reason after it failed
+    others            503 with Retry-After before the ring has answered, past the recovery deadline until the ring is
+                      whole again, and after this head failed; meanwhile they wait
 
 Before vLLM's own server listens, `EarlyServer` answers on the same socket; from then on `RingMiddleware` does, which
-also ends the requests that are open when a stage is lost.
+also ends the requests that are open when the deadline passes or this head fails.
 """
 
 from __future__ import annotations
@@ -35,14 +37,20 @@ _Receive = Callable[[], Awaitable[_Message]]
 
 
 class HeadHealth:
-    """The ring as the API server knows it. Thread-safe: single assignments, and events for who waits."""
+    """The ring as the API server knows it. Thread-safe: single assignments, and events for who waits.
+
+    ``failure``: why this head is ending. ``outage``: which stage it waits for, None while the ring is whole;
+    ``refusal``: why requests are refused, None while they are not.
+    """
 
     def __init__(self) -> None:
         self.phase = Phase.IMPORTING
         self.news = ""
         self.is_serving = False
         self.failure: str | None = None
+        self.outage: str | None = None
         self.exit_code = 0
+        self._is_given_up = False
         self.pipeline: PipelineStatus | None = None
         self._failed = threading.Event()
         self._listeners: set[Callable[[], None]] = set()
@@ -51,19 +59,36 @@ class HeadHealth:
         return f"HeadHealth({self.phase.value}, serving={self.is_serving}, failure={self.failure!r})"
 
     def update(self, event: StatusEvent) -> None:
-        if event.phase is Phase.FAILED and self.failure is None:
-            self.failure, self.exit_code = event.text, event.exit_code
-            self._failed.set()
-            for listener in list(self._listeners):
-                listener()
+        match event.phase:
+            case Phase.FAILED if self.failure is None:
+                self.failure, self.exit_code = event.text, event.exit_code
+                self._failed.set()
+                self._refuse()
+            case Phase.GIVEN_UP:
+                self.outage, self._is_given_up = event.text, True
+                self._refuse()
+                return
+            case Phase.RECOVERING:
+                self.outage = event.text
+                return
+            case Phase.READY:
+                self.outage, self._is_given_up = None, False
         self.phase = event.phase
         self.news = event.text
+
+    def _refuse(self) -> None:
+        for listener in list(self._listeners):
+            listener()
+
+    @property
+    def refusal(self) -> str | None:
+        return self.failure or (self.outage if self._is_given_up else None)
 
     def wait_for_failure(self, timeout_s: float) -> str | None:
         self._failed.wait(timeout_s)
         return self.failure
 
-    def on_failure(self, listener: Callable[[], None]) -> None:
+    def on_refusal(self, listener: Callable[[], None]) -> None:
         self._listeners.add(listener)
 
     def forget(self, listener: Callable[[], None]) -> None:
@@ -73,11 +98,13 @@ class HeadHealth:
         """Status and text for this path; None: vLLM's own application answers."""
         if path == "/live":
             return 200, "alive"
-        if self.failure is not None:
-            return 503, self.failure
+        if self.refusal is not None:
+            return 503, self.refusal
         if not self.is_serving:
             return 503, f"the pipeline is not ready: {self._where()}"
         if path == "/ready":
+            if self.outage is not None:
+                return 503, f"recovering: {self.outage}"
             silence_s = self.pipeline.silence_s if self.pipeline else 0.0
             if silence_s:
                 return 503, f"stage 0's EngineCore has said nothing for {silence_s:.0f} s"
@@ -87,7 +114,7 @@ class HeadHealth:
     def respond(self, path: str) -> tuple[int, bytes] | None:
         """Status and body for this path; None: vLLM's own application answers."""
         if path == "/pipeline/status" and self.pipeline is not None:
-            known = Health(self._where(), self.is_serving, self.failure)
+            known = Health(self._where(), self.is_serving, self.failure, self.outage)
             return 200, json.dumps(self.pipeline.describe(known)).encode()
         answer = self.answer(path)
         return None if answer is None else (answer[0], _body(*answer))
@@ -177,7 +204,7 @@ class RingMiddleware:
 
 
 class _Guarded:
-    """One request; when the ring fails it ends at once, with an error that names the stage."""
+    """One request; when the ring fails for good it ends at once, with an error that names the stage."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], health: HeadHealth) -> None:
         self._app = app
@@ -195,17 +222,17 @@ class _Guarded:
                 loop.call_soon_threadsafe(failed.set)
 
         async def watched_send(message: _Message) -> None:
-            if self._health.failure is not None and not self._finished:
+            if self._health.refusal is not None and not self._finished:
                 return  # the error goes out instead
             self._note(message)
             await send(message)
 
-        self._health.on_failure(listener)
+        self._health.on_refusal(listener)
         request = asyncio.ensure_future(self._app(scope, receive, watched_send))
         failure = asyncio.ensure_future(failed.wait())
         try:
             await asyncio.wait({request, failure}, return_when=asyncio.FIRST_COMPLETED)
-            if request.done() and not (self._health.failure and not self._finished):
+            if request.done() and not (self._health.refusal and not self._finished):
                 request.result()
                 return
             request.cancel()
@@ -226,7 +253,7 @@ class _Guarded:
             self._finished = True
 
     async def _end(self, send: _Send) -> None:
-        text = self._health.failure or "the pipeline failed"
+        text = self._health.refusal or "the pipeline failed"
         if self._finished:
             return
         if not self._started:

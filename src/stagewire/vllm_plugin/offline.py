@@ -15,6 +15,7 @@ _OPTIONS = {
     "pipeline_id": "pipeline_id",
     "start_timeout": "pipeline_start_timeout",
     "step_timeout": "pipeline_step_timeout",
+    "recovery_timeout": "pipeline_recovery_timeout",
 }
 
 

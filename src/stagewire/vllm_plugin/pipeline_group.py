@@ -92,6 +92,10 @@ class PipelineGroup:
         tensors, self._outgoing = self._outgoing, None
         return tensors
 
+    def forget(self) -> None:
+        """What a forward pass that failed has left behind."""
+        self._incoming = self._outgoing = None
+
     # ---- vLLM's side (GroupCoordinator) ----------------------------------------------------------------------------
 
     def irecv_tensor_dict(self, *_: Any, **__: Any) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:

@@ -105,11 +105,14 @@ class NewsSender:
 
 @dataclass(frozen=True)
 class Health:
-    """What the API server itself knows: the head's phase in words, whether it accepts requests, why it failed."""
+    """What the API server itself knows: the head's phase in words, whether it accepts requests, why it failed, and
+    which stage it waits for.
+    """
 
     news: str
     is_serving: bool
     failure: str | None
+    outage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,8 @@ class PipelineStatus:
         """State and reason of the pipeline as a whole."""
         if health.failure is not None:
             return "failed" if ring is None or ring.lost_stage is None else "lost", health.failure
+        if health.outage is not None:
+            return "recovering", health.outage
         if ring is None or ring.phase in ("linking", "opening"):
             return "linking", ring.waits_for if ring and ring.waits_for else health.news
         if not health.is_serving:
@@ -235,6 +240,8 @@ class PipelineStatus:
             if ring is not None and stage == ring.lost_stage:
                 return "lost", health.failure
             return ("failed", health.failure) if stage == 0 else ("unknown", "no word of it since the ring ended")
+        if health.outage is not None and ring is not None and stage == ring.lost_stage:
+            return "lost", health.outage
         if stage == 0 and heard is None:
             return "starting", health.news
         if stage == 0 or (ring is not None and stage in ring.linked):

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import time
@@ -20,16 +21,18 @@ from typing import Any
 import torch
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import InternalError, RankError, StageLost, StagewireError
+from stagewire.errors import InternalError, PeerError, RankError, StageLost, StagewireError
 from stagewire.observe.status import LAUNCHER_PID_ENV, Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
-from stagewire.ring.node import Observer
+from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.zmq_link import ZmqTransport, local_host_towards
+from stagewire.vllm_plugin.call_codec import encode_value
 from stagewire.vllm_plugin.fingerprint import make_identity
 from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident_bytes
-from stagewire.vllm_plugin.stage_ranks import StageRanks
-from stagewire.wire.messages import StageIdentity, StageReport, StageState
+from stagewire.vllm_plugin.recovery import PREPARE, Journal
+from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
+from stagewire.wire.messages import Call, Reply, StageIdentity, StageReport, StageState
 
 __all__ = ["RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
 
@@ -88,6 +91,14 @@ class RingProcess(Observer):
         self._address = ""
         self._kv_blocks = 0
         self._count_requests: Callable[[], int] = lambda: 0
+        # At the head: what a stage that comes back has missed, and what is being done about it.
+        self.journal = Journal()
+        self._prepare: tuple[int, int] | None = None  # epoch and number of the call that is on its way
+        self._prepare_until = 0.0
+        self._broken: StageLost | None = None
+        self._broken_at = 0.0
+        self.given_up: PeerError | None = None  # the ring did not come back in time, and has not since
+        self._last_steps: dict[int, int] = {}
         self._news = NewsSender.from_environment() if config.is_head else None
         self.last_step = -1
         self.steps = StepStatistics()
@@ -125,6 +136,39 @@ class RingProcess(Observer):
         self._state = "serving"
         self._status.send(Phase.READY)
 
+    def mark_recovered(self, num_requests: int) -> None:
+        """At the head, from its model's thread: the stages know their requests again."""
+        requests = (
+            "no requests were"
+            if not num_requests
+            else "1 request was"
+            if num_requests == 1
+            else (f"{num_requests} requests were")
+        )
+        logger.info("Stage 0: the ring is whole again, %s taken up", requests)
+
+    def end_epoch(self, step: int, error: BaseException) -> None:
+        """A step failed in this stage's model, which can go on."""
+        stage = self._config.stage
+        logger.error("Stage %d failed step %d", stage, step, exc_info=error)
+        text = str(error) if isinstance(error, StagewireError) else f"{type(error).__name__}: {error}"
+        self.ring.end_epoch(StageLost(stage, f"stage {stage} failed step {step}: {text}", step))
+
+    def accuse(self, step: int, text: str) -> None:
+        """At the head: ``step``, or a call (-1), is overdue. The first stage that has not run it ends."""
+        stages = range(1, self._config.num_stages)
+        behind = [stage for stage in stages if self._last_steps.get(stage, -1) < step]
+        stage = behind[0] if behind else self._config.num_stages - 1
+        self.ring.end_epoch(StageLost(stage, f"stage {stage} hangs or is too slow: {text}", max(step, 0)))
+
+    @property
+    def has_api(self) -> bool:
+        """Whether an API server listens to this head, and not somebody's Python."""
+        return self._news is not None
+
+    def why_broken(self) -> str:
+        return str(self._broken) if self._broken else "the ring is not whole"
+
     def fail_from(self, error: BaseException) -> None:
         """The main thread hit ``error``: the other stages and the listeners learn it. Ends a stage's process."""
         if not isinstance(error, StagewireError):
@@ -136,14 +180,28 @@ class RingProcess(Observer):
     def _watch(self) -> str | None:
         if self._news is not None and self._news.is_due():
             self._tell(self._news)
+        if self._broken is not None and self._config.is_head:
+            self._mind_deadline(self._broken)
         problem = self._ranks.problem()
         if problem is not None:
             self.ring.node.request_fail(problem)
+        if self._is_child and os.getppid() != self._parent:
+            # Not a stop: nobody told the API server to end, so the other stages wait for the next head.
+            self.ring.node.request_fail(PeerError("its API server is gone"))
+        if self._prepare is not None and time.monotonic() >= self._prepare_until:
+            self._prepare = None
+            self.accuse(-1, "it has not caught up with the others")
         return self._reason_to_end()
 
+    def _mind_deadline(self, broken: StageLost) -> None:
+        waited_s = time.monotonic() - self._broken_at
+        if waited_s >= self._config.recovery_timeout_s and self.given_up is None:
+            text = f"{broken}; it did not come back within {self._config.recovery_timeout_s:g} s"
+            self.given_up = PeerError(text)
+            logger.error("Stage 0: %s: requests are refused until it does", text)
+            self._status.send(Phase.GIVEN_UP, text)
+
     def _reason_to_end(self) -> str | None:
-        if self._is_child and os.getppid() != self._parent:
-            return "the API server is gone"
         if self._launcher and not _is_alive(self._launcher):
             return "the launcher is gone"
         return None
@@ -161,7 +219,7 @@ class RingProcess(Observer):
             phase=state.phase.value,
             epoch=state.epoch,
             waits_for="" if state.is_open or state.is_over else state.waits_for(),
-            lost_stage=error.stage if isinstance(error, StageLost) else None,
+            lost_stage=broken.stage if isinstance(broken := error or self._broken, StageLost) else None,
             linked=list(state.linked_stages),
             head=self.report(),
             steps=self.steps.summary(time.monotonic()),
@@ -185,6 +243,7 @@ class RingProcess(Observer):
         )
 
     def on_reports(self, reports: Sequence[StageReport]) -> None:
+        self._last_steps = {report.stage: report.last_step for report in reports}
         if self._news is not None:
             self._news.tell_stages(reports, self.steps.per_stage())
 
@@ -204,7 +263,51 @@ class RingProcess(Observer):
             logger.info("Stage 0: the ring is whole (%s)", ranges)
         if self._news is not None:
             self._tell(self._news)  # before the first reports, which come at once
-        self._status.send(Phase.LINKED)
+        if self._broken is None:
+            self._status.send(Phase.LINKED)
+        if self._config.is_head:
+            self._begin(epoch)
+        else:
+            self._broken = None
+
+    def _begin(self, epoch: int) -> None:
+        """At the head: lets all stages catch up, then the model's thread go on."""
+        entries = self.journal.entries()
+        if not entries:
+            self._set_whole(epoch)
+            return
+        call_id = secrets.randbelow(1 << 50)
+        self._prepare = (epoch, call_id)
+        self._prepare_until = time.monotonic() + call_limit_s(self._config, "initialize_from_config")
+        self.ring.send(Call(epoch, call_id, PREPARE), [encode_value(entries)])
+
+    def takes(self, delivery: Delivery) -> bool:
+        message = delivery.message
+        if self._prepare is None or not isinstance(message, Reply) or message.call_id != self._prepare[1]:
+            return False
+        epoch, _ = self._prepare
+        self._prepare = None
+        self._set_whole(epoch)
+        return True
+
+    def _set_whole(self, epoch: int) -> None:
+        self.ring.node.inbox.put(Whole(epoch))
+        if self._broken is not None:
+            logger.info("Stage 0: the ring is whole again after %.1f s", time.monotonic() - self._broken_at)
+            self._broken = None
+            self.given_up = None
+            self._status.send(Phase.READY if self._state == "serving" else Phase.LINKED)
+
+    def on_broken(self, epoch: int, error: StageLost) -> None:
+        self._prepare = None
+        if self._broken is None:
+            self._broken_at = time.monotonic()
+        self._broken = error
+        if not self._config.is_head:
+            return
+        if self._news is not None:
+            self._tell(self._news)
+        self._status.send(Phase.RECOVERING, str(error))
 
     def on_failed(self, error: StagewireError) -> None:
         logger.error(report(self._config.stage, error))

@@ -6,6 +6,10 @@ others run empty or lopsided (14 and 50 of 64 was seen). This subclass holds the
 prefix caching stay vLLM's. Prompts that wait together are shared out in the same way, by their tokens and uncut: the
 later stages then begin with the first of them while the head runs the next.
 
+While the ring is not whole it schedules nothing, without waiting: aborts, calls and a stop go on working. After a loss
+it takes every request off its stages by vLLM's own forced preemption, lets the lost steps drain as stale, and once the
+ring is whole again has all stages forget and get the live requests anew. What they compute then is ordinary prefill.
+
 With LoRA it also keeps each step's adapters to ``max_loras``. vLLM admits a request when the step at hand has room for
 its adapter, and takes for granted that every step holds all running requests; with several steps in flight it does not,
 and vLLM's own assertion ends the engine as soon as too many meet.
@@ -13,14 +17,19 @@ and vLLM's own assertion ends the engine as soon as too many meet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
+from stagewire.vllm_plugin.recovery import Suspicion, live_requests
+from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.speculation import DraftingOutput, only_of, with_accepted
 
 __all__ = ["RingScheduler"]
@@ -41,14 +50,32 @@ class RingScheduler(Scheduler):
     """See the module. One micro-batch in flight per stage."""
 
     max_num_active_reqs: int
+    waiting: RequestQueue
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_stages = self.vllm_config.parallel_config.pipeline_parallel_size
         self._least_tokens = _LEAST_TOKENS_ON_CPU if current_platform.is_cpu() else _LEAST_TOKENS_ELSEWHERE
         self._last_steps: dict[str, int] = {}  # of each request, with LoRA
+        ring = RingSettings.find(self.vllm_config).ring
+        assert ring is not None  # the executor is built first
+        self._ring = ring
+        self._restored_epoch = ring.epoch
+        self._suspicion = Suspicion()
+        ring.take_losses()  # of the start: nothing was scheduled
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._ring.poll()
+        self._note_losses()
+        if not self._is_restored():
+            return SchedulerOutput.make_empty()
+        suspect = self._suspicion.next_suspect(self.requests)
+        if suspect is None:
+            return self._schedule_all(throttle_prefills)
+        with self._only(self.requests[suspect]):
+            return super().schedule(throttle_prefills)
+
+    def _schedule_all(self, throttle_prefills: bool) -> SchedulerOutput:
         if self.lora_config is not None:
             self._hold_back_adapters(self.lora_config.max_loras)
         self._hold_back_surplus()
@@ -94,10 +121,59 @@ class RingScheduler(Scheduler):
             for req_id in scheduler_output.num_scheduled_tokens
             if (request := self.requests.get(req_id)) is not None and request.num_stale_output_tokens == 0
         ]
+        self._note_losses()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if isinstance(model_runner_output, DraftingOutput) and model_runner_output.draft_token_ids is not None:
             self.update_draft_token_ids(only_of(model_runner_output.draft_token_ids, followed))
         return outputs
+
+    # ---- after a loss ----------------------------------------------------------------------------------------------
+
+    def _note_losses(self) -> None:
+        """Nothing that was computed on the stages counts any more, nor does the prefix cache: their blocks are gone."""
+        losses = self._ring.take_losses()
+        if not losses:
+            return
+        for loss in losses:
+            # vLLM fails these alone, with the next output, as it does when a grammar cannot be compiled.
+            self.grammar_compile_error_reqs.update(self._suspicion.note(loss, self.requests))
+        streaming = [
+            r.request_id for r in self.requests.values() if r.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+        ]
+        self.finish_requests(streaming, RequestStatus.FINISHED_ERROR)  # they hold blocks and wait for their client
+        for request in self.requests.values():
+            if request.num_stale_output_tokens > 0:
+                # Preempted before, with a step in flight whose output was still to be delivered: it will not come.
+                request.drop_stale_output = True
+        self.reset_prefix_cache(reset_running_requests=True)
+        self.reset_encoder_cache()
+
+    @contextmanager
+    def _only(self, suspect: Request) -> Iterator[None]:
+        """Nobody else is scheduled meanwhile. The others wait: since the loss none runs but who was a suspect too."""
+        for request in self.running:
+            if request is not suspect:
+                request.next_decode_eligible_step = self._next_step
+        everybody, self.waiting = self.waiting, create_request_queue(self.policy)
+        if suspect in everybody:
+            everybody.remove_request(suspect)
+            self.waiting.add_request(suspect)
+        try:
+            yield
+        finally:
+            for request in reversed(list(self.waiting)):
+                everybody.prepend_request(request)
+            self.waiting = everybody
+
+    def _is_restored(self) -> bool:
+        """Whether the ring is whole and its stages know what this scheduler knows."""
+        if self._ring.is_whole and self._ring.epoch != self._restored_epoch:
+            epoch = self._ring.epoch
+            groups = len(self.kv_cache_config.kv_cache_groups)
+            if self._ring.restore(live_requests(self.requests, groups)):
+                self._restored_epoch = epoch
+            self._note_losses()
+        return self._ring.is_whole and self._ring.epoch == self._restored_epoch
 
     def _hold_back_adapters(self, max_loras: int) -> None:
         """Lets the requests in that have waited longest and, of the others that are ready, those with their adapters.

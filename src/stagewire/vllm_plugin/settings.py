@@ -6,9 +6,12 @@ the compiled graph; ports, addresses and ids ride along as an attribute that JSO
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stagewire.config import StageConfig
+
+if TYPE_CHECKING:
+    from stagewire.vllm_plugin.recovery import RingAccess
 
 __all__ = ["KEY", "RingSettings"]
 
@@ -19,6 +22,8 @@ class RingSettings(dict[str, Any]):
     """JSON-visible: stage, number of stages, layer range. ``config``: everything."""
 
     config: StageConfig
+    # At the head, once its executor has one: how its scheduler reaches the ring. Stays in the process.
+    ring: RingAccess | None = None
 
     @classmethod
     def of(cls, config: StageConfig) -> RingSettings:
@@ -29,6 +34,11 @@ class RingSettings(dict[str, Any]):
     @staticmethod
     def read(vllm_config: Any) -> StageConfig:
         """The stage's config. Raises KeyError outside external mode."""
+        return RingSettings.find(vllm_config).config
+
+    @staticmethod
+    def find(vllm_config: Any) -> RingSettings:
+        """Raises KeyError outside external mode."""
         settings = vllm_config.additional_config[KEY]
         assert isinstance(settings, RingSettings)
-        return settings.config
+        return settings

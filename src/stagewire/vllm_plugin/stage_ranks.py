@@ -15,23 +15,24 @@ from collections.abc import Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
 
+import torch
 from vllm.config import VllmConfig
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from stagewire.config import StageConfig
-from stagewire.errors import RankError
-from stagewire.vllm_plugin.call_codec import CALLS
+from stagewire.errors import ConfigError, InternalError, RankError
+from stagewire.vllm_plugin.call_codec import CALLS, encode_value
 from stagewire.vllm_plugin.follower import run_follower
 from stagewire.vllm_plugin.local_link import Block, Follower, Followers, RunCall, RunSample, RunStep
 from stagewire.vllm_plugin.pipeline_group import RankPlace
 from stagewire.vllm_plugin.stage_worker import Activations, StageWorker, run_call
-from stagewire.vllm_plugin.step_codec import decode_grammar, token_digest
+from stagewire.vllm_plugin.step_codec import decode_grammar, encode_schedule, token_digest
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import CallResult, TensorSpec
 
-__all__ = ["StageRanks", "call_limit_s"]
+__all__ = ["StageRanks", "call_limit_s", "is_step_failure"]
 
 # A stage whose ranks hang says so before the head's own deadline for the step, which cannot know which stage it is.
 SHARE_OF_STEP_TIMEOUT = 0.9
@@ -41,6 +42,15 @@ def call_limit_s(config: StageConfig, method: str) -> float:
     """Compiling may take many minutes on a first start; nothing waits longer than an hour for it."""
     is_slow = method in CALLS and CALLS[method].is_slow
     return max(config.start_timeout_s, 3600.0) if is_slow else config.step_timeout_s
+
+
+def is_step_failure(ranks: StageRanks, error: Exception) -> bool:
+    """Whether only a step failed and the stage can go on: not with ranks that may be stuck in a collective, nor with a
+    device in an unknown state.
+    """
+    if isinstance(error, (ConfigError, InternalError, RankError)) or ranks.num_ranks > 1:
+        return False
+    return not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error)
 
 
 class StageRanks:
@@ -151,6 +161,8 @@ class StageRanks:
         Raises:
             RankError: a rank is gone. A call that fails is a result.
         """
+        if self._unsettled:  # a step that was lost before it was sampled
+            self._settle()
         with self.followers.work(f"the call {method}", call_limit_s(self.config, method)):
             self.followers.send(RunCall(method, first_rank), [args_bytes])
             *error, value = run_call(self.own, method, args_bytes, first_rank)
@@ -158,6 +170,19 @@ class StageRanks:
         outcomes = [error, *([done.error_type, done.error_text] for done in answers)]
         results = [CallResult(self.config.stage, rank, *outcome) for rank, outcome in enumerate(outcomes)]
         return results, [value, *(done.value for done in answers)]
+
+    def forget(self) -> None:
+        """Every rank forgets its requests, and the adapters that they named."""
+        results, _ = self.call(
+            "restore_requests", encode_value((encode_schedule(SchedulerOutput.make_empty()), [], True)), 0
+        )
+        for lora_id in list(self.own.adapters.known):
+            more, _ = self.call("remove_lora", encode_value((lora_id,)), 0)
+            results += more
+            del self.own.adapters.known[lora_id]
+        failed = next((result for result in results if result.error_type), None)
+        if failed is not None:
+            raise InternalError(f"cannot forget its requests: {failed.error_type}: {failed.error_text}")
 
     # ---- end -------------------------------------------------------------------------------------------------------
 

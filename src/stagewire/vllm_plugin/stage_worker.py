@@ -30,8 +30,9 @@ from stagewire.vllm_plugin.adapters import Adapters
 from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
 from stagewire.vllm_plugin.inputs import check_inputs, drop_towers
 from stagewire.vllm_plugin.pipeline_group import RankPlace
+from stagewire.vllm_plugin.recovery import forget_requests, restore_requests
 from stagewire.vllm_plugin.speculation import check_speculation, prepare_runner, take_accepted
-from stagewire.vllm_plugin.step_codec import row_digest
+from stagewire.vllm_plugin.step_codec import decode_schedule, row_digest
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import TensorSpec
 from stagewire.wire.tensors import TensorPlan, check_tensors
@@ -126,6 +127,8 @@ class StageWorker:
         current_platform.update_block_size_for_backend(vllm_config)
         self.plan = self._plan_tensors()
         self.adapters = Adapters(config, self._wrapper)
+        # On the head: the schedule of the call `restore_requests` that comes next, with what does not travel.
+        self.given: SchedulerOutput | None = None
 
     def __repr__(self) -> str:
         rank = f", rank={self.place.rank}/{self.place.size}" if self.place.size > 1 else ""
@@ -295,6 +298,24 @@ class StageWorker:
     def _add_lora(self, request: LoRARequest) -> bool:
         return self.adapters.add(request)
 
+    def _initialize(self, kv_cache_configs: list[Any]) -> None:
+        """vLLM's own; a new head's configuration may differ from the one before."""
+        if self.runner.attn_groups:
+            compat.release_kv_cache(self.runner)
+        self._wrapper.initialize_from_config(kv_cache_configs)
+
+    def _restore_requests(self, schedule_bytes: bytes, outputs: list[list[int]], is_first: bool) -> None:
+        schedule, self.given = self.given or decode_schedule(schedule_bytes, self.adapters.known), None
+        if is_first:
+            self.forget_requests()
+        restore_requests(self._wrapper, schedule, outputs)
+
+    def forget_requests(self) -> None:
+        """As if no step had ever run."""
+        self._pooled = None
+        self.group.forget()
+        forget_requests(self._wrapper)
+
     def _get_threshold(self) -> int | None:
         return getattr(self.runner, "reorder_batch_threshold", None)
 
@@ -342,6 +363,8 @@ _OWN_CALLS: dict[str, Any] = {
     "compile_or_warm_up_model": StageWorker._warm_up,
     "get_reorder_batch_threshold": StageWorker._get_threshold,
     "set_reorder_batch_threshold": StageWorker._set_threshold,
+    "initialize_from_config": StageWorker._initialize,
+    "restore_requests": StageWorker._restore_requests,
     "get_stage_state": StageWorker._get_state,
     "check_lora": StageWorker._check_lora,
     "add_lora": StageWorker._add_lora,

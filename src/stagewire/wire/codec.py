@@ -27,7 +27,7 @@ __all__ = [
     "encode",
 ]
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 64
 

@@ -139,8 +139,12 @@ class Refused(_Struct, frozen=True):
 
 
 class Roll(_Struct, frozen=True):
-    """Forward: the identities of stage 0 up to the sender. At the head it is the whole pipeline."""
+    """Forward: the identities of stage 0 up to the sender. At the head it is the whole pipeline.
 
+    ``epoch``: that the head will open with it. The head repeats it once a second until the ring is open.
+    """
+
+    epoch: int
     identities: list[StageIdentity]
 
 
@@ -161,9 +165,14 @@ class Pong(_Struct, frozen=True):
 
 
 class Fault(_Struct, frozen=True):
-    """Forward: stage ``stage`` is lost, failed a step, or stops. For whoever hears it that is a lost peer."""
+    """Forward, once round: ``epoch`` is over, because stage ``stage`` is lost, failed a step, or stops.
 
+    ``step``: the one that failed, -1 where no step did. A Fault of an epoch that is over already ends nothing.
+    """
+
+    epoch: int
     stage: int
+    step: int
     text: str
 
 

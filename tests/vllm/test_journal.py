@@ -1,0 +1,127 @@
+"""What the head keeps of its calls, and whom it blames; without processes."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from stagewire.errors import StageLost
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def journal() -> Any:
+    from stagewire.vllm_plugin.recovery import Journal
+
+    return Journal()
+
+
+def add(journal: Any, call_id: int, method: str, *args: Any) -> None:
+    journal.add(call_id, method, args, f"{method} {call_id}".encode())
+
+
+def methods(journal: Any) -> list[tuple[int, str]]:
+    return [(call_id, method) for call_id, method, _ in journal.entries()]
+
+
+def lora(number: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"a{number}", number, "/a")
+
+
+class TestJournal:
+    def test_it_keeps_what_makes_a_stage_and_nothing_else(self, journal: Any) -> None:
+        for call_id, method in enumerate(
+            ["get_kv_cache_spec", "determine_available_memory", "initialize_from_config", "compile_or_warm_up_model"]
+        ):
+            add(journal, call_id, method)
+        add(journal, 9, "get_stage_state")
+        assert methods(journal) == [
+            (1, "determine_available_memory"),
+            (2, "initialize_from_config"),
+            (3, "compile_or_warm_up_model"),
+        ]
+
+    def test_a_start_up_call_made_again_replaces_the_first(self, journal: Any) -> None:
+        add(journal, 1, "initialize_from_config")
+        add(journal, 2, "initialize_from_config")
+        assert journal.entries() == [(2, "initialize_from_config", b"initialize_from_config 2")]
+
+    def test_adapters_come_and_go(self, journal: Any) -> None:
+        add(journal, 1, "add_lora", lora(7))
+        add(journal, 2, "add_lora", lora(8))
+        add(journal, 3, "pin_lora", 7)
+        add(journal, 4, "remove_lora", 8)
+        assert methods(journal) == [(1, "add_lora"), (3, "pin_lora")]
+        add(journal, 5, "remove_lora", 7)
+        assert methods(journal) == []
+
+    def test_after_a_call_that_was_lost_half_way_every_stage_runs_the_adapters_calls_again(self, journal: Any) -> None:
+        add(journal, 1, "add_lora", lora(7))
+        add(journal, 2, "add_lora", lora(8))
+        add(journal, 3, "pin_lora", 7)
+        assert journal.renumber_adapter(7, 50) == 52
+        assert methods(journal) == [(50, "add_lora"), (2, "add_lora"), (51, "pin_lora")]
+
+    def test_who_wakes_up_is_not_put_to_sleep_again(self, journal: Any) -> None:
+        add(journal, 1, "sleep", 1)
+        assert methods(journal) == [(1, "sleep")]
+        add(journal, 2, "wake_up", None)
+        assert methods(journal) == []
+
+
+class TestSuspicion:
+    @pytest.fixture
+    def suspicion(self) -> Any:
+        from stagewire.vllm_plugin.recovery import Suspicion
+
+        return Suspicion()
+
+    def note(self, suspicion: Any, step: int, in_flight: list[str], tokens: dict[str, int]) -> list[str]:
+        from stagewire.vllm_plugin.recovery import Loss
+
+        loss = Loss(StageLost(1, "gone", step), in_flight if step >= 0 else [], in_flight)
+        found: list[str] = suspicion.note(loss, self.requests(tokens))
+        return found
+
+    @staticmethod
+    def requests(tokens: dict[str, int]) -> dict[str, Any]:
+        return {req_id: Mock(num_output_tokens=count) for req_id, count in tokens.items()}
+
+    def test_after_a_failed_step_its_requests_run_one_by_one(self, suspicion: Any) -> None:
+        tokens = {"a": 2, "b": 2, "c": 9}
+        assert self.note(suspicion, 5, ["a", "b"], tokens) == []
+        assert suspicion.next_suspect(self.requests(tokens)) == "a"
+        tokens["a"] = 3  # cleared by its next token
+        assert suspicion.next_suspect(self.requests(tokens)) == "b"
+        assert self.note(suspicion, 6, ["b"], tokens) == ["b"]
+        del tokens["b"]
+        assert suspicion.next_suspect(self.requests(tokens)) is None
+
+    def test_neighbours_are_not_condemned(self, suspicion: Any) -> None:
+        tokens = {"a": 2, "b": 2}
+        for step in (5, 6, 7):
+            assert self.note(suspicion, step, ["a", "b"], tokens) == []
+
+    def test_a_dying_stage_is_not_a_requests_fault_while_it_gets_on(self, suspicion: Any) -> None:
+        for count in range(100):
+            assert self.note(suspicion, -1, ["a"], {"a": count}) == []
+            assert suspicion.next_suspect(self.requests({"a": count})) is None
+
+    def test_but_it_is_when_it_never_does(self, suspicion: Any) -> None:
+        tokens = {"a": 3, "b": 0}
+        assert self.note(suspicion, -1, ["a", "b"], tokens) == []
+        assert suspicion.next_suspect(self.requests(tokens)) is None
+        assert self.note(suspicion, -1, ["a", "b"], tokens) == []
+        assert suspicion.next_suspect(self.requests(tokens)) == "a"
+        assert self.note(suspicion, -1, ["a"], tokens) == []
+        assert self.note(suspicion, -1, ["a"], tokens) == ["a"]
+
+    def test_it_forgets_with_the_request(self, suspicion: Any) -> None:
+        assert self.note(suspicion, 5, ["a"], {"a": 0}) == []
+        assert suspicion.next_suspect({}) is None
+        assert self.note(suspicion, 7, ["a"], {"a": 0}) == []

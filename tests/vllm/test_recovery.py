@@ -1,0 +1,153 @@
+"""A stage is lost and no request is: one ring of three stages of the real model, killed and frozen again and again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.disturbed import Clients, Stream, differences, mixed_bodies
+from support.inside import states, until_idle
+from support.stages import Ring, process_tree
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+RANGES = ("0-10", "10-20", "20-30")
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "200M", "--block-size", "32"),
+]
+POISON = ("--logits-processors", "support.poison:Poison")
+TESTS = str(Path(__file__).parents[1])
+BODIES = mixed_bodies(18, seed=5)
+CONCURRENCY = 12
+
+
+@pytest.fixture(scope="module")
+def ring(model_dir: Path) -> Iterator[Ring]:
+    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, (TESTS, os.getenv("PYTHONPATH"))))}
+    with Ring(model_dir, RANGES, [*SETTINGS, *POISON], env) as running:
+        yield running
+
+
+def clients(ring: Ring) -> Clients:
+    return Clients(ring.url, str(ring.model), BODIES, CONCURRENCY)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ring: Ring) -> list[Stream]:
+    streams = clients(ring).finish()
+    assert not [stream.error for stream in streams if stream.error]
+    assert differences(clients(ring).finish(), streams) == []  # what follows can tell something
+    return streams
+
+
+def status(ring: Ring, path: str) -> int:
+    return httpx.get(ring.url + path, trust_env=False, timeout=10).status_code
+
+
+def until(ring: Ring, path: str, code: int, deadline_s: float = 60) -> None:
+    ends_at = time.monotonic() + deadline_s
+    while status(ring, path) != code:
+        assert time.monotonic() < ends_at, f"{path} is not {code}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("stage", "num_tokens"), [(1, 1), (2, 40), (1, 200), (2, 300)])
+def test_a_killed_stage_loses_no_request(
+    ring: Ring, undisturbed: list[Stream], say: Callable[[str], None], stage: int, num_tokens: int
+) -> None:
+    running = clients(ring)
+    running.wait_for_tokens(num_tokens)
+    os.kill(ring.worker_pid(stage), signal.SIGKILL)
+    killed_at = time.monotonic()
+    until(ring, "/ready", 503)
+    noticed_s = time.monotonic() - killed_at
+    assert status(ring, "/health") == 200
+    ring.restart_stage(stage)
+    running.wait_for_tokens(1)
+    back_s = time.monotonic() - killed_at
+    assert differences(running.finish(), undisturbed) == []
+    until(ring, "/ready", 200)
+    say(f"stage {stage} killed after {num_tokens} tokens: noticed {noticed_s:.2f} s, next token {back_s:.1f} s later")
+
+
+def test_a_loss_while_idle_leaves_no_cached_prefix_behind(ring: Ring, undisturbed: list[Stream]) -> None:
+    """The head's prefix cache knows blocks that the new stage has never computed."""
+    assert differences(clients(ring).finish(), undisturbed) == []
+    os.kill(ring.worker_pid(2), signal.SIGKILL)
+    until(ring, "/ready", 503)
+    ring.restart_stage(2)
+    until(ring, "/ready", 200)
+    assert differences(clients(ring).finish(), undisturbed) == []
+
+
+def test_two_stages_at_once(ring: Ring, undisturbed: list[Stream]) -> None:
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    for stage in (1, 2):
+        os.kill(ring.worker_pid(stage), signal.SIGKILL)
+    for stage in (2, 1):
+        ring.restart_stage(stage)
+    assert differences(running.finish(), undisturbed) == []
+
+
+def test_a_second_loss_in_the_middle_of_the_recovery(ring: Ring, undisturbed: list[Stream]) -> None:
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    os.kill(ring.worker_pid(1), signal.SIGKILL)
+    until(ring, "/ready", 503)
+    again = ring.restart_stage(1)
+    ring.wait_for(lambda: "catching up: initialize_from_config" in again.text(), 60)
+    os.kill(ring.worker_pid(2), signal.SIGKILL)
+    ring.restart_stage(2)
+    assert differences(running.finish(), undisturbed) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_frozen_stage_takes_part_again(ring: Ring, undisturbed: list[Stream], stage: int) -> None:
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    os.kill(ring.worker_pid(stage), signal.SIGSTOP)
+    until(ring, "/ready", 503)
+    os.kill(ring.worker_pid(stage), signal.SIGCONT)
+    assert differences(running.finish(), undisturbed) == []
+
+
+def test_a_request_that_fails_its_step_twice_is_failed_alone(ring: Ring, undisturbed: list[Stream]) -> None:
+    poisoned = {"prompt": "Once", "max_tokens": 5, "temperature": 0, "vllm_xargs": {"poison": "yes"}}
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    (answer,) = Clients(ring.url, str(ring.model), [poisoned], 1).finish()
+    assert answer.error
+    assert answer.token_ids == []
+    found = running.finish()
+    assert differences(found, undisturbed) == []
+    assert [stage.popen.poll() for stage in ring.stages] == [None] * 3
+    assert "stage 2 failed step" in ring.stages[2].text()
+
+
+def test_nothing_is_left_behind(ring: Ring) -> None:
+    until(ring, "/ready", 200)
+    until_idle(ring)
+    assert len({state["num_kv_blocks"] for state in states(ring)}) == 1
+
+
+def test_a_new_head_finds_its_stages_waiting(ring: Ring, undisturbed: list[Stream]) -> None:
+    """Last in this file but for nothing: the ring is whole afterwards."""
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    workers = [ring.stages[stage].pid for stage in (1, 2)]
+    for pid in process_tree(ring.stages[0].pid):
+        os.kill(pid, signal.SIGKILL)
+    assert all(stream.error or stream.finish_reason for stream in running.finish())
+    ring.restart_stage(0)
+    ring.wait_for(lambda: "Application startup complete" in ring.stages[0].text(), 120)
+    assert [ring.stages[stage].pid for stage in (1, 2)] == workers
+    assert all(ring.stages[stage].popen.poll() is None for stage in (1, 2))
+    assert differences(clients(ring).finish(), undisturbed) == []
