@@ -1,0 +1,245 @@
+"""Load on a ring while its stages are killed and frozen and its links cut, held up and delayed, at random from a seed.
+
+    python -m support.soak --minutes 10 --seed 1                    # from tests/; with chaos, every answer compared
+    python -m support.soak --minutes 30 --quiet                     # load alone: does memory stay flat?
+
+Every link runs through a TCP proxy (support/proxy.py). Each round of clients must end with the answers of the one that
+nobody disturbed. Prints what was done, what was in flight, and what was left behind at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.disturbed import Clients, Stream, differences, mixed_bodies
+from support.inside import states, until_idle
+from support.proxy import Proxy
+from support.stages import Process, Ring
+
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", "32"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "250M", "--block-size", "32"),
+]
+RANGES = {2: ("0-15", "15-30"), 3: ("0-10", "10-20", "20-30"), 4: ("0-7", "7-15", "15-23", "23-30")}
+CONCURRENCY = 32
+
+
+@dataclass
+class ProxiedRing(Ring):
+    """Every stage reaches its predecessor through a proxy."""
+
+    proxies: list[Proxy] = field(default_factory=list)
+
+    def command(self, stage: int) -> list[str]:
+        command = super().command(stage)
+        real = f"127.0.0.1:{self.ports[stage - 1]}"
+        return [f"127.0.0.1:{self.proxies[stage].port}" if word == real else word for word in command]
+
+
+@contextlib.contextmanager
+def proxied(model: Path, num_stages: int) -> Any:
+    with ExitStack() as stack:
+        ring = ProxiedRing(model, RANGES[num_stages], SETTINGS, {"VLLM_SERVER_DEV_MODE": "1"})
+        ring.proxies = [stack.enter_context(Proxy(ring.ports[stage - 1])) for stage in range(num_stages)]
+        yield stack.enter_context(ring)
+
+
+@dataclass
+class Chaos:
+    """One disturbance after another, in a thread, until it is told to end; then everything is mended.
+
+    Args:
+        ring: of real processes; stage 0 is left alone.
+        seed: of what, when and whom.
+        say: told what is done.
+    """
+
+    ring: ProxiedRing
+    seed: int
+    say: Callable[[str], None]
+    in_flight: Callable[[], int]
+    done: Counter[str] = field(default_factory=Counter)
+    histogram: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.seed)
+        self._ending = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._began = time.monotonic()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ending.set()
+        self._thread.join(180)
+        assert not self._thread.is_alive()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while not self._ending.wait(self._rng.uniform(1, 10)):
+                self._disturb()
+        except BaseException as error:  # noqa: BLE001  told by `end`
+            self._error = error
+
+    def _disturb(self) -> None:
+        what = self._rng.choice(("kill", "kill", "two kills", "freeze", "cut", "hold one way", "hold both", "delay"))
+        stage = self._rng.randrange(1, self.ring.num_stages)
+        link = self._rng.randrange(self.ring.num_stages)  # by the stage behind it
+        seconds = self._rng.uniform(0.5, 12)
+        count = self.in_flight()
+        self.done[what] += 1
+        self.histogram[count // 8 * 8] += 1
+        who = f"link to stage {link}" if what in ("cut", "hold one way", "hold both", "delay") else f"stage {stage}"
+        self.say(f"{time.monotonic() - self._began:6.1f} s  {what}: {who}, {seconds:.1f} s, {count} requests in flight")
+        proxy = self.ring.proxies[link]
+        match what:
+            case "kill":
+                self._kill([stage])
+            case "two kills":
+                others = [other for other in range(1, self.ring.num_stages) if other != stage]
+                self._kill([stage, *self._rng.sample(others, min(1, len(others)))])
+            case "freeze":
+                pid = self.ring.worker_pid(stage)
+                os.kill(pid, signal.SIGSTOP)
+                self._ending.wait(seconds)
+                os.kill(pid, signal.SIGCONT)
+            case "cut":
+                proxy.cut()
+                self._ending.wait(seconds)
+            case "hold one way":
+                proxy.hold(self._rng.choice(("to target", "from target")))
+                self._ending.wait(seconds)
+            case "hold both":
+                proxy.hold("to target", "from target")
+                self._ending.wait(seconds)
+            case "delay":
+                proxy.delay_s = self._rng.uniform(0.005, 0.05)
+                self._ending.wait(seconds)
+        proxy.mend()
+
+    def _kill(self, stages: Sequence[int]) -> None:
+        for stage in stages:
+            self.ring.stages[stage].popen.kill()
+        for stage in stages:
+            self._until_ready(self.ring.restart_stage(stage))
+
+    def _until_ready(self, process: Process) -> None:
+        """Or the end: a stage that is lost while it starts is somebody else's to start."""
+        ends_at = time.monotonic() + 120
+        while "catching up: compile_or_warm_up_model" not in process.text() and not self._ending.wait(0.2):
+            assert process.popen.poll() is None, process.text()[-3000:]
+            assert time.monotonic() < ends_at, process.text()[-3000:]
+
+
+@dataclass
+class Footprint:
+    """Of one stage's process tree."""
+
+    rss_mb: int
+    threads: int
+    files: int
+
+    @classmethod
+    def of(cls, pid: int) -> Footprint:
+        status = Path(f"/proc/{pid}/status").read_text()
+        values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(int(values["VmRSS"].split()[0]) // 1024, int(values["Threads"]), files)
+
+
+def footprints(ring: Ring) -> list[Footprint]:
+    return [Footprint.of(ring.worker_pid(stage)) for stage in range(ring.num_stages)]
+
+
+@dataclass
+class Report:
+    rounds: int = 0
+    answers: int = 0
+    problems: list[str] = field(default_factory=list)
+    disturbances: Counter[str] = field(default_factory=Counter)
+    in_flight: Counter[int] = field(default_factory=Counter)
+    footprints: list[list[Footprint]] = field(default_factory=list)
+
+
+def soak(ring: ProxiedRing, seconds: float, seed: int, *, is_quiet: bool, say: Callable[[str], None]) -> Report:
+    """Rounds of clients until the time is over; every answer is compared with the first, undisturbed round's."""
+    bodies = mixed_bodies(CONCURRENCY + CONCURRENCY // 2, seed)
+    report = Report()
+
+    def clients() -> Clients:
+        return Clients(ring.url, str(ring.model), bodies, CONCURRENCY)
+
+    expected: list[Stream] = clients().finish(900)
+    report.problems += [stream.error for stream in expected if stream.error]
+    report.problems += [f"undisturbed: {each}" for each in differences(clients().finish(900), expected)]
+    until_idle(ring)
+    report.footprints.append(footprints(ring))
+    running = clients()
+    chaos = Chaos(ring, seed, say, lambda: running.num_open)
+    if not is_quiet:
+        chaos.start()
+    ends_at = time.monotonic() + seconds
+    while True:
+        found = running.finish(900)
+        report.rounds += 1
+        report.answers += len(found)
+        problems = differences(found, expected)
+        report.problems += [f"round {report.rounds}: {each}" for each in problems]
+        for problem in problems:
+            say(f"WRONG: {problem}")
+        if time.monotonic() >= ends_at:
+            break
+        running = clients()
+        if is_quiet and report.rounds % 20 == 0:
+            report.footprints.append(footprints(ring))
+    if not is_quiet:
+        chaos.end()
+        report.problems += [f"after it: {each}" for each in differences(clients().finish(900), expected)]
+    report.disturbances, report.in_flight = chaos.done, chaos.histogram
+    until_idle(ring)
+    report.footprints.append(footprints(ring))
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parents[2] / ".demo" / "model")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stages", type=int, choices=sorted(RANGES), default=4)
+    parser.add_argument("--quiet", action="store_true", help="no disturbance")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(), proxied(args.model, args.stages) as ring:
+        report = soak(ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=print)
+        print(json.dumps([{k: v for k, v in state.items() if k != "activations"} for state in states(ring)]))
+    print(f"{report.rounds} rounds, {report.answers} answers, {len(report.problems)} wrong")
+    print(f"disturbances: {dict(report.disturbances)}")
+    print(f"requests in flight at each: {dict(sorted(report.in_flight.items()))}")
+    for when, each in zip(("at first", "at the end"), (report.footprints[0], report.footprints[-1]), strict=True):
+        print(f"{when}: " + "; ".join(f"{f.rss_mb} MB, {f.threads} threads, {f.files} files" for f in each))
+    for problem in report.problems:
+        print(problem)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
