@@ -77,6 +77,7 @@ class StageConfig:
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     recovery_timeout_s: float = DEFAULT_RECOVERY_TIMEOUT_S
+    stands_by: bool = False  # until the process that has this stage's port ends
     lora_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
 
@@ -111,6 +112,7 @@ _FLAGS = {
     "pipeline_step_timeout": "--pipeline-step-timeout",
     "pipeline_recovery_timeout": "--pipeline-recovery-timeout",
     "pipeline_lora_root": "--pipeline-lora-root",
+    "pipeline_standby": "--pipeline-standby",
     "external_pp_worker": "--external-pp-worker",
 }
 
@@ -152,6 +154,8 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
             f"the stages are 0 to {num_stages - 1}"
         )
     _check_worker_flag(stage, bool(flags.get("external_pp_worker")))
+    if stage == 0 and flags.get("pipeline_standby"):
+        raise ConfigError("--pipeline-standby on stage 0: a head's clients and requests cannot be taken over")
     layers_text = flags.get("pipeline_layer_range")
     if not layers_text:
         raise ConfigError(
@@ -168,6 +172,7 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
         start_timeout_s=_seconds(flags, "pipeline_start_timeout", DEFAULT_START_TIMEOUT_S),
         step_timeout_s=_seconds(flags, "pipeline_step_timeout", DEFAULT_STEP_TIMEOUT_S),
         recovery_timeout_s=_seconds(flags, "pipeline_recovery_timeout", DEFAULT_RECOVERY_TIMEOUT_S),
+        stands_by=bool(flags.get("pipeline_standby")),
         lora_roots=tuple(map(str, flags.get("pipeline_lora_root") or ())),
         # vLLM's own flag, already parsed by it.
         lora_modules=tuple((module.name, module.path) for module in flags.get("lora_modules") or ()),

@@ -2,7 +2,7 @@
 
 usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `stubborn`
 (serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends with words in its log only), `lost` (serves
-until SIGUSR1, then ends as a stage does that lost its peer).
+until SIGUSR1, then ends as a stage does that lost its peer), `standby` (loads, never ready).
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main() -> None:
         sender.send(Phase.LOADED, f"engine {engine.pid}")
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    if behaviour != "hang":
+    if behaviour == "standby":
+        sender.send(Phase.LOADED)
+    elif behaviour != "hang":
         sender.send(Phase.LINKED)
         sender.send(Phase.READY)
     if behaviour == "lost":

@@ -23,10 +23,17 @@ def main() -> int:
     folder, port, timeouts, *behaviours = sys.argv[1:]
     settings = json.loads(timeouts)
     restarts = int(settings.pop("restarts", 2))
+    has_standbys = bool(settings.pop("standby", False))
     specs = place_stages(split_evenly(30, len(behaviours)), 15550)
 
     def command(spec: StageSpec) -> list[str]:
-        return [sys.executable, str(FAKE_STAGE), str(spec.index), port, behaviours[spec.index]]
+        return [
+            sys.executable,
+            str(FAKE_STAGE),
+            str(spec.index),
+            port,
+            "standby" if spec.stands_by else behaviours[spec.index],
+        ]
 
     with private_dir() as private:
         supervisor = Supervisor(
@@ -41,6 +48,7 @@ def main() -> int:
             Timeouts(**settings),
             os.environ,
             max_restarts=restarts,
+            has_standbys=has_standbys,
         )
         try:
             return asyncio.run(supervisor.run())

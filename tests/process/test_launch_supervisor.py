@@ -49,6 +49,19 @@ class Launcher:
         """Of the process that was started last."""
         return [int(m[1]) for line in self.lines if (m := re.search(rf"stage {stage}  .* {kind} (\d+)$", line))][-1]
 
+    def children(self, stage: int) -> tuple[list[int], list[int]]:
+        """Pids of the stage's processes: first those that were started to serve or took over, oldest first."""
+        found: list[tuple[int, bool]] = []
+        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for pid in map(int, task.read_text().split()):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if "launch_fake_stage" in words[1] and words[2] == str(stage):
+                    found.append((pid, words[4] == "standby"))
+        found.sort()
+        serving = [pid for pid, stands_by in found if not stands_by]
+        standbys = [pid for pid, stands_by in found if stands_by]
+        return (serving or standbys[:1]), (standbys if serving else standbys[1:])
+
     def end(self) -> int:
         assert self.process.stdout is not None
         self.lines += self.process.stdout.read().splitlines()
@@ -219,6 +232,30 @@ def test_it_gives_up_a_stage_that_ends_again_and_again(launch: Launch) -> None:
     error = launcher.error()
     assert "stage 1 was killed by SIGKILL" in error
     assert "3 times in a row" in error
+
+
+def test_a_standby_takes_over_and_another_one_stands_by(launch: Launch) -> None:
+    launcher = launch("serve", "serve", standby=1, back_off=0.01)
+    launcher.wait_for("serving fake-model")
+    for _ in range(3):
+        launcher.wait_for("stage 1  a standby has loaded")
+        (active, *_), standbys = launcher.children(1)
+        os.kill(active, signal.SIGKILL)
+        launcher.wait_for("stage 1: its standby takes over")
+        assert len(standbys) == 1
+    launcher.wait_for("stage 1  a standby has loaded")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.end() == 0
+    assert sorted(launcher.stop_order()) == [0, 1, 1]
+
+
+def test_a_standby_that_ends_is_started_again(launch: Launch) -> None:
+    launcher = launch("serve", "serve", standby=1, back_off=0.01)
+    launcher.wait_for("stage 1  a standby has loaded")
+    _, (standby,) = launcher.children(1)
+    os.kill(standby, signal.SIGKILL)
+    launcher.wait_for("stage 1 is started again")
+    launcher.wait_for("stage 1  a standby has loaded")
 
 
 def test_what_was_healthy_for_long_enough_is_not_counted(launch: Launch) -> None:

@@ -492,7 +492,7 @@ def test_a_ring_over_sockets(ports: tuple[tuple[int, int], ...], order: tuple[in
         nodes[index] = RingNode(config, state, transports[index], time.monotonic_ns, records[index], HOST)
         nodes[index].turn(0.05)
     turn_until(lambda: all(node.state.phase is Phase.OPEN for node in nodes.values()))
-    nodes[0].send(Call(0, 1, "check_health"), [b"args"])
+    nodes[0].send(Call(nodes[0].state.epoch, 1, "check_health"), [b"args"])
     turn_until(lambda: all(not nodes[index].inbox.empty() for index in (1, 2, 3)))
     transports[2].close(0)
     del nodes[2]

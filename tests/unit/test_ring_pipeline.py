@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -359,6 +360,54 @@ class TestChaos:
             stage.deliveries()
         ring.call(stages, 99)
         assert [type(message) for message in stages[0].deliveries()] == [Reply]
+
+
+class TestStandby:
+    @staticmethod
+    def stand_by(ring: Ring, index: int) -> Stage:
+        return ring.start(dataclasses.replace(make_config(index, ring.ports), stands_by=True))
+
+    @LAYOUTS
+    @pytest.mark.parametrize("index", [1, 2, 3])
+    def test_it_waits_and_takes_the_place(self, index: int, ports: tuple[tuple[int, int], ...]) -> None:
+        ring = Ring(ports)
+        stages = ring.start_serving()
+        standby = self.stand_by(ring, index)
+        ring.wait(200)
+        assert {stage.phase for stage in stages} == {Phase.SERVING}
+        assert standby.is_running
+        assert f"waiting for the end of the stage {index} that has port" in standby.record.log
+        ring.kill(stages[index])
+        stages[index] = standby
+        ring.wait(4 if ports is OWN_PORTS else 9)
+        assert_whole(stages)
+        ring.call(stages, 2)
+        assert stages[0].deliveries()
+        another = self.stand_by(ring, index)
+        ring.wait(5)
+        assert {stage.phase for stage in stages} == {Phase.SERVING}
+        ring.kill(standby)
+        stages[index] = another
+        ring.wait(9)
+        assert_whole(stages)
+
+    def test_with_nobody_in_its_place_it_takes_it_at_once(self) -> None:
+        ring = Ring()
+        stages = [self.stand_by(ring, index) if index == 2 else ring.start(index) for index in range(4)]
+        ring.wait(3)
+        assert_whole(stages)
+
+    def test_while_the_one_before_it_is_frozen_it_waits(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        standby = self.stand_by(ring, 2)
+        ring.wait(2)
+        stages[2].is_frozen = True
+        stages[3].transport._push(Disconnected(Side.PREDECESSOR, "no answer"))
+        ring.wait(20)
+        stages[2].is_frozen = False
+        ring.wait_until(lambda: is_whole(stages))
+        assert standby.is_running
 
 
 class TestDeadlinesOfALoss:

@@ -57,7 +57,7 @@ EXAMPLES: list[tuple[Message, list[bytes]]] = [
     (Welcome(_IDENTITY), []),
     (Redirect(2, 50001), []),
     (NotHere(2), []),
-    (Register(_IDENTITY, 50002), []),
+    (Register(_IDENTITY, 50002, False), []),
     (Registered(0), []),
     (Refused(2, "--dtype", "float32", "bfloat16", "--dtype is bfloat16 on stage 2"), []),
     (Roll(7, [_IDENTITY, _IDENTITY]), []),

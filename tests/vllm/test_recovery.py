@@ -132,6 +132,24 @@ def test_a_request_that_fails_its_step_twice_is_failed_alone(ring: Ring, undistu
     assert "stage 2 failed step" in ring.stages[2].text()
 
 
+def test_a_standby_takes_over(ring: Ring, undisturbed: list[Stream], say: Callable[[str], None]) -> None:
+    standby = ring.start_stage(2, [*ring.command(2), "--pipeline-standby"])
+    ring.wait_for(lambda: "Stage 2: loaded layers" in standby.text(), 120)
+    ring.stages.remove(standby)
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    ring.stages[2].popen.kill()
+    killed_at = time.monotonic()
+    until(ring, "/ready", 503)
+    until(ring, "/ready", 200)
+    whole_s = time.monotonic() - killed_at
+    running.wait_for_tokens(1)
+    say(f"its standby takes over: whole after {whole_s:.1f} s, next token {time.monotonic() - killed_at:.1f} s later")
+    ring.stages[2].wait()
+    ring.stages[2] = standby
+    assert differences(running.finish(), undisturbed) == []
+
+
 def test_nothing_is_left_behind(ring: Ring) -> None:
     until(ring, "/ready", 200)
     until_idle(ring)

@@ -45,6 +45,7 @@ class StageSpec:
     layers: LayerRange
     bind_port: int
     prev_port: int
+    stands_by: bool = False
 
     @property
     def is_head(self) -> bool:
@@ -82,6 +83,7 @@ class VllmCommand:
             command += ["--pipeline-prev-stage-addr", predecessor, "--port", str(self.port)]
             return command + (["--host", self.host] if self.host else []) + list(self.extra)
         command += ["--pipeline-prev-stage-service-addr", predecessor, "--external-pp-worker"]
+        command += ["--pipeline-standby"] if spec.stands_by else []
         return command + _without_api_flags(self.extra)
 
 

@@ -9,7 +9,9 @@ Owns processes, signals and deadlines. What the stages are started with, and wha
     back-off over  ──┘                 a stage ended: it is started again, after a pause that grows, unless it has
                                        ended too often without having been ready for long
 
-Before the first answer a stage that ends stops everything: what is wrong then would be wrong again.
+Before the first answer a stage that ends stops everything: what is wrong then would be wrong again. After it, if asked
+to, a second process of each stage but the head is started that stands by; it takes the place of the first when that
+ends, and a new one stands by for it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stagewire.errors import ConfigError, PeerError, StagewireError
@@ -75,12 +77,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Exited:
-    stage: int
+    stage: _Stage
 
 
 @dataclass(frozen=True)
-class _RestartDue:
-    stage: int
+class _StartDue:
+    spec: StageSpec
+    num_failures: int
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ class _Answered:
     error: StagewireError | None = None
 
 
-_Event = StatusEvent | _Exited | _RestartDue | _StopAsked | _Answered
+_Event = StatusEvent | _Exited | _StartDue | _StopAsked | _Answered
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stage:
     """A started stage and what is known of it."""
 
@@ -173,6 +176,7 @@ class Supervisor:
         log_dir: stage_<i>.log are written there, new.
         serving: called with the model's name once the ring has answered; its text is shown.
         max_restarts: how often in a row a stage is started again while serving.
+        has_standbys: whether a second process of each stage but the head stands by.
     """
 
     def __init__(
@@ -188,7 +192,10 @@ class Supervisor:
         timeouts: Timeouts | None = None,
         environ: Mapping[str, str] = os.environ,
         max_restarts: int = DEFAULT_MAX_RESTARTS,
+        has_standbys: bool = False,
     ) -> None:
+        self._has_standbys = has_standbys
+        self._standbys: dict[int, _Stage] = {}
         self._max_restarts = max_restarts
         self._restarts: set[asyncio.Task[None]] = set()
         self._specs = specs
@@ -251,7 +258,7 @@ class Supervisor:
         return 0
 
     async def _start(self, spec: StageSpec, resources: Resources) -> _Stage:
-        log = self._log_dir / f"stage_{spec.index}.log"
+        log = self._log_dir / f"stage_{spec.index}{'_standby' if spec.stands_by else ''}.log"
         cores = resources.cores
         with log.open("ab") as out:
             process = await asyncio.create_subprocess_exec(
@@ -279,21 +286,32 @@ class Supervisor:
         now = asyncio.get_running_loop().time
         for stage in self._stages:
             stage.ready_at = now()
+            if self._has_standbys and not stage.spec.is_head:
+                self._plan_standby(stage.spec, 0)
         while True:
             event = await self._queue.get()
             match event:
                 case _StopAsked():
                     return
-                case _Exited(index):
-                    self._plan_restart(self._stages[index])
-                case _RestartDue(index):
-                    before = self._stages[index]
-                    self._stages[index] = await self._start(before.spec, self._resources[index])
-                    self._stages[index].num_failures = before.num_failures
+                case _Exited(stage):
+                    self._replace(stage)
+                case _StartDue(spec, num_failures):
+                    stage = await self._start(spec, self._resources[spec.index])
+                    stage.num_failures = num_failures
+                    if spec.stands_by:
+                        self._standbys[spec.index] = stage
+                    else:
+                        self._stages[spec.index] = stage
                 case StatusEvent():
                     self._note_while_serving(event)
 
     def _note_while_serving(self, event: StatusEvent) -> None:
+        standby = self._standbys.get(event.stage)
+        if standby is not None and standby.process.pid == event.pid:
+            if event.phase is Phase.LOADED:
+                standby.ready_at = asyncio.get_running_loop().time()
+                self._screen.say(f"stage {event.stage}  a standby has loaded")
+            return
         stage = self._stages[event.stage]
         match event.phase:
             case Phase.RECOVERING:
@@ -309,6 +327,30 @@ class Supervisor:
         if event.phase is Phase.READY and stage.ready_at is None:
             stage.ready_at = asyncio.get_running_loop().time()
 
+    def _replace(self, stage: _Stage) -> None:
+        """By its standby, if one has loaded, or by a new process.
+
+        Raises:
+            StageFailed: it has failed too often in a row.
+        """
+        index = stage.spec.index
+        if stage is self._standbys.get(index):
+            del self._standbys[index]
+            self._plan_restart(stage)
+            return
+        standby = self._standbys.get(index)
+        if standby is None or standby.ready_at is None:
+            self._plan_restart(stage)
+            return
+        del self._standbys[index]
+        standby.spec = stage.spec
+        self._stages[index] = standby
+        self._screen.say(f"{stage.describe_failure()}\nstage {index}: its standby takes over")
+        self._plan_standby(stage.spec, stage.num_failures + 1)
+
+    def _plan_standby(self, spec: StageSpec, num_failures: int) -> None:
+        self._start_later(replace(spec, stands_by=True), num_failures)
+
     def _plan_restart(self, stage: _Stage) -> None:
         """Raises StageFailed instead when it has failed too often in a row."""
         now = asyncio.get_running_loop().time()
@@ -322,25 +364,31 @@ class Supervisor:
             raise StageFailed(text, stage.exit_code if stage.exit_code > 0 else 1)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # a head's EngineCore outlives it
             os.killpg(stage.process.pid, signal.SIGKILL)
-        pause = 0.0
-        if stage.num_failures > 1:
-            pause = min(self._timeouts.back_off * 2 ** (stage.num_failures - 2), self._timeouts.most_back_off)
+        pause = self._start_later(stage.spec, stage.num_failures)
         when = f" in {pause:g} s" if pause else ""
         self._screen.say(f"{text}\nstage {stage.spec.index} is started again{when}")
-        task = asyncio.create_task(self._restart_after(stage.spec.index, pause))
+
+    def _start_later(self, spec: StageSpec, num_failures: int) -> float:
+        """After a pause that grows with the failures; its length in seconds."""
+        pause = 0.0
+        if num_failures > 1:
+            pause = min(self._timeouts.back_off * 2 ** (num_failures - 2), self._timeouts.most_back_off)
+
+        async def wait() -> None:
+            await asyncio.sleep(pause)
+            self._queue.put_nowait(_StartDue(spec, num_failures))
+
+        task = asyncio.create_task(wait())
         self._restarts.add(task)
         task.add_done_callback(self._restarts.discard)
-
-    async def _restart_after(self, index: int, pause: float) -> None:
-        await asyncio.sleep(pause)
-        self._queue.put_nowait(_RestartDue(index))
+        return pause
 
     # ---- events ----------------------------------------------------------------------------------------------------
 
     async def _watch(self, stage: _Stage) -> None:
         await stage.process.wait()
         self._receive()  # its last words were sent before it ended
-        self._queue.put_nowait(_Exited(stage.spec.index))
+        self._queue.put_nowait(_Exited(stage))
 
     def _receive(self) -> None:
         for event in self._receiver.receive():
@@ -463,9 +511,9 @@ class Supervisor:
             self._screen.say("stopping")
         if self._stages:
             await self._terminate(self._stages[:1], self._timeouts.head_stop)
-            await self._terminate(self._stages[1:], self._timeouts.stop)
+            await self._terminate([*self._stages[1:], *self._standbys.values()], self._timeouts.stop)
         self._kill_groups()
-        for stage in self._stages:
+        for stage in (*self._stages, *self._standbys.values()):
             await stage.exited
 
     async def _terminate(self, stages: Sequence[_Stage], timeout_s: float) -> None:
@@ -477,6 +525,6 @@ class Supervisor:
 
     def _kill_groups(self) -> None:
         """Ends what is left: of the head also its EngineCore process, which outlives an API server that was killed."""
-        for stage in self._stages:
+        for stage in (*self._stages, *self._standbys.values()):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(stage.process.pid, signal.SIGKILL)

@@ -48,6 +48,7 @@ _OWN_FLAGS = (
     "--pipeline-local-bind-port",
     "--pipeline-prev-stage-addr",
     "--pipeline-prev-stage-service-addr",
+    "--pipeline-standby",
 )
 
 EPILOG = """\
@@ -98,6 +99,11 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
         help="how often in a row a stage that ends while serving is started again; 0 stops the others instead "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="load every stage but the head a second time, on the same device, to take over when the first one ends",
+    )
     return model
 
 
@@ -114,6 +120,7 @@ class Launch:
     has_template: bool
     start_timeout_s: float
     max_restarts: int
+    has_standbys: bool
 
     def usage(self, api: Api, model: str) -> str:
         """What to copy once it serves; ``api`` is where clients ask."""
@@ -125,7 +132,7 @@ class Launch:
         screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.log_dir}")
         timeouts = Timeouts(start=self.start_timeout_s)
         parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.log_dir, serving)
-        return Supervisor(*parts, timeouts, max_restarts=self.max_restarts)
+        return Supervisor(*parts, timeouts, max_restarts=self.max_restarts, has_standbys=self.has_standbys)
 
 
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
@@ -171,7 +178,8 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     log_dir = _make_log_dir(args.log_dir, len(specs))
     has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
     source = args.pipeline_dir or model_dir
-    return Launch(specs, command, resources, api, source, log_dir, has_template, args.start_timeout, args.restarts)
+    limits = (args.start_timeout, args.restarts, args.standby)
+    return Launch(specs, command, resources, api, source, log_dir, has_template, *limits)
 
 
 def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:
@@ -237,7 +245,7 @@ def _make_log_dir(path: Path, num_stages: int) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         for old in path.glob("stage_*.log"):
-            if old.stem.removeprefix("stage_").isdecimal():
+            if old.stem.removeprefix("stage_").removesuffix("_standby").isdecimal():
                 old.unlink()
     except OSError as error:
         raise ConfigError(f"--log-dir {path}: {error}") from error

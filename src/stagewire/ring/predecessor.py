@@ -20,7 +20,9 @@ from stagewire.wire.messages import Hello, Message, Ping, Refused, StageIdentity
 
 __all__ = ["Link", "PredecessorLink"]
 
-HELLO_INTERVAL_S = 1.0
+# A Hello that comes before the predecessor knows that the stage before us is gone is answered "ask again".
+HELLO_INTERVAL_S = 0.25
+PING_INTERVAL_S = 1.0
 # Something that accepts connections but never answers like a stage is not one, after this time.
 MUTE_PEER_S = 30.0
 # Bounds what strangers can make us remember.
@@ -101,7 +103,7 @@ class PredecessorLink:
         """Says Hello until it is answered, then pings."""
         if self.state is Link.IDLE or now < self._next_send_at:
             return []
-        self._next_send_at = now + HELLO_INTERVAL_S
+        self._next_send_at = now + (HELLO_INTERVAL_S if self.is_greeting else PING_INTERVAL_S)
         if self.is_greeting:
             return self._send(Hello(self.identity, self.config.predecessor_stage))
         self._ping_ns = int(now * 1e9)

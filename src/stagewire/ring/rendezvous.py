@@ -7,6 +7,7 @@ is gone, the others try to bind the port: one becomes the owner, the rest regist
     (start)                    ──the port was free──> OWNER
     (start)                    ──the port was taken──> REGISTERING ──Registered──> REGISTERED
     REGISTERING or REGISTERED  ──owner gone──> OWNER, if the port is free now, or REGISTERING with the new owner
+    REGISTERING, standing by   ──> as long as another process of this stage has the port, or is registered
     REGISTERING                ──> failed: the owner is no stage, it answers nothing or has another protocol
 
 Knows the port, its owner and those registered with it; not the ring, whose phase comes as ``is_open``: an open ring
@@ -43,6 +44,8 @@ class Rendezvous:
     identity: StageIdentity
 
     _is_owner: bool = False
+    _is_known_stage: bool = False  # who has the port: it has answered as one
+    _has_place: bool = False  # once; a stage that only stands by has none so far
     _private_port: int | None = None
     _is_registered: bool = False
     _unanswered_since: float = 0.0
@@ -55,7 +58,7 @@ class Rendezvous:
     def bound(self, public: bool, port: int, now: float) -> list[Action]:
         """``public``: on the configured port, else on a private one."""
         if public:
-            self._is_owner = True
+            self._is_owner = self._has_place = True
             return []
         self._private_port = port
         self._unanswered_since = now
@@ -63,6 +66,11 @@ class Rendezvous:
 
     def port_taken(self) -> list[Action]:
         return [Bind(public=False)] if self._private_port is None else [ConnectOwner()]
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether this stage's place is another process's: its port, or its entry with the port's owner."""
+        return self.config.stands_by and not self._has_place
 
     def connected(self, is_open: bool, now: float) -> Outcome:
         self._next_register_at = now
@@ -76,7 +84,8 @@ class Rendezvous:
 
     def bad_handshake(self, is_open: bool) -> Outcome:
         self._bad_handshakes += 1
-        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not is_open:
+        is_patient = is_open or (self.stands_by and self._is_known_stage)
+        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not is_patient:
             return self._port_is_foreign()
         return [Bind(public=True)]
 
@@ -84,17 +93,19 @@ class Rendezvous:
         """NotHere: the owner is a stage, and will decide later."""
         if isinstance(message, NotHere):
             self._unanswered_since = now
+            self._is_known_stage = True
             return
-        self._is_registered = True
+        self._is_registered = self._has_place = True
         self._bad_handshakes = 0
 
     def tick(self, is_open: bool, now: float) -> Outcome:
         if self._is_owner or self._private_port is None or now < self._next_register_at:
             return []
         self._next_register_at = now + REGISTER_INTERVAL_S
-        if not self._is_registered and not is_open and now - self._unanswered_since >= MUTE_OWNER_S:
+        is_patient = is_open or (self.stands_by and self._is_known_stage)
+        if not self._is_registered and not is_patient and now - self._unanswered_since >= MUTE_OWNER_S:
             return self._port_is_foreign()
-        return [Send(Side.OWNER, Register(self.identity, self._private_port))]
+        return [Send(Side.OWNER, Register(self.identity, self._private_port, self.stands_by))]
 
     def _port_is_foreign(self) -> ConfigError:
         return ConfigError(
@@ -110,9 +121,12 @@ class Rendezvous:
         if caller.pipeline_id != self.identity.pipeline_id:
             return self._other_pipeline(caller)
         if caller.stage == self.config.stage:
-            return duplicate_refusal(caller.stage)
+            return NotHere(caller.stage) if register.stands_by else duplicate_refusal(caller.stage)
         entry = self._registry.get(caller.stage)
-        if entry is not None and entry.identity.incarnation != caller.incarnation:
+        is_alive = entry is not None and now - entry.heard_at < ALIVE_S
+        if register.stands_by and is_alive:
+            return NotHere(caller.stage)
+        if entry is not None and not register.stands_by and entry.identity.incarnation != caller.incarnation:
             verdict = entry.judge(caller.incarnation, now)
             if verdict is Verdict.REFUSED:
                 return duplicate_refusal(caller.stage)

@@ -182,6 +182,8 @@ class RingState:
     def waits_for(self) -> str:
         """Whom this stage waits for, for people."""
         config = self.config
+        if self._rendezvous.stands_by:
+            return f"the end of the stage {config.stage} that has port {config.bind_port}: it stands by"
         if not self._predecessor.is_linked:
             return f"{self._predecessor} ({self._predecessor.note})"
         if self._successor.peer is None:
@@ -194,11 +196,19 @@ class RingState:
 
     def start(self, now: float) -> list[Action]:
         self._next_line_at = now + WAIT_LINE_INTERVAL_S
-        return [Bind(public=True), Connect()]
+        return [Bind(public=True)] if self.config.stands_by else [Bind(public=True), Connect()]
 
     def bound(self, public: bool, port: int, now: float) -> list[Action]:
         """The outcome of Bind: on the configured port, or (it was taken) on a private one."""
-        return self._rendezvous.bound(public, port, now)
+        stood_by = self._rendezvous.stands_by
+        return [*self._rendezvous.bound(public, port, now), *self._take_place(stood_by, now)]
+
+    def _take_place(self, stood_by: bool, now: float) -> list[Action]:
+        """What a stage that has stood by does when nobody else has its place any more."""
+        if not stood_by or self._rendezvous.stands_by:
+            return []
+        self.started_at = now
+        return [Log(f"Stage {self.config.stage}: takes the place for which it has stood by"), Connect()]
 
     def port_taken(self) -> list[Action]:
         """Bind(public=True) found the port in use: by a stage of this pipeline on this host, or by something else."""
@@ -272,6 +282,8 @@ class RingState:
         A ring that has served waits for a stage without limit: the head refuses requests meanwhile (its own deadline),
         and serves again when the stage is back. Without a head there is nothing to wait for.
         """
+        if self._rendezvous.stands_by:
+            return None
         if not self._has_served:
             return self.config.start_timeout_s
         is_headless = self._lost is not None and self._lost.stage == 0
@@ -421,8 +433,9 @@ class RingState:
     def _from_owner(self, message: Message, now: float) -> list[Action]:
         match message:
             case Registered() | NotHere():
+                stood_by = self._rendezvous.stands_by
                 self._rendezvous.answered(message, now)
-                return []
+                return self._take_place(stood_by, now)
             case Refused():
                 return self._refused(message)
         return self._unexpected()

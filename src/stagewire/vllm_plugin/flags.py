@@ -90,6 +90,13 @@ def add_flags(parser: Any) -> None:
         f"{DEFAULT_RECOVERY_TIMEOUT_S}.",
     )
     add(
+        "--pipeline-standby",
+        action="store_true",
+        default=False,
+        help="Load this stage's layers and wait until the process that has its port, on this host, ends; then take its "
+        "place.",
+    )
+    add(
         ROOT_FLAG,
         action="extend",
         nargs="+",

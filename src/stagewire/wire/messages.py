@@ -116,10 +116,14 @@ class NotHere(_Struct, frozen=True):
 
 
 class Register(_Struct, frozen=True):
-    """To the owner of a shared port: I am ``identity`` and listen on ``port`` of the same address."""
+    """To the owner of a shared port: I am ``identity`` and listen on ``port`` of the same address.
+
+    ``stands_by``: for the owner itself, should it end; not to be found by others before that.
+    """
 
     identity: StageIdentity
     port: Port
+    stands_by: bool
 
 
 class Registered(_Struct, frozen=True):
