@@ -60,6 +60,7 @@ from stagewire.config import Address
 from stagewire.observe.timings import STEP_TRACE_ENV
 from stagewire.ring.actions import Side
 from stagewire.ring.link import Connected, Received
+from stagewire.ring.security import OPEN
 from stagewire.ring.zmq_link import COPY_THRESHOLD_BYTES, ZmqTransport
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Bye, StageTiming, Step, TensorSpec
@@ -124,7 +125,7 @@ def _raw_send(sock: Any, frames: Sequence[Frame]) -> None:
 
 def _our_echo(port: Any) -> None:
     _pin(1)
-    transport = ZmqTransport(HOST, 1 << 30)
+    transport = ZmqTransport(HOST, 1 << 30, OPEN)
     port.send(transport.bind(0))
     while True:
         for event in transport.poll(DEADLINE_S):
@@ -164,7 +165,7 @@ class OurPing:
     port: int
 
     def __post_init__(self) -> None:
-        self._transport = ZmqTransport(HOST, 1 << 30)
+        self._transport = ZmqTransport(HOST, 1 << 30, OPEN)
         self._transport.connect(Side.PREDECESSOR, Address(HOST, self.port))
         self._await(Connected)
 

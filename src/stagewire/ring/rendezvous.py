@@ -74,10 +74,10 @@ class Rendezvous:
         self._is_registered = False
         return [Bind(public=True)]
 
-    def bad_handshake(self, is_open: bool) -> Outcome:
+    def bad_handshake(self, is_open: bool, note: str = "") -> Outcome:
         self._bad_handshakes += 1
         if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not is_open:
-            return self._port_is_foreign()
+            return self._port_is_foreign(note)
         return [Bind(public=True)]
 
     def answered(self, message: Registered | NotHere, now: float) -> None:
@@ -96,9 +96,10 @@ class Rendezvous:
             return self._port_is_foreign()
         return [Send(Side.OWNER, Register(self.identity, self._private_port))]
 
-    def _port_is_foreign(self) -> ConfigError:
+    def _port_is_foreign(self, note: str = "") -> ConfigError:
+        what = f"another program ({note})" if note else "another program"
         return ConfigError(
-            f"port {self.config.bind_port} is taken by another program: choose another --pipeline-local-bind-port for "
+            f"port {self.config.bind_port} is taken by {what}: choose another --pipeline-local-bind-port for "
             f"stage {self.config.stage} (and the same in its successor's address), or end that program"
         )
 
