@@ -55,7 +55,7 @@ class Peer:
         self.process.send_signal(number)
 
 
-@pytest.fixture(params=["local", "open", "key"])
+@pytest.fixture(params=["local", "key"])
 def security(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """How both peers protect their link: when one is gone does not depend on it."""
     if request.param == "key":

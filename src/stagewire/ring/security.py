@@ -96,9 +96,11 @@ def read_key_file(path: Path) -> RingKey:
         raise ConfigError(
             f"{KEY_FILE_FLAG} {path} cannot be read: {error.strerror}; `stagewire keys FILE` makes one, once for a ring"
         ) from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         _check_key_file(path, os.fstat(fd))
-        text = file.read(MAX_KEY_FILE_BYTES).decode("ascii", "replace")
+        text = os.read(fd, MAX_KEY_FILE_BYTES).decode("ascii", "replace")
+    finally:
+        os.close(fd)
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     match = _KEY_LINE.fullmatch(lines[0]) if len(lines) == 1 else None
     if match is None:
