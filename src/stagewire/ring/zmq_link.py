@@ -164,7 +164,8 @@ class Greeting(Enum):
     CURVE = "CURVE"
 
 
-_MY_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+# Signature and version. No mechanism: a listener that wants another one would hang up before it has named its own.
+_BEGINNING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 _MECHANISM = slice(12, 32)
 
 
@@ -175,7 +176,7 @@ def read_greeting(host: str, port: int) -> Greeting:
         with socket.create_connection((host, port), GREETING_TIMEOUT_S) as probe:
             probe.settimeout(GREETING_TIMEOUT_S)
             with contextlib.suppress(OSError):
-                probe.sendall(_MY_GREETING)
+                probe.sendall(_BEGINNING)
                 while len(answer) < _MECHANISM.stop and (part := probe.recv(64)):
                     answer += part
     except TimeoutError:
@@ -381,7 +382,7 @@ class ZmqTransport:
             _secure_listener(self._router, security.key)
             self._authenticator = _Authenticator(self._context, security.key)
             self._poller.register(self._authenticator.zap_socket, zmq.POLLIN)
-        self._held_ports: list[socket.socket] = []  # which local sockets stand for; accepted from by nobody
+        self._held_ports: dict[str, socket.socket] = {}  # of local sockets, by path; nobody accepts from them
         self._foreign_since: dict[Side, float] = {}  # ports that something holds which cannot be told yet
         self._attempted: set[Side] = set()
         self._closed = False
@@ -420,11 +421,13 @@ class ZmqTransport:
         held = socket.create_server((self._bind_host, port), family=family, backlog=1)
         try:
             port = int(held.getsockname()[1])
-            self._router.bind(f"ipc://{self._security.socket_path(self._bind_host, port)}")
+            path = self._security.socket_path(self._bind_host, port)
+            assert path is not None
+            self._router.bind(f"ipc://{path}")
         except BaseException:
             held.close()
             raise
-        self._held_ports.append(held)
+        self._held_ports[path] = held
         return port
 
     def connect(self, side: Side, address: Address) -> None:
@@ -481,9 +484,11 @@ class ZmqTransport:
         self._router.close(linger_ms)
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.term()  # removes the local sockets; only then may somebody else have their ports
-        for held in self._held_ports:
-            held.close()
+        self._context.term()
+        for path, held in self._held_ports.items():
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            held.close()  # now somebody else may have the port, and the path
 
     def _dealer_socket(self, side: Side) -> zmq.Socket[bytes]:
         dealer = self._dealers.get(side)
