@@ -112,6 +112,8 @@ class Rendezvous:
             return self._other_pipeline(caller)
         if caller.stage == self.config.stage:
             return duplicate_refusal(caller.stage)
+        if caller.stage >= self.config.num_stages:
+            return NotHere(caller.stage)  # nobody can look for it; bounds what strangers can make us remember
         entry = self._registry.get(caller.stage)
         if entry is not None and entry.identity.incarnation != caller.incarnation:
             verdict = entry.judge(caller.incarnation, now)
