@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.utils.system_utils import set_ulimit
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import InternalError, RankError, StageLost, StagewireError
@@ -98,6 +99,7 @@ class RingProcess(Observer):
         self._bind_host, security, warnings = secure_stage(config)
         for warning in warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
+        set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
         transport = ZmqTransport(self._bind_host, max_frame_bytes(vllm_config), security)
         identity = make_identity(config, vllm_config)
         self.ring = RingRuntime(config, identity, transport, self, self._bind_host, self._watch)
