@@ -17,7 +17,8 @@ def head(
         layer_range: layers of stage 0, half-open: ``"0-8"``.
         bind_port: where stage 1 reaches this process.
         prev_stage_addr: ``HOST:PORT`` of the last stage.
-        options: stock arguments of `LLM`, and ``bind_host``, ``pipeline_id``, ``start_timeout``, ``step_timeout``.
+        options: stock arguments of `LLM`, and ``bind_host``, ``pipeline_id``, ``start_timeout``, ``step_timeout``,
+            ``key_file``, ``allow_insecure``.
 
     Raises:
         ConfigError: what is wrong with them.

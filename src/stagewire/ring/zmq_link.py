@@ -571,6 +571,7 @@ class ZmqTransport:
         event = recv_monitor_message(dealer.monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             dealer.came_up(self._patience_s)
+            self._foreign_since.pop(side, None)
             self._events.append(Connected(side))
             return
         if dealer.is_up:
@@ -617,9 +618,10 @@ class ZmqTransport:
             return Disconnected(side, "nothing listens there yet")
         if greeting in (Greeting.OTHER, Greeting.CURVE):
             return BadHandshake(side, _NEEDS_KEY if greeting is Greeting.CURVE else "")
-        # A stage that has just bound its port has its socket in a moment.
-        is_certain = now - self._foreign_since.setdefault(side, now) >= HANDSHAKE_TIMEOUT_MS / 1000
-        return BadHandshake(side, _NOT_OURS) if is_certain else Disconnected(side, _NOT_OURS)
+        # A stage that has just taken its port, or is just leaving it, has no socket for a moment.
+        if now - self._foreign_since.setdefault(side, now) < HANDSHAKE_TIMEOUT_MS / 1000:
+            return Disconnected(side, "its port is taken, but no stage of this user answers there yet")
+        return BadHandshake(side, _NOT_OURS)
 
 
 def _was_mute(dealer: _Dealer) -> bool:

@@ -15,6 +15,8 @@ _OPTIONS = {
     "pipeline_id": "pipeline_id",
     "start_timeout": "pipeline_start_timeout",
     "step_timeout": "pipeline_step_timeout",
+    "key_file": "pipeline_key_file",
+    "allow_insecure": "pipeline_allow_insecure",
 }
 
 
