@@ -202,7 +202,9 @@ def _network_id() -> int:
 
 @dataclass(frozen=True)
 class Security:
-    """How a stage's connections are protected. ``folder``: where its local sockets are; None: loopback is plain TCP.
+    """How a stage's connections are protected.
+
+    ``folder``: where this user's local sockets are, those of stages without a key; None: loopback is plain TCP.
 
     ``allows_insecure``: plain connections to and from anywhere.
     """
@@ -263,15 +265,14 @@ def secure(config: StageConfig, hosts: list[str]) -> Security:
     Raises:
         ConfigError: an unusable key file, or an address that needs one.
     """
-    if config.key_file is not None:
-        return Security(read_key_file(Path(config.key_file).expanduser()))
+    key = read_key_file(Path(config.key_file).expanduser()) if config.key_file is not None else None
     try:
         folder = runtime_folder(os.environ, os.geteuid())
-    except ConfigError:  # nothing can be written here: of no account to a stage that is not on loopback
-        if any(Reach.of(host) is Reach.LOOPBACK for host in hosts):
+    except ConfigError:  # nothing can be written here: of no account to a stage with a key, or on no loopback
+        if key is None and any(Reach.of(host) is Reach.LOOPBACK for host in hosts):
             raise
         folder = None
-    security = Security(None, folder, config.allow_insecure)
+    security = Security(key, folder, config.allow_insecure)
     problems = [problem for host in hosts if (problem := security.problem(host))]
     if problems:
         raise ConfigError(f"stage {config.stage}: {problems[0]}")
