@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import itertools
 import os
 import random
@@ -527,6 +528,33 @@ def test_a_stage_without_the_rings_key_ends_with_the_flags_name(is_keyed: bool, 
         assert "--pipeline-key-file" in str(error)
     finally:
         ring.close()
+
+
+@pytest.mark.parametrize("is_keyed", [True, False])
+def test_ports_of_another_program(is_keyed: bool, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A web server where the predecessor should be, and on this stage's own port."""
+    monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
+    security = Security(KEY) if is_keyed else Security(folder=socket_folder)
+    server = http.server.ThreadingHTTPServer((HOST, 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    port = int(server.server_address[1])
+    expected = {
+        (free_ports(1)[0], port): f"--pipeline-prev-stage-service-addr {HOST}:{port}: ",
+        (port, free_ports(1)[0]): f"port {port} is taken by another program",
+    }
+    for layout, text in expected.items():
+        config = make_config(1, [(0, 0), layout], num_stages=3)
+        transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
+        state = RingState(config, make_identity(config), time.monotonic())
+        node = RingNode(config, state, transport, time.monotonic_ns, record := Record(), HOST)
+        ends_at = time.monotonic() + DEADLINE_S
+        while node.turn(0.05):
+            assert time.monotonic() < ends_at, node
+        transport.close(0)
+        (error,) = record.errors
+        assert text in str(error)
+    server.shutdown()
+    server.server_close()
 
 
 def test_disconnected_is_no_refusal(folders: tuple[Path, Path]) -> None:
