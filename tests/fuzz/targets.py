@@ -19,9 +19,24 @@ from stagewire.errors import ProtocolError
 from stagewire.ring.actions import Action, Connect, ConnectOwner, Side
 from stagewire.ring.state import Phase, RingState
 from stagewire.wire.codec import WIRE_VERSION, Frame, decode, encode
-from stagewire.wire.messages import Hello, Message, Open, Register, Roll, Welcome
+from stagewire.wire.messages import (
+    Call,
+    CallResult,
+    Hello,
+    Message,
+    Open,
+    Register,
+    Reply,
+    Report,
+    Result,
+    Roll,
+    Sample,
+    Step,
+    TensorSpec,
+    Welcome,
+)
 from stagewire.wire.tensors import TensorPlan, check_tensors
-from unit.ring_harness import make_config, make_identity
+from unit.ring_harness import make_config, make_identity, make_report
 
 __all__ = ["TARGETS", "read_chunks", "seeds"]
 
@@ -29,6 +44,8 @@ GOLDEN = Path(__file__).parents[1] / "unit" / "golden_frames.json"
 # Far above what a stage has to keep of its neighbours, far below what would hurt.
 MAX_STATE_BYTES = 4 << 20
 MAX_ACTIONS = 64
+EPOCH = 123456789
+NUM_PROGRESS = 5
 PREDECESSOR, SUCCESSOR, STRANGER = b"", b"succ", b"strange"
 
 
@@ -72,7 +89,7 @@ def fuzz_state(data: bytes) -> None:
     The first byte chooses the stage and how far its ring has come, the first of each piece who says it.
     """
     first, now = data[:1] or b"\0", 100.0
-    state = _make_state(first[0] % 4, first[0] >> 2 & 3)
+    state = _make_state(first[0] % 4, first[0] // 4 % NUM_PROGRESS)
     peers = {0: (Side.PREDECESSOR, PREDECESSOR), 1: (Side.SUCCESSOR, SUCCESSOR), 2: (Side.SUCCESSOR, STRANGER)}
     for piece in read_chunks(data[1:]):
         now += (piece[:1] or b"\0")[0] / 32
@@ -104,9 +121,9 @@ def _say(state: RingState, side: Side, peer: bytes, data: bytes, now: float) -> 
 
 
 def _make_state(stage: int, progress: int) -> RingState:
-    """``progress``: 0 nothing yet, 1 greeting, 2 linked to both neighbours, 3 open."""
+    """``progress``: 0 nothing yet, 1 greeting, 2 linked to both neighbours, 3 open, 4 serving."""
     config = make_config(stage)
-    state = RingState(config, make_identity(config), 99.0, first_epoch=123456789)
+    state = RingState(config, make_identity(config), 99.0, first_epoch=EPOCH)
     state.start(99.0)
     state.bound(True, config.bind_port, 99.0)
     before, after = (make_identity(make_config(index % 4), "it") for index in (stage - 1, stage + 1))
@@ -120,8 +137,10 @@ def _make_state(stage: int, progress: int) -> RingState:
             roll[0] = state.identity
         state.received(Side.PREDECESSOR, PREDECESSOR, Roll(roll), (), 99.0)
     if progress >= 3:
-        state.received(Side.PREDECESSOR, PREDECESSOR, Open(123456789), (), 99.0)
+        state.received(Side.PREDECESSOR, PREDECESSOR, Open(EPOCH), (), 99.0)
         assert state.phase is Phase.OPEN
+    if progress >= 4:
+        state.began_serving()
     return state
 
 
@@ -208,22 +227,31 @@ def seeds(name: str) -> list[bytes]:
     if name in ("decode", "tensors"):
         return [write_chunks(frames) for _, frames in golden()]
     if name == "state":
-        return [_play(stage | progress << 2) for stage in range(4) for progress in range(4)]
+        firsts = [stage + 4 * progress for stage in range(4) for progress in range(NUM_PROGRESS)]
+        return [seed for first in firsts for seed in _scenes(first)]
     from fuzz.codec_seeds import codec_seeds
 
     return codec_seeds(name)
 
 
-def _play(first: int) -> bytes:
-    """Every recorded message and a few of this ring's own, from everybody."""
-    stage = first % 4
-    own: list[Message] = [
-        Welcome(make_identity(make_config((stage - 1) % 4), "other")),
-        Hello(make_identity(make_config((stage + 1) % 4), "other"), stage),
-        Register(make_identity(make_config((stage + 2) % 4), "other"), 5),
-        Roll([make_identity(make_config(index), "other") for index in range(stage or 4)]),
+def _scenes(first: int) -> Iterator[bytes]:
+    """One event or message each, from everybody in turn: the recorded ones, and those that fit this very ring."""
+    stage, step = first % 4, Step(EPOCH, 1, 1, 7, False, [TensorSpec("hidden_states", "float32", [1, 8])], [])
+    own: list[tuple[Message, list[bytes]]] = [
+        (Welcome(make_identity(make_config((stage - 1) % 4), "other")), []),
+        (Hello(make_identity(make_config((stage + 1) % 4), "other"), stage), []),
+        (Register(make_identity(make_config((stage + 2) % 4), "other"), 5), []),
+        (Roll([make_identity(make_config(index), "other") for index in range(stage or 4)]), []),
+        (Open(EPOCH + 1), []),
+        (Call(EPOCH, 1, "check_health"), [b"args"]),
+        (Reply(EPOCH, 1, [CallResult(1, 0, "", "")]), [b"value"]),
+        (step, [b"schedule", bytes(32)]),
+        (Sample(EPOCH, 1), [b"bitmask"]),
+        (Result(EPOCH, 1, []), [b"tokens"]),
+        (Report(EPOCH, [make_report(index) for index in range(stage or 4)]), []),
     ]
-    frames = [list(map(bytes, encode(message))) for message in own] + [frames for _, frames in golden()]
-    pieces = [bytes([who, event]) for event in (1, 2, 3) for who in (0, 3)]
-    pieces += [bytes([who, 4]) + write_chunks(each) for each in frames for who in range(4)]
-    return bytes([first]) + write_chunks(pieces)
+    everybody = (1, 2, 3, 0)  # the predecessor last: its word can end a ring
+    for event in (1, 2, 3):
+        yield bytes([first]) + write_chunks([bytes([who, event]) for who in everybody])
+    for frames in [[bytes(frame) for frame in encode(*each)] for each in own] + [frames for _, frames in golden()]:
+        yield bytes([first]) + write_chunks([bytes([who, 4]) + write_chunks(frames) for who in everybody])
