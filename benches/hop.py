@@ -1,6 +1,6 @@
 """The cost of a hop: what a pipeline of independent processes adds to a token, and where.
 
-Three tables, one run:
+Four tables, one run:
 
 1. Time per output token of one request (greedy) on N stages against one stock process with one stage's threads and
    one core. Stages work one after the other on one request, so without any cost of hops the two are equal. Taken from
@@ -19,6 +19,7 @@ Three tables, one run:
    Also with a pause before each message, as long as a forward pass: what waking up idle cores costs anybody, and so the
    floor of a hop in a pipeline of one request. In a stage the ring's thread and the model's thread are two: `wire` has
    their two hand-overs on top.
+4. The same frames over plain TCP, over a Unix socket as between stages on loopback, and under CURVE as with a key.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,16 @@ from benches.common import (
 from stagewire.checkpoint.model_config import read_config
 from stagewire.config import Address
 from stagewire.observe.timings import STEP_TRACE_ENV
+from stagewire.ring import zmq_link
 from stagewire.ring.actions import Side
 from stagewire.ring.link import Connected, Received
+from stagewire.ring.security import OPEN, RingKey, Security
 from stagewire.ring.zmq_link import COPY_THRESHOLD_BYTES, ZmqTransport
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Bye, StageTiming, Step, TensorSpec
 
 HOST = "127.0.0.1"
+zmq_link.MAX_BACKWARD_BYTES = 1 << 30  # an echo sends backward what a ring only sends forward
 SIZES = {"64 KiB": 64 << 10, "1 MiB": 1 << 20, "8 MiB": 8 << 20}
 AFTER_PAUSE = "decode step, after a pause"
 DEADLINE_S = 20.0
@@ -122,9 +126,9 @@ def _raw_send(sock: Any, frames: Sequence[Frame]) -> None:
         sock.send(frame, 0 if index == last else zmq.SNDMORE, copy=is_small)
 
 
-def _our_echo(port: Any) -> None:
+def _our_echo(port: Any, security: Security) -> None:
     _pin(1)
-    transport = ZmqTransport(HOST, 1 << 30)
+    transport = ZmqTransport(HOST, 1 << 30, security)
     port.send(transport.bind(0))
     while True:
         for event in transport.poll(DEADLINE_S):
@@ -162,9 +166,10 @@ class RawPing:
 @dataclass
 class OurPing:
     port: int
+    security: Security
 
     def __post_init__(self) -> None:
-        self._transport = ZmqTransport(HOST, 1 << 30)
+        self._transport = ZmqTransport(HOST, 1 << 30, self.security)
         self._transport.connect(Side.PREDECESSOR, Address(HOST, self.port))
         self._await(Connected)
 
@@ -193,29 +198,79 @@ class OurPing:
         self._transport.close()
 
 
-def measure_floor(options: argparse.Namespace) -> float:
-    """Prints table 3; returns the raw half round trip of a decode step after a pause, in microseconds."""
+def _start_echo(stack: ExitStack, target: Callable[..., None], *arguments: Any) -> int:
     spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=target, args=(there, *arguments), daemon=True)
+    process.start()
+    stack.callback(process.kill)
+    if not here.poll(DEADLINE_S):
+        raise TimeoutError("the echo process did not start")
+    port: int = here.recv()
+    return port
+
+
+def _loads(options: argparse.Namespace) -> dict[str, tuple[Step, list[Frame]]]:
     hidden = int(read_config(options.model)["hidden_size"])
     decode_step = step_frames(2, 1, hidden, options.dtype)
     loads = {"decode step": decode_step, AFTER_PAUSE: decode_step}
     for name, num_bytes in SIZES.items():
         loads[name] = step_frames(2, num_bytes // 2 // 4 // 256, 256, "float32")
+    return loads
+
+
+def measure_security(options: argparse.Namespace) -> None:
+    """Prints what Unix sockets and CURVE cost beside plain TCP, measured in turns."""
+    loads = _loads(options)
+    affinity = os.sched_getaffinity(0)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
+        kinds = {
+            "plain TCP": OPEN,
+            "Unix socket": Security(folder=folder),
+            "CURVE": Security(RingKey(b"l" * 32, b"c" * 32)),
+        }
+        ports = {kind: _start_echo(stack, _our_echo, security) for kind, security in kinds.items()}
+        _pin(0)
+        stack.callback(os.sched_setaffinity, 0, affinity)
+        pings = {kind: OurPing(ports[kind], security) for kind, security in kinds.items()}
+        found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name in loads}
+        for index in range(options.rounds):
+            for name, (message, payloads) in loads.items():
+                pause_s = options.pause_ms / 1000 if name == AFTER_PAUSE else 0.0
+                is_slow = pause_s > 0 or sum(map(len, payloads)) >= 1 << 22
+                wait_until_quiet(options.max_foreign, options.max_wait)
+                for kind in [*kinds][:: 1 if index % 2 else -1]:
+                    count = options.messages // 4 if is_slow else options.messages
+                    found[name][kind].append(pings[kind].half_us(message, payloads, count, pause_s))
+        for ping in pings.values():
+            ping.close()
+    rows = []
+    for name, times in found.items():
+        num_bytes = sum(memoryview(frame).nbytes for frame in encode(*loads[name]))
+        plain, *others = (statistics.median(each) for each in times.values())
+        added = [f"{other - plain:+.0f}" for other in others]
+        rate = f"{num_bytes / (others[-1] * 1e-6) / 1e9:.2f}"
+        rows.append([name, str(num_bytes), *(f"{each:.0f}" for each in (plain, *others)), *added, rate])
+    print_table(
+        "One way between two processes, by how the link is protected, microseconds",
+        ["message", "bytes", *kinds, "Unix socket adds", "CURVE adds", "CURVE, GB/s"],
+        rows,
+    )
+
+
+def measure_floor(options: argparse.Namespace) -> float:
+    """Prints table 3; returns the raw half round trip of a decode step after a pause, in microseconds."""
+    loads = _loads(options)
     results = {name: Ratios() for name in loads}
     affinity = os.sched_getaffinity(0)
     with ExitStack() as stack:
         ports = []
-        for target in (_raw_echo, _our_echo):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=target, args=(there,), daemon=True)
-            process.start()
-            stack.callback(process.kill)
-            if not here.poll(DEADLINE_S):
-                raise TimeoutError("the echo process did not start")
-            ports.append(here.recv())
+        for target, arguments in ((_raw_echo, ()), (_our_echo, (OPEN,))):
+            ports.append(_start_echo(stack, target, *arguments))
         _pin(0)
         stack.callback(os.sched_setaffinity, 0, affinity)
-        raw, ours = RawPing(ports[0]), OurPing(ports[1])
+        raw, ours = RawPing(ports[0]), OurPing(ports[1], OPEN)
         for index in range(options.rounds):
             for name, (message, payloads) in loads.items():
                 pause_s = options.pause_ms / 1000 if name == AFTER_PAUSE else 0.0
@@ -353,6 +408,7 @@ def main() -> None:
     options = parse_arguments()
     begin(options.model)
     raw_us = measure_floor(options)
+    measure_security(options)
     if options.stages:
         measure_stages(options, raw_us)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="minutes long: run with --slow"))
+
+
+@pytest.fixture
+def socket_folder() -> Iterator[Path]:
+    """Of this user only, with a path that is short enough for sockets (pytest's own are not)."""
+    with tempfile.TemporaryDirectory(prefix="stagewire-test-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stagewire import __version__
-from stagewire.commands import export, front, plan, status
+from stagewire.commands import export, front, keys, plan, status
 from stagewire.errors import StagewireError
 from stagewire.launch import up
 
@@ -38,6 +38,10 @@ def _run_demo_model(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
 def _run_export(args: argparse.Namespace, extra: Sequence[str]) -> int:
     return export.run(args)
+
+
+def _run_keys(args: argparse.Namespace, extra: Sequence[str]) -> int:
+    return keys.run(args)
 
 
 def _run_plan(args: argparse.Namespace, extra: Sequence[str]) -> int:
@@ -94,6 +98,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     export.add_arguments(export_parser)
     export_parser.set_defaults(run=_run_export, takes_extra=False)
+
+    keys_parser = commands.add_parser(
+        "keys", help="make the key that protects a ring between hosts", allow_abbrev=False
+    )
+    keys.add_arguments(keys_parser)
+    keys_parser.set_defaults(run=_run_keys, takes_extra=False)
 
     demo = commands.add_parser("demo-model", help="make a small real model to try things with", allow_abbrev=False)
     demo.add_argument("dir", nargs="?", type=Path, default=Path(".demo/model"), help="default: %(default)s")

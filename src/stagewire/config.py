@@ -14,9 +14,11 @@ from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
 
 __all__ = [
+    "ALLOW_INSECURE_FLAG",
     "DEFAULT_RECOVERY_TIMEOUT_S",
     "DEFAULT_START_TIMEOUT_S",
     "DEFAULT_STEP_TIMEOUT_S",
+    "KEY_FILE_FLAG",
     "Address",
     "StageConfig",
     "is_external",
@@ -27,6 +29,8 @@ DEFAULT_START_TIMEOUT_S = 600
 DEFAULT_RECOVERY_TIMEOUT_S = 600
 # As long as vLLM's own multiprocessing executor waits for a step (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS).
 DEFAULT_STEP_TIMEOUT_S = 300
+KEY_FILE_FLAG = "--pipeline-key-file"
+ALLOW_INSECURE_FLAG = "--pipeline-allow-insecure"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class StageConfig:
     stands_by: bool = False  # until the process that has this stage's port ends
     lora_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
+    key_file: str | None = None
+    allow_insecure: bool = False
 
     @property
     def is_head(self) -> bool:
@@ -113,6 +119,8 @@ _FLAGS = {
     "pipeline_recovery_timeout": "--pipeline-recovery-timeout",
     "pipeline_lora_root": "--pipeline-lora-root",
     "pipeline_standby": "--pipeline-standby",
+    "pipeline_key_file": KEY_FILE_FLAG,
+    "pipeline_allow_insecure": ALLOW_INSECURE_FLAG,
     "external_pp_worker": "--external-pp-worker",
 }
 
@@ -176,7 +184,20 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
         lora_roots=tuple(map(str, flags.get("pipeline_lora_root") or ())),
         # vLLM's own flag, already parsed by it.
         lora_modules=tuple((module.name, module.path) for module in flags.get("lora_modules") or ()),
+        key_file=_key_file(flags),
+        allow_insecure=bool(flags.get("pipeline_allow_insecure")),
     )
+
+
+def _key_file(flags: Mapping[str, Any]) -> str | None:
+    path = flags.get("pipeline_key_file")
+    if path is None:
+        return None
+    if not str(path).strip():
+        raise ConfigError(f"{KEY_FILE_FLAG} names no file: give the path of one made by `stagewire keys FILE`")
+    if flags.get("pipeline_allow_insecure"):
+        raise ConfigError(f"{KEY_FILE_FLAG} and {ALLOW_INSECURE_FLAG}: with a key nothing is insecure; drop one")
+    return str(path)
 
 
 def _check_worker_flag(stage: int, is_worker: bool) -> None:

@@ -18,7 +18,7 @@ def head(
         bind_port: where stage 1 reaches this process.
         prev_stage_addr: ``HOST:PORT`` of the last stage.
         options: stock arguments of `LLM`, and ``bind_host``, ``pipeline_id``, ``start_timeout``, ``step_timeout``,
-            ``recovery_timeout``.
+            ``recovery_timeout``, ``key_file``, ``allow_insecure``.
 
     Raises:
         ConfigError: what is wrong with them.

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from stagewire.errors import ConfigError
+from stagewire.ring.security import OPEN, make_key_file
 from stagewire.ring.zmq_link import ZmqTransport
 
 pytestmark = pytest.mark.process
@@ -54,14 +55,23 @@ class Peer:
         self.process.send_signal(number)
 
 
+@pytest.fixture(params=["local", "key"])
+def security(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """How both peers protect their link: when one is gone does not depend on it."""
+    if request.param == "key":
+        make_key_file(tmp_path / "ring.key")
+        return str(tmp_path / "ring.key")
+    return str(request.param)
+
+
 @contextlib.contextmanager
-def linked() -> Iterator[tuple[Peer, Peer]]:
+def linked(security: str) -> Iterator[tuple[Peer, Peer]]:
     with contextlib.ExitStack() as stack:
-        listener = Peer()
+        listener = Peer(security)
         stack.callback(listener.process.kill)
         port = listener.line()
         assert port is not None
-        caller = Peer(port)
+        caller = Peer(security, port)
         stack.callback(caller.process.kill)
         assert caller.line() == "connected"
         caller.write("hello")
@@ -69,8 +79,8 @@ def linked() -> Iterator[tuple[Peer, Peer]]:
         yield listener, caller
 
 
-def test_a_frozen_peer_is_lost_within_five_seconds() -> None:
-    with linked() as (listener, caller):
+def test_a_frozen_peer_is_lost_within_five_seconds(security: str) -> None:
+    with linked(security) as (listener, caller):
         listener.signal(signal.SIGSTOP)
         began_at = time.monotonic()
         event = caller.line()
@@ -79,8 +89,8 @@ def test_a_frozen_peer_is_lost_within_five_seconds() -> None:
         assert time.monotonic() - began_at < 5.0
 
 
-def test_a_killed_peer_is_lost_at_once() -> None:
-    with linked() as (listener, caller):
+def test_a_killed_peer_is_lost_at_once(security: str) -> None:
+    with linked(security) as (listener, caller):
         listener.process.kill()
         event = caller.line(1.0)
         assert event is not None
@@ -88,9 +98,9 @@ def test_a_killed_peer_is_lost_at_once() -> None:
 
 
 @pytest.mark.parametrize("who", ["both", "caller", "listener"])
-def test_a_stall_is_no_loss(who: str) -> None:
+def test_a_stall_is_no_loss(who: str, security: str) -> None:
     """A machine that stands still for longer than any heartbeat, or one process for a moment, breaks no link."""
-    with linked() as (listener, caller):
+    with linked(security) as (listener, caller):
         peers = {"both": [listener, caller], "caller": [caller], "listener": [listener]}[who]
         for peer in peers:
             peer.signal(signal.SIGSTOP)
@@ -102,9 +112,9 @@ def test_a_stall_is_no_loss(who: str) -> None:
         assert caller.line(3.0) is None
 
 
-def test_patience_is_set_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_is_set_in_the_environment(monkeypatch: pytest.MonkeyPatch, security: str) -> None:
     monkeypatch.setenv("STAGEWIRE_PEER_PATIENCE_S", "12")
-    with linked() as (listener, caller):
+    with linked(security) as (listener, caller):
         listener.signal(signal.SIGSTOP)
         assert caller.line(6.0) is None
         listener.signal(signal.SIGCONT)
@@ -116,4 +126,4 @@ def test_patience_is_set_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 def test_malformed_patience_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("STAGEWIRE_PEER_PATIENCE_S", text)
     with pytest.raises(ConfigError, match="STAGEWIRE_PEER_PATIENCE_S="):
-        ZmqTransport("127.0.0.1", 1 << 20)
+        ZmqTransport("127.0.0.1", 1 << 20, OPEN)

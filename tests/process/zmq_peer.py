@@ -1,7 +1,9 @@
 """One end of a link over ZeroMQ in a process of its own: prints its port and its events, a line each.
 
-    python zmq_peer.py            listens
-    python zmq_peer.py PORT       connects there
+    python zmq_peer.py SECURITY            listens
+    python zmq_peer.py SECURITY PORT       connects there
+
+SECURITY is "local" (in the user's folder for sockets), "open", or the path of a key file.
 
 A line on standard input is sent as a message; the listening end answers with the same frames.
 """
@@ -11,10 +13,12 @@ from __future__ import annotations
 import os
 import select
 import sys
+from pathlib import Path
 
 from stagewire.config import Address
 from stagewire.ring.actions import Side
 from stagewire.ring.link import Connected, Received
+from stagewire.ring.security import OPEN, Security, read_key_file, runtime_folder
 from stagewire.ring.zmq_link import ZmqTransport
 
 HOST = "127.0.0.1"
@@ -24,13 +28,19 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def read_security(text: str) -> Security:
+    if text == "local":
+        return Security(folder=runtime_folder(os.environ, os.geteuid()))
+    return OPEN if text == "open" else Security(read_key_file(Path(text)))
+
+
 def main() -> None:
-    transport = ZmqTransport(HOST, 1 << 20)
-    is_listening = len(sys.argv) == 1
+    transport = ZmqTransport(HOST, 1 << 20, read_security(sys.argv[1]))
+    is_listening = len(sys.argv) == 2
     if is_listening:
         say(str(transport.bind(0)))
     else:
-        transport.connect(Side.PREDECESSOR, Address(HOST, int(sys.argv[1])))
+        transport.connect(Side.PREDECESSOR, Address(HOST, int(sys.argv[2])))
     while True:
         for event in transport.poll(0.1):
             if isinstance(event, Received):

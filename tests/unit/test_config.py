@@ -63,6 +63,15 @@ def test_either_predecessor_flag_on_any_stage(flags: dict[str, Any]) -> None:
     assert parse_stage({**flags, **dict.fromkeys(names, "h:1")}).predecessor == Address("h", 1)
 
 
+def test_how_connections_are_protected() -> None:
+    assert (parse_stage(HEAD).key_file, parse_stage(HEAD).allow_insecure) == (None, False)
+    assert parse_stage({**HEAD, "pipeline_key_file": "/k"}).key_file == "/k"
+    assert parse_stage({**HEAD, "pipeline_allow_insecure": True}).allow_insecure
+    for flag in ("--pipeline-key-file", "--pipeline-allow-insecure"):
+        with pytest.raises(ConfigError, match=f"{flag} given without"):
+            is_external({flag[2:].replace("-", "_"): "x"})
+
+
 def test_numbers_may_be_text() -> None:
     flags = {**HEAD, "pipeline_stage_idx": "0", "pipeline_total_stages": "4", "pipeline_start_timeout": "1.5"}
     assert parse_stage(flags).start_timeout_s == 1.5
@@ -99,6 +108,8 @@ def test_numbers_may_be_text() -> None:
         (HEAD, {"pipeline_start_timeout": -1}, "more than 0 seconds"),
         (HEAD, {"pipeline_step_timeout": "inf"}, "more than 0 seconds"),
         (HEAD, {"pipeline_step_timeout": "nan"}, "more than 0 seconds"),
+        (HEAD, {"pipeline_key_file": ""}, "--pipeline-key-file names no file"),
+        (HEAD, {"pipeline_key_file": "k", "pipeline_allow_insecure": True}, "with a key nothing is insecure"),
         (HEAD, {"pipeline_step_timeout": "soon"}, "--pipeline-step-timeout 'soon' is not a number"),
     ],
 )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,9 @@ from stagewire.ring.link import (
     UnreachableError,
 )
 from stagewire.ring.node import RingNode
+from stagewire.ring.security import OPEN, RingKey, Security
 from stagewire.ring.state import Phase, RingState
-from stagewire.ring.zmq_link import ZmqTransport, local_host_towards, resolve
+from stagewire.ring.zmq_link import MAX_BACKWARD_BYTES, ZmqTransport, local_host_towards, resolve
 from stagewire.wire.messages import Call
 from unit.ring_harness import OWN_PORTS, QUICKSTART_PORTS, Record, make_config, make_identity
 
@@ -104,13 +106,21 @@ def memory() -> Callable[[], Transport]:
     return lambda: MemoryTransport(network)
 
 
-def over_zmq() -> Callable[[], Transport]:
-    return lambda: ZmqTransport(HOST, MAX_FRAME_BYTES)
+def over_zmq(security: Security = OPEN) -> Callable[[], Transport]:
+    return lambda: ZmqTransport(HOST, MAX_FRAME_BYTES, security)
 
 
-@pytest.fixture(params=[memory, over_zmq], ids=["memory", "zmq"])
-def network(request: pytest.FixtureRequest) -> Iterator[Network]:
-    network = Network(request.param())
+# How a ring's connections can be protected, given a folder for local sockets.
+SECURITIES: dict[str, Callable[[Path], Security]] = {
+    "plain": lambda folder: OPEN,
+    "local": lambda folder: Security(folder=folder),
+    "key": lambda folder: Security(RingKey(b"l" * 32, b"c" * 32)),
+}
+
+
+@pytest.fixture(params=["memory", *SECURITIES])
+def network(request: pytest.FixtureRequest, socket_folder: Path) -> Iterator[Network]:
+    network = Network(memory() if request.param == "memory" else over_zmq(SECURITIES[request.param](socket_folder)))
     yield network
     network.close()
 
@@ -207,10 +217,12 @@ class TestContract:
     @pytest.mark.parametrize("num_bytes", [0, 1, 65535, 65536, 3 << 20])
     def test_frames_of_any_size(self, network: Network, num_bytes: int) -> None:
         before, after, _ = network.pair()
-        frame = os.urandom(num_bytes)
-        after.transport.send(P, b"", [b"header", memoryview(frame), bytearray(frame)])
+        after.transport.send(P, b"", [b"hello"])
         network.until(lambda: before.received)
-        assert before.received == [(b"header", frame, frame)]
+        frame = os.urandom(num_bytes)
+        before.transport.send(S, before.peers[0], [b"header", memoryview(frame), bytearray(frame)])
+        network.until(lambda: after.received)
+        assert after.received == [(b"header", frame, frame)]
 
     def test_loss_of_the_predecessor_is_seen(self, network: Network) -> None:
         before, after, _ = network.pair()
@@ -369,14 +381,17 @@ class TestZmq:
 
     def test_large_frames_are_not_copied_and_stay_valid(self, zmq_network: Network) -> None:
         before, after, _ = zmq_network.pair()
+        after.transport.send(P, b"", [b"hello"])
+        zmq_network.until(lambda: before.received)
+        after.take()
         frame = bytearray(os.urandom(2 << 20))
-        after.transport.send(P, b"", [frame])
-        zmq_network.until(lambda: before.of(Received))
-        (event,) = before.of(Received)
+        before.transport.send(S, before.peers[0], [frame])
+        zmq_network.until(lambda: after.of(Received))
+        (event,) = after.of(Received)
         assert isinstance(event, Received)
         assert isinstance(event.frames[0], memoryview)
-        before.transport.close(0)
-        zmq_network.ends.remove(before)
+        after.transport.close(0)
+        zmq_network.ends.remove(after)
         assert event.frames[0] == frame
 
     @pytest.mark.parametrize("garbage", [b"\xff" * 64, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 4, b"SSH-2.0"])
@@ -426,17 +441,19 @@ class TestZmq:
         before, after, port = zmq_network.pair()
         rude = zmq_network.end()
         zmq_network.connect(rude, port)
-        rude.transport.send(P, b"", [bytes(MAX_FRAME_BYTES + 1)])
+        rude.transport.send(P, b"", [bytes(MAX_BACKWARD_BYTES + 1)])
         zmq_network.until(lambda: rude.of(Disconnected))
         after.transport.send(P, b"", [b"still there"])
         zmq_network.until(lambda: before.received == [(b"still there",)])
+        before.transport.send(S, before.peers[0], [bytes(MAX_FRAME_BYTES + 1)])
+        zmq_network.until(lambda: after.of(Disconnected))
 
     def test_ipv6(self) -> None:
         try:
             socket.create_server(("::1", 0), family=socket.AF_INET6).close()
         except OSError:
             pytest.skip("no IPv6 on this machine")
-        network = Network(lambda: ZmqTransport("::1", MAX_FRAME_BYTES))
+        network = Network(lambda: ZmqTransport("::1", MAX_FRAME_BYTES, OPEN))
         before, after = network.end(), network.end()
         after.transport.connect(P, Address("::1", before.transport.bind(0)))
         network.until(lambda: Connected(P) in after.events)
@@ -457,7 +474,7 @@ class TestZmq:
                 local_host_towards(Address(name, 1))
 
     def test_binding_to_an_address_of_another_machine(self) -> None:
-        transport = ZmqTransport("192.0.2.1", MAX_FRAME_BYTES)
+        transport = ZmqTransport("192.0.2.1", MAX_FRAME_BYTES, OPEN)
         with pytest.raises(ConfigError, match="--pipeline-local-bind-host"):
             transport.bind(0)
         transport.close()
@@ -469,13 +486,23 @@ class TestZmq:
 
 @pytest.mark.parametrize("ports", [QUICKSTART_PORTS, OWN_PORTS], ids=["one port", "own ports"])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
-def test_a_ring_over_sockets(ports: tuple[tuple[int, int], ...], order: tuple[int, ...]) -> None:
-    """Four nodes over ZeroMQ: whole, a call goes round, the tail dies, the others name it."""
+@pytest.mark.parametrize("kind", list(SECURITIES))
+def test_a_ring_over_sockets(
+    ports: tuple[tuple[int, int], ...], order: tuple[int, ...], kind: str, socket_folder: Path
+) -> None:
+    """Four nodes over ZeroMQ: whole, a call goes round, one dies, the others name it, it comes back."""
     real = {port: free_port() for port in {port for pair in ports for port in pair}}
     layout = [(real[own], real[before]) for own, before in ports]
     nodes: dict[int, RingNode] = {}
     records = {index: Record() for index in range(4)}
-    transports = {index: ZmqTransport(HOST, MAX_FRAME_BYTES) for index in range(4)}
+    transports: dict[int, Transport] = {}
+
+    def start(index: int, incarnation: str) -> None:
+        transports[index] = over_zmq(SECURITIES[kind](socket_folder))()
+        config = make_config(index, layout)
+        state = RingState(config, make_identity(config, incarnation), time.monotonic())
+        nodes[index] = RingNode(config, state, transports[index], time.monotonic_ns, records[index], HOST)
+        nodes[index].turn(0.05)
 
     def turn_until(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -487,16 +514,17 @@ def test_a_ring_over_sockets(ports: tuple[tuple[int, int], ...], order: tuple[in
                     del nodes[index]
 
     for index in order:
-        config = make_config(index, layout)
-        state = RingState(config, make_identity(config, f"process {index}"), time.monotonic())
-        nodes[index] = RingNode(config, state, transports[index], time.monotonic_ns, records[index], HOST)
-        nodes[index].turn(0.05)
+        start(index, f"process {index}")
     turn_until(lambda: all(node.state.phase is Phase.OPEN for node in nodes.values()))
     nodes[0].send(Call(nodes[0].state.epoch, 1, "check_health"), [b"args"])
     turn_until(lambda: all(not nodes[index].inbox.empty() for index in (1, 2, 3)))
     transports[2].close(0)
     del nodes[2]
-    turn_until(lambda: not nodes)
+    turn_until(lambda: all(node.state.phase is Phase.LINKING for node in nodes.values()))
     for index in (0, 1, 3):
-        (error,) = records[index].errors
-        assert "stage 2 is lost" in str(error)
+        assert "stage 2 is lost" in str(records[index].broken[0][1])
+    start(2, "another process")
+    turn_until(lambda: all(node.state.phase is Phase.OPEN for node in nodes.values()))
+    assert len({node.state.epoch for node in nodes.values()}) == 1
+    for transport in transports.values():
+        transport.close(0)

@@ -19,7 +19,7 @@ FLAGS = (
     *("--pipeline-stage-mode", "--pipeline-stage-idx", "--pipeline-total-stages", "--pipeline-layer-range"),
     *("--pipeline-local-bind-port", "--pipeline-local-bind-host", "--pipeline-prev-stage-addr"),
     *("--pipeline-prev-stage-service-addr", "--external-pp-worker", "--pipeline-id", "--pipeline-start-timeout"),
-    "--pipeline-step-timeout",
+    *("--pipeline-step-timeout", "--pipeline-key-file", "--pipeline-allow-insecure"),
 )
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256", "--max-num-seqs", "16"),

@@ -45,9 +45,13 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class BadHandshake:
-    """What answers there is not a peer of this transport (or, on the successor side, what called)."""
+    """What answers there is not a peer of this transport (or, on the successor side, what called).
+
+    ``note`` says what it is, for people, if that is known.
+    """
 
     side: Side
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,8 @@ class RingNode:
                 return self.state.connected(side, now)
             case Disconnected(side, note):
                 return self.state.disconnected(side, note, now)
-            case BadHandshake(side):
-                return self.state.bad_handshake(side, now)
+            case BadHandshake(side, note):
+                return self.state.bad_handshake(side, now, note)
             case Received(side, peer, frames):
                 try:
                     message, payloads = decode(frames)

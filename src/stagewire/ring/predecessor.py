@@ -87,16 +87,16 @@ class PredecessorLink:
         self.note = note
         self._is_redirected = False
 
-    def bad_handshake(self) -> Outcome:
-        """Something accepted the connection and then did not speak our protocol."""
+    def bad_handshake(self, note: str = "") -> Outcome:
+        """Something accepted the connection and then did not speak our protocol, or not with our key: ``note``."""
         self.state = Link.IDLE
         if self._is_redirected:  # the private port has another owner now; the shared one knows better
             self._is_redirected = False
             return [Connect()]
         self._bad_handshakes += 1
-        self.note = "something answers there, but not a Stagewire stage"
+        self.note = note or "something answers there, but not a Stagewire stage"
         if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not self._was_linked:  # a stage that is frozen answers so
-            return self.not_a_stage("does not speak Stagewire's protocol")
+            return self._refused(note) if note else self.not_a_stage("does not speak Stagewire's protocol")
         return [Connect()]
 
     def tick(self, now: float) -> list[Action]:
@@ -140,11 +140,14 @@ class PredecessorLink:
         return []
 
     def not_a_stage(self, what: str) -> ConfigError:
-        flag = "--pipeline-prev-stage-addr" if self.config.is_head else "--pipeline-prev-stage-service-addr"
-        return ConfigError(
-            f"{flag} {self.config.predecessor}: something listens there but {what}; "
+        return self._refused(
+            f"something listens there but {what}; "
             f"give the address that stage {self.config.predecessor_stage} printed as bound"
         )
+
+    def _refused(self, why: str) -> ConfigError:
+        flag = "--pipeline-prev-stage-addr" if self.config.is_head else "--pipeline-prev-stage-service-addr"
+        return ConfigError(f"{flag} {self.config.predecessor}: {why}")
 
     def _reconnect(self, port: int | None) -> list[Action]:
         if not self.is_greeting:

@@ -82,11 +82,11 @@ class Rendezvous:
         self._is_registered = False
         return [Bind(public=True)]
 
-    def bad_handshake(self, is_open: bool) -> Outcome:
+    def bad_handshake(self, is_open: bool, note: str = "") -> Outcome:
         self._bad_handshakes += 1
         is_patient = is_open or (self.stands_by and self._is_known_stage)
         if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not is_patient:
-            return self._port_is_foreign()
+            return self._port_is_foreign(note)
         return [Bind(public=True)]
 
     def answered(self, message: Registered | NotHere, now: float) -> None:
@@ -107,9 +107,10 @@ class Rendezvous:
             return self._port_is_foreign()
         return [Send(Side.OWNER, Register(self.identity, self._private_port, self.stands_by))]
 
-    def _port_is_foreign(self) -> ConfigError:
+    def _port_is_foreign(self, note: str = "") -> ConfigError:
+        what = f"another program ({note})" if note else "another program"
         return ConfigError(
-            f"port {self.config.bind_port} is taken by another program: choose another --pipeline-local-bind-port for "
+            f"port {self.config.bind_port} is taken by {what}: choose another --pipeline-local-bind-port for "
             f"stage {self.config.stage} (and the same in its successor's address), or end that program"
         )
 
@@ -122,6 +123,8 @@ class Rendezvous:
             return self._other_pipeline(caller)
         if caller.stage == self.config.stage:
             return NotHere(caller.stage) if register.stands_by else duplicate_refusal(caller.stage)
+        if caller.stage >= self.config.num_stages:
+            return NotHere(caller.stage)  # nobody can look for it; bounds what strangers can make us remember
         entry = self._registry.get(caller.stage)
         is_alive = entry is not None and now - entry.heard_at < ALIVE_S
         if register.stands_by and is_alive:

@@ -328,15 +328,15 @@ class RingState:
         lost = StageLost(stage, f"stage {stage} is lost: stage {self.config.stage} no longer reaches it ({note})")
         return [*self._broke(lost, now), Connect()]
 
-    def bad_handshake(self, side: Side, now: float) -> list[Action]:
+    def bad_handshake(self, side: Side, now: float, note: str = "") -> list[Action]:
         """What was connected to (or, on the successor side, what called) does not speak our transport's protocol."""
         if self.is_over:
             return []
         if side is Side.SUCCESSOR:
-            return self.bad_message(side, b"", ProtocolError("a connection that does not speak ZeroMQ"), now)
+            return self.bad_message(side, b"", ProtocolError(note or "a connection that does not speak ZeroMQ"), now)
         if side is Side.OWNER:
-            return self._settle(self._rendezvous.bad_handshake(self._is_settled))
-        return self._settle(self._predecessor.bad_handshake())
+            return self._settle(self._rendezvous.bad_handshake(self._is_settled, note))
+        return self._settle(self._predecessor.bad_handshake(note))
 
     def successor_unreachable(self, now: float) -> None:
         """A send found nobody. The stage after it sees the loss first and tells; we unlink and wait for that word:

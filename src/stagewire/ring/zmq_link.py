@@ -11,6 +11,11 @@ Whether a peer is still there is asked on a connection of its own, the probe, wh
 threads alone keep it up, so a forward pass does not delay it and a frozen process is told from a busy one. It may be
 impatient because losing it costs nothing: it is made anew, and only a peer that does not answer that either is lost.
 The link itself could not be: after a stall of this machine libzmq's timers expire before it reads what came meanwhile.
+
+How connections are protected is decided in ring/security.py. Where that says a Unix socket, the TCP port is held as
+well, without an answer, so that a port has one owner in either case. With a key every connection speaks CURVE: a caller
+needs the listener's public half to begin (it is nowhere but in the key file), and pyzmq's authenticator, served by the
+thread that owns the sockets, looks at its own half.
 """
 
 from __future__ import annotations
@@ -25,11 +30,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from enum import Enum
 
 import zmq
+import zmq.auth
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from stagewire.config import Address
+from stagewire.config import KEY_FILE_FLAG, Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.ring.actions import Side
 from stagewire.ring.link import (
@@ -41,9 +49,10 @@ from stagewire.ring.link import (
     Received,
     UnreachableError,
 )
-from stagewire.wire.codec import Frame
+from stagewire.ring.security import RingKey, Security, secure
+from stagewire.wire.codec import MAX_HEADER_BYTES, Frame
 
-__all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport", "local_host_towards"]
+__all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport", "local_host_towards", "secure_stage"]
 
 HEARTBEAT_INTERVAL_MS = 500
 # Of links: long, see the module.
@@ -67,7 +76,11 @@ RECONNECT_DELAY_S = 0.2
 # ZeroMQ must not reconnect by itself. Its own "never" (-1) ends the pipe with the connection and drops what was not
 # read yet, which is where the last words of a stage are (libzmq 4.3.5: term_endpoint does not wait for the reader).
 NEVER_MS = 24 * 3600 * 1000
-OTHER_PROGRAM_TIMEOUT_S = 0.3
+GREETING_TIMEOUT_S = 0.3
+# Greetings, pings and refusals come from successors, nothing larger. Strangers get as far too, before they are known.
+MAX_BACKWARD_BYTES = MAX_HEADER_BYTES
+MAX_UNREAD_BACKWARD = 64
+ZAP_DOMAIN = b"stagewire"
 # Frames below this size are copied, which is cheaper than keeping a Python buffer alive across threads.
 COPY_THRESHOLD_BYTES = 65536
 # A peer that never stops sending does not keep the ring from its other work.
@@ -77,7 +90,16 @@ _BAD_HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _CONNECT_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _BAD_HANDSHAKES | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_KEY_HANDSHAKES = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _PROBE_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+_NEEDS_KEY = f"the stage there has a key: start this one with the same {KEY_FILE_FLAG}"
+_HAS_NO_KEY = f"the stage there has no key: start it, like all stages of the ring, with the same {KEY_FILE_FLAG}"
+_OTHER_KEY = f"the stage there has another key: copy one {KEY_FILE_FLAG} to all hosts of the ring"
+_NOT_OURS = (
+    "the port is not of a stage of this user on this host: it is another program's, another user's, or leads into a "
+    f"container or through a tunnel, for which all stages need {KEY_FILE_FLAG}"
+)
 
 
 def resolve(address: Address) -> str:
@@ -111,16 +133,96 @@ def local_host_towards(address: Address) -> str:
         ) from error
 
 
-def is_other_program(host: str, port: int) -> bool:
-    """Whether what listens there answers a ZeroMQ greeting with something else. Hanging up or silence is no answer."""
+def secure_stage(config: StageConfig) -> tuple[str, Security, list[str]]:
+    """Where a stage listens, how its connections are protected, and what a person must be warned of.
+
+    Raises:
+        ConfigError: an address that nothing reaches or that needs a key, an unusable key file.
+    """
+    bind_host = _numeric(config) if config.bind_host else local_host_towards(config.predecessor)
+    hosts = [bind_host]
+    with contextlib.suppress(OSError):  # it may come up later; the transport looks again before it connects
+        hosts.append(resolve(config.predecessor))
+    security = secure(config, hosts)
+    return bind_host, security, [warning for host in dict.fromkeys(hosts) if (warning := security.warning(host))]
+
+
+def _numeric(config: StageConfig) -> str:
     try:
-        with socket.create_connection((host, port), OTHER_PROGRAM_TIMEOUT_S) as probe:
-            probe.settimeout(OTHER_PROGRAM_TIMEOUT_S)
-            probe.sendall(b"\xff" + bytes(8) + b"\x7f")
-            answer = probe.recv(1)
+        return resolve(Address(str(config.bind_host), config.bind_port))
+    except OSError as error:
+        raise ConfigError(f"--pipeline-local-bind-host {config.bind_host}: {error}; give a numeric address") from error
+
+
+class Greeting(Enum):
+    """What something that listens says first. ZMTP's greeting names the security mechanism (RFC 23)."""
+
+    REFUSED = "nothing listens there"
+    SILENT = "no answer"
+    OTHER = "no ZMTP"
+    NULL = "NULL"
+    CURVE = "CURVE"
+
+
+# Signature and version. No mechanism: a listener that wants another one would hang up before it has named its own.
+_BEGINNING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
+_MECHANISM = slice(12, 32)
+
+
+def read_greeting(host: str, port: int) -> Greeting:
+    """Asks whoever listens there. Takes up to `GREETING_TIMEOUT_S` twice."""
+    answer = b""
+    try:
+        with socket.create_connection((host, port), GREETING_TIMEOUT_S) as probe:
+            probe.settimeout(GREETING_TIMEOUT_S)
+            with contextlib.suppress(OSError):
+                probe.sendall(_BEGINNING)
+                while len(answer) < _MECHANISM.stop and (part := probe.recv(64)):
+                    answer += part
+    except TimeoutError:
+        return Greeting.SILENT
     except OSError:
-        return False
-    return answer not in (b"", b"\xff")
+        return Greeting.REFUSED
+    if answer and not answer.startswith(b"\xff"):
+        return Greeting.OTHER
+    names = {greeting.value.encode(): greeting for greeting in (Greeting.NULL, Greeting.CURVE)}
+    return names.get(answer[_MECHANISM].rstrip(b"\0"), Greeting.SILENT)
+
+
+def _public(secret: bytes) -> bytes:
+    return z85.decode(zmq.curve_public(z85.encode(secret)))
+
+
+def _secure_caller(sock: zmq.Socket[bytes], key: RingKey) -> None:
+    sock.setsockopt(zmq.CURVE_SERVERKEY, _public(key.listener))
+    sock.setsockopt(zmq.CURVE_PUBLICKEY, _public(key.caller))
+    sock.setsockopt(zmq.CURVE_SECRETKEY, key.caller)
+
+
+def _secure_listener(sock: zmq.Socket[bytes], key: RingKey) -> None:
+    sock.setsockopt(zmq.CURVE_SERVER, 1)
+    sock.setsockopt(zmq.CURVE_SECRETKEY, key.listener)
+    sock.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+
+class _Authenticator(zmq.auth.Authenticator):
+    """Lets in whoever calls with the ring's own key. No thread: call `answer` when ``zap_socket`` is readable."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], key: RingKey) -> None:
+        super().__init__(context)
+        self._caller = z85.encode(_public(key.caller))
+        self.configure_curve_callback(ZAP_DOMAIN.decode(), self)
+        self.start()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._caller
+
+    def answer(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            handling = self.handle_zap_message(self.zap_socket.recv_multipart(zmq.NOBLOCK))
+            with contextlib.suppress(StopIteration):  # it awaits nothing, so one push runs it to its end
+                handling.send(None)
 
 
 def endpoint(host: str, port: int) -> str:
@@ -133,8 +235,8 @@ class _Connection:
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        host: str,
-        port: int,
+        target: str,
+        key: RingKey | None,
         max_frame_bytes: int,
         options: Mapping[zmq.SocketOption, int],
         events: int,
@@ -143,10 +245,12 @@ class _Connection:
         _set_common(self.socket, max_frame_bytes)
         for option, value in options.items():
             self.socket.setsockopt(option, value)
-        if ":" in host:
+        if key is not None:
+            _secure_caller(self.socket, key)
+        if target.startswith("tcp://["):
             self.socket.setsockopt(zmq.IPV6, 1)
         self.monitor = self.socket.get_monitor_socket(events)
-        self.socket.connect(endpoint(host, port))
+        self.socket.connect(target)
 
     def close(self, linger_ms: int) -> None:
         self.socket.disable_monitor()
@@ -157,13 +261,15 @@ class _Connection:
 class _Probe(_Connection):
     """See the module. ZeroMQ reconnects it by itself."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, patience_s: float) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], target: str, key: RingKey | None, patience_s: float
+    ) -> None:
         options = {
             zmq.HEARTBEAT_TIMEOUT: PROBE_HEARTBEAT_TIMEOUT_MS,
             zmq.RECONNECT_IVL: PROBE_RETRY_MS,
             zmq.HANDSHAKE_IVL: PROBE_HEARTBEAT_TIMEOUT_MS,
         }
-        super().__init__(context, host, port, PROBE_MAX_BYTES, options, _PROBE_EVENTS)
+        super().__init__(context, target, key, PROBE_MAX_BYTES, options, _PROBE_EVENTS)
         self._is_up = False
         self._down_s = 0.0
         self._patience_s = patience_s
@@ -182,9 +288,19 @@ class _Probe(_Connection):
 class _Dealer(_Connection):
     """One outgoing link; replaced, never reconnected."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int, max_frame_bytes: int) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        host: str,
+        port: int,
+        security: Security,
+        max_frame_bytes: int,
+    ) -> None:
         options = {zmq.RECONNECT_IVL: NEVER_MS, zmq.CONNECT_TIMEOUT: CONNECT_TIMEOUT_MS}
-        super().__init__(context, host, port, max_frame_bytes, options, _CONNECT_EVENTS)
+        self.local_path = security.socket_path(host, port)
+        self._target = f"ipc://{self.local_path}" if self.local_path else endpoint(host, port)
+        self._key = security.key
+        super().__init__(context, self._target, self._key, max_frame_bytes, options, _CONNECT_EVENTS)
         self.host, self.port = host, port
         self.is_up = False
         self.began_at = time.monotonic()
@@ -193,7 +309,7 @@ class _Dealer(_Connection):
 
     def came_up(self, patience_s: float) -> None:
         self.is_up = True
-        self.probe = _Probe(self._context, self.host, self.port, patience_s)
+        self.probe = _Probe(self._context, self._target, self._key, patience_s)
 
     def is_lost(self, now: float) -> bool:
         return self.probe is not None and self.probe.is_unanswered(now)
@@ -234,17 +350,21 @@ class ZmqTransport:
 
     Args:
         bind_host: numeric local address to listen on.
-        max_frame_bytes: larger frames end their connection before memory is taken for them.
+        max_frame_bytes: larger frames from a predecessor end the connection before memory is taken for them; from a
+            successor, those above `MAX_BACKWARD_BYTES`.
+        security: how connections are protected.
     """
 
-    def __init__(self, bind_host: str, max_frame_bytes: int) -> None:
+    def __init__(self, bind_host: str, max_frame_bytes: int, security: Security) -> None:
         self._bind_host = bind_host
+        self._security = security
         self._max_frame_bytes = max_frame_bytes
         self._patience_s = _read_patience()
         self._next_look_at = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
-        _set_common(self._router, max_frame_bytes)
+        _set_common(self._router, min(max_frame_bytes, MAX_BACKWARD_BYTES))
+        self._router.setsockopt(zmq.RCVHWM, MAX_UNREAD_BACKWARD)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if ":" in bind_host:
             self._router.setsockopt(zmq.IPV6, 1)
@@ -257,6 +377,13 @@ class ZmqTransport:
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._router_monitor, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._authenticator: _Authenticator | None = None
+        if security.key is not None:
+            _secure_listener(self._router, security.key)
+            self._authenticator = _Authenticator(self._context, security.key)
+            self._poller.register(self._authenticator.zap_socket, zmq.POLLIN)
+        self._held_ports: dict[str, socket.socket] = {}  # of local sockets, by path; nobody accepts from them
+        self._foreign_since: dict[Side, float] = {}  # ports that something holds which cannot be told yet
         self._attempted: set[Side] = set()
         self._closed = False
         self._wake_lock = threading.RLock()  # a signal handler may interrupt `wake` and call it again
@@ -266,17 +393,42 @@ class ZmqTransport:
 
     def bind(self, port: int) -> int:
         try:
-            self._router.bind(endpoint(self._bind_host, port))
-        except zmq.ZMQError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise PortTakenError(port) from error
-            raise ConfigError(
-                f"cannot listen on {self._bind_host} port {port} ({error}): "
-                "give --pipeline-local-bind-host an address of this machine"
-            ) from error
+            return self._bind_local(port) if self._is_local else self._bind_tcp(port)
+        except (OSError, zmq.ZMQError) as error:
+            raise self._bind_error(port, error) from error
+
+    @property
+    def _is_local(self) -> bool:
+        return self._security.socket_path(self._bind_host, 0) is not None
+
+    def _bind_error(self, port: int, error: OSError | zmq.ZMQError) -> Exception:
+        if error.errno == errno.EADDRINUSE:
+            return PortTakenError(port)
+        return ConfigError(
+            f"cannot listen on {self._bind_host} port {port} ({error}): "
+            "give --pipeline-local-bind-host an address of this machine"
+        )
+
+    def _bind_tcp(self, port: int) -> int:
+        self._router.bind(endpoint(self._bind_host, port))
         bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         return int(bound.rstrip(b"\0").rpartition(b":")[2])
+
+    def _bind_local(self, port: int) -> int:
+        """Whoever holds the TCP port owns the Unix socket of that name, and replaces one that a killed stage left."""
+        family = socket.AF_INET6 if ":" in self._bind_host else socket.AF_INET
+        held = socket.create_server((self._bind_host, port), family=family, backlog=1)
+        try:
+            port = int(held.getsockname()[1])
+            path = self._security.socket_path(self._bind_host, port)
+            assert path is not None
+            self._router.bind(f"ipc://{path}")
+        except BaseException:
+            held.close()
+            raise
+        self._held_ports[path] = held
+        return port
 
     def connect(self, side: Side, address: Address) -> None:
         self._drop(side, linger_ms=0)
@@ -330,7 +482,13 @@ class ZmqTransport:
         self._router.disable_monitor()
         self._router_monitor.close(0)
         self._router.close(linger_ms)
+        if self._authenticator is not None:
+            self._authenticator.stop()
         self._context.term()
+        for path, held in self._held_ports.items():
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            held.close()  # now somebody else may have the port, and the path
 
     def _dealer_socket(self, side: Side) -> zmq.Socket[bytes]:
         dealer = self._dealers.get(side)
@@ -344,7 +502,11 @@ class ZmqTransport:
         except OSError as error:
             self._events.append(Disconnected(side, f"{address.host} does not resolve: {error}"))
             return
-        dealer = _Dealer(self._context, host, address.port, self._max_frame_bytes)
+        problem = self._security.problem(host)
+        if problem is not None:
+            self._events.append(Disconnected(side, problem))
+            return
+        dealer = _Dealer(self._context, host, address.port, self._security, self._max_frame_bytes)
         self._dealers[side] = dealer
         self._poller.register(dealer.socket, zmq.POLLIN)
         self._poller.register(dealer.monitor, zmq.POLLIN)
@@ -382,8 +544,10 @@ class ZmqTransport:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         elif item is self._router_monitor:
-            recv_monitor_message(self._router_monitor)
-            self._events.append(BadHandshake(Side.SUCCESSOR))
+            event = recv_monitor_message(self._router_monitor)["event"]
+            self._events.append(BadHandshake(Side.SUCCESSOR, self._describe_caller(event)))
+        elif self._authenticator is not None and item is self._authenticator.zap_socket:
+            self._authenticator.answer()
         else:
             for side, dealer in list(self._dealers.items()):
                 if item is dealer.socket:
@@ -407,24 +571,66 @@ class ZmqTransport:
         event = recv_monitor_message(dealer.monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             dealer.came_up(self._patience_s)
+            self._foreign_since.pop(side, None)
             self._events.append(Connected(side))
             return
-        was_up = dealer.is_up
-        if was_up:
+        if dealer.is_up:
             self._read_frames(dealer.socket, side)  # what arrived before the end still counts
+            self._lose(side, "the connection was lost")
+            return
         self._drop(side, linger_ms=0)
-        if not event & _BAD_HANDSHAKES:
-            note = "the connection was lost" if was_up else "nothing listens there yet"
-            self._events.append(Disconnected(side, note))
-        elif self._is_certain(event, dealer):
-            self._events.append(BadHandshake(side))
-        else:
-            note = "something accepts connections there and ends them at once: a proxy, or a stage that is not up yet"
-            self._events.append(Disconnected(side, note))
+        self._events.append(self._judge_local(side, dealer) if dealer.local_path else self._judge(side, event, dealer))
 
-    def _is_certain(self, event: int, dealer: _Dealer) -> bool:
-        """A proxy whose stage is not up yet accepts and hangs up; that is not yet another program."""
-        if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            return True
-        was_mute = time.monotonic() - dealer.began_at >= HANDSHAKE_TIMEOUT_MS / 1000 * 0.9
-        return was_mute or is_other_program(dealer.host, dealer.port)
+    def _describe_caller(self, event: int) -> str:
+        if self._security.key is None or not event & _KEY_HANDSHAKES:
+            return ""
+        return f"a connection without the key in this stage's {KEY_FILE_FLAG}"
+
+    def _judge(self, side: Side, event: int, dealer: _Dealer) -> BadHandshake | Disconnected:
+        """Why a TCP connection did not come up."""
+        if not event & _BAD_HANDSHAKES:
+            return Disconnected(side, "nothing listens there yet")
+        greeting = read_greeting(dealer.host, dealer.port)
+        note = self._compare_keys(greeting, event, dealer)
+        is_protocol = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        if note or is_protocol or greeting is Greeting.OTHER or _was_mute(dealer):
+            return BadHandshake(side, note)
+        # A proxy whose stage is not up yet accepts and hangs up; that is not yet another program.
+        note = "something accepts connections there and ends them at once: a proxy, or a stage that is not up yet"
+        return Disconnected(side, note)
+
+    def _compare_keys(self, greeting: Greeting, event: int, dealer: _Dealer) -> str:
+        """What keys have to do with a handshake that failed; empty: nothing."""
+        if self._security.key is None:
+            return _NEEDS_KEY if greeting is Greeting.CURVE else ""
+        if greeting is Greeting.NULL or _is_listening(self._security.local_path(dealer.host, dealer.port)):
+            return _HAS_NO_KEY
+        return _OTHER_KEY if greeting is Greeting.CURVE and not _was_mute(dealer) else ""
+
+    def _judge_local(self, side: Side, dealer: _Dealer) -> BadHandshake | Disconnected:
+        """Why a Unix socket's connection did not come up: whoever holds the TCP port may be no stage of this user."""
+        if _was_mute(dealer):
+            return BadHandshake(side)
+        greeting = read_greeting(dealer.host, dealer.port)
+        now = time.monotonic()
+        if greeting is Greeting.REFUSED:
+            self._foreign_since.pop(side, None)
+            return Disconnected(side, "nothing listens there yet")
+        if greeting in (Greeting.OTHER, Greeting.CURVE):
+            return BadHandshake(side, _NEEDS_KEY if greeting is Greeting.CURVE else "")
+        # A stage that has just taken its port, or is just leaving it, has no socket for a moment.
+        if now - self._foreign_since.setdefault(side, now) < HANDSHAKE_TIMEOUT_MS / 1000:
+            return Disconnected(side, "its port is taken, but no stage of this user answers there yet")
+        return BadHandshake(side, _NOT_OURS)
+
+
+def _was_mute(dealer: _Dealer) -> bool:
+    """Whether its handshake ended because of the time that it took."""
+    return time.monotonic() - dealer.began_at >= HANDSHAKE_TIMEOUT_MS / 1000 * 0.9
+
+
+def _is_listening(path: str | None) -> bool:
+    if path is None:
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0

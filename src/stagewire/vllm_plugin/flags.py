@@ -21,9 +21,11 @@ from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, check_plac
 from stagewire.checkpoint.model_config import CONFIG_NAME, read_config, read_model_shape
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
 from stagewire.config import (
+    ALLOW_INSECURE_FLAG,
     DEFAULT_RECOVERY_TIMEOUT_S,
     DEFAULT_START_TIMEOUT_S,
     DEFAULT_STEP_TIMEOUT_S,
+    KEY_FILE_FLAG,
     StageConfig,
     is_external,
     parse_stage,
@@ -31,6 +33,7 @@ from stagewire.config import (
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.plan.ranges import check_own_range
+from stagewire.ring.zmq_link import secure_stage
 from stagewire.vllm_plugin import compat
 
 __all__ = ["announce_load", "with_flags", "with_stages", "with_translation"]
@@ -102,6 +105,18 @@ def add_flags(parser: Any) -> None:
         nargs="+",
         help="Folders of this machine below which a stage without API may read LoRA adapters; stage 0 needs none.",
     )
+    add(
+        KEY_FILE_FLAG,
+        metavar="PATH",
+        help="The ring's key, made by `stagewire keys`: encrypts and authenticates all connections between stages. The "
+        "same on all stages. Between hosts always give one; stages of one user on loopback need none.",
+    )
+    add(
+        ALLOW_INSECURE_FLAG,
+        action="store_true",
+        default=False,
+        help="Without a key, use addresses beyond private networks too. Whoever reaches them can read everything.",
+    )
 
 
 def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,6 +175,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     status.send(Phase.IMPORTING)
     _check_entry_point(config, args)
     check_roots(config.lora_roots)
+    secure_stage(config)
     _check_checkpoint(config, args.model, args.revision)
     vllm_config = _resolve(args)
     from stagewire.vllm_plugin.stage_worker import check_model

@@ -16,6 +16,8 @@ _OPTIONS = {
     "start_timeout": "pipeline_start_timeout",
     "step_timeout": "pipeline_step_timeout",
     "recovery_timeout": "pipeline_recovery_timeout",
+    "key_file": "pipeline_key_file",
+    "allow_insecure": "pipeline_allow_insecure",
 }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.utils.system_utils import set_ulimit
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import InternalError, PeerError, RankError, StageLost, StagewireError
@@ -26,7 +27,7 @@ from stagewire.observe.status import LAUNCHER_PID_ENV, Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
-from stagewire.ring.zmq_link import ZmqTransport, local_host_towards
+from stagewire.ring.zmq_link import ZmqTransport, secure_stage
 from stagewire.vllm_plugin.call_codec import encode_value
 from stagewire.vllm_plugin.fingerprint import make_identity
 from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident_bytes
@@ -106,8 +107,11 @@ class RingProcess(Observer):
         self._launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
         # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
         self._is_child = multiprocessing.parent_process() is not None
-        self._bind_host = config.bind_host or local_host_towards(config.predecessor)
-        transport = ZmqTransport(self._bind_host, max_frame_bytes(vllm_config))
+        self._bind_host, security, warnings = secure_stage(config)
+        for warning in warnings:
+            self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
+        set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
+        transport = ZmqTransport(self._bind_host, max_frame_bytes(vllm_config), security)
         identity = make_identity(config, vllm_config)
         self.ring = RingRuntime(config, identity, transport, self, self._bind_host, self._watch)
 

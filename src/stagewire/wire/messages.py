@@ -74,7 +74,7 @@ class StageIdentity(_Struct, frozen=True):
     layer_start: int
     layer_end: int
     tensor_parallel: int
-    incarnation: str
+    incarnation: ShortText
     pipeline_id: str
     shared: dict[str, str]
 

@@ -1,0 +1,279 @@
+"""Who may take part in a ring: the key file, the folder of local sockets, and which address needs what.
+
+    address            without a key                                     with a key
+    loopback           Unix sockets in a folder of this user's own       CURVE
+    private network    plain, with a warning                             CURVE
+    any other          refused, or plain with --pipeline-allow-insecure  CURVE
+
+On loopback the kernel decides who is let in: a folder of mode 0700 keeps other users from connecting, and from
+listening in a stage's place. Nothing is sent that could be stolen, and tensors cost nothing more than over TCP.
+
+Knows files, modes and addresses; no connection (ring/zmq_link.py) and no flag but its name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from stagewire.config import ALLOW_INSECURE_FLAG, KEY_FILE_FLAG, StageConfig
+from stagewire.errors import ConfigError
+
+__all__ = ["OPEN", "Reach", "RingKey", "Security", "make_key_file", "read_key_file", "runtime_folder", "secure"]
+
+KEY_BYTES = 32
+MAX_KEY_FILE_BYTES = 4096
+# What the kernel takes for a Unix socket's path (sun_path, without its closing zero).
+MAX_SOCKET_PATH_BYTES = 107
+
+_KEY_LINE = re.compile(r"stagewire-key-1 ([0-9a-f]{64}) ([0-9a-f]{64})")
+_KEY_FILE = """\
+# Key of a Stagewire ring. Whoever has it can take part in the ring and read what travels there.
+# Copy it to every host of the ring, readable for its owner only (chmod 600), and name it in --pipeline-key-file.
+stagewire-key-1 {listener} {caller}
+"""
+
+_PRIVATE = [
+    ipaddress.ip_network(text)
+    for text in (
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # RFC 1918
+        "100.64.0.0/10",  # shared address space, RFC 6598; overlays such as Tailscale use it
+        *("169.254.0.0/16", "fe80::/10"),  # link-local
+        "fc00::/7",  # unique local, RFC 4193
+    )
+]
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RingKey:
+    """The two secret halves that all stages of a ring share: of the end that listens, and of the end that calls.
+
+    Two, so that the roles of CURVE's handshake never meet in one pair. Each is 32 bytes.
+    """
+
+    listener: bytes = field(repr=False)
+    caller: bytes = field(repr=False)
+
+
+def make_key_file(path: Path) -> None:
+    """Writes a new key, readable for this user only.
+
+    Raises:
+        ConfigError: there is such a file already, or it cannot be written.
+    """
+    text = _KEY_FILE.format(listener=secrets.token_hex(KEY_BYTES), caller=secrets.token_hex(KEY_BYTES))
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists: a ring may be using that key; choose another name, or delete it") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    with os.fdopen(fd, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(fd)
+
+
+def read_key_file(path: Path) -> RingKey:
+    """The key in a file that only its owner, this user or root, can read.
+
+    Raises:
+        ConfigError: no such file, others could read or write it, or it holds no key.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ConfigError(
+            f"{KEY_FILE_FLAG} {path} cannot be read: {error.strerror}; `stagewire keys FILE` makes one, once for a ring"
+        ) from error
+    try:
+        _check_key_file(path, os.fstat(fd))
+        text = os.read(fd, MAX_KEY_FILE_BYTES).decode("ascii", "replace")
+    finally:
+        os.close(fd)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    match = _KEY_LINE.fullmatch(lines[0]) if len(lines) == 1 else None
+    if match is None:
+        raise ConfigError(f"{KEY_FILE_FLAG} {path} holds no key of a ring: make one with `stagewire keys FILE`")
+    return RingKey(bytes.fromhex(match[1]), bytes.fromhex(match[2]))
+
+
+def _check_key_file(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{KEY_FILE_FLAG} {path} is not a file")
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"{KEY_FILE_FLAG} {path} belongs to user {found.st_uid}, not to {os.geteuid()}, who runs this stage: "
+            f"copy it to a file of your own, then chmod 600"
+        )
+    if found.st_mode & 0o077:
+        raise ConfigError(
+            f"{KEY_FILE_FLAG} {path} has mode {stat.S_IMODE(found.st_mode):04o}: others than its owner can use it; "
+            f"chmod 600 {path}, and if they may have read it, make a new one"
+        )
+
+
+# ---- addresses -----------------------------------------------------------------------------------------------------
+
+
+class Reach(Enum):
+    """Who can reach an address."""
+
+    LOOPBACK = "this machine"
+    PRIVATE = "a private network"
+    PUBLIC = "other networks"
+
+    @classmethod
+    def of(cls, host: str) -> Reach:
+        """Of a numeric address. One that stands for all addresses of a machine can be reached from anywhere."""
+        address = ipaddress.ip_address(normalize(host).partition("%")[0])
+        if address.is_loopback:
+            return cls.LOOPBACK
+        return cls.PRIVATE if any(address in network for network in _PRIVATE) else cls.PUBLIC
+
+
+def normalize(host: str) -> str:
+    """IPv4 in the clothes of IPv6 (``::ffff:10.0.0.1``) as what it is."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped) if mapped else host
+
+
+# ---- local sockets -------------------------------------------------------------------------------------------------
+
+
+def runtime_folder(
+    environ: Mapping[str, str], uid: int, run: Path = Path("/run/user"), tmp: Path = Path("/tmp")
+) -> Path:
+    """The folder for this user's sockets, made if need be: the same for every process of the user.
+
+    Not below TMPDIR, which the launcher gives each stage for itself.
+
+    Raises:
+        ConfigError: what is there could be used by somebody else.
+    """
+    for base in (environ.get("XDG_RUNTIME_DIR"), run / str(uid)):
+        if base and _is_own(Path(base), uid):
+            return _make_private(Path(base) / "stagewire", uid)
+    return _make_private(tmp / f"stagewire-{uid}", uid)
+
+
+def _is_own(folder: Path, uid: int) -> bool:
+    try:
+        found = folder.stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022
+
+
+def _make_private(folder: Path, uid: int) -> Path:
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"cannot make {folder} for the stages' local sockets: {error.strerror}") from error
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{folder} must be a folder that only user {uid} can use (it is of user {found.st_uid}, mode "
+            f"{stat.S_IMODE(found.st_mode):04o}): remove it, or chmod 700 if it is yours"
+        )
+    return folder
+
+
+def _network_id() -> int:
+    """Of this process's network namespace: each has a loopback interface of its own."""
+    return Path("/proc/self/ns/net").stat().st_ino
+
+
+# ---- the rules -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Security:
+    """How a stage's connections are protected.
+
+    ``folder``: where this user's local sockets are, those of stages without a key; None: loopback is plain TCP.
+
+    ``allows_insecure``: plain connections to and from anywhere.
+    """
+
+    key: RingKey | None = None
+    folder: Path | None = None
+    allows_insecure: bool = False
+
+    def socket_path(self, host: str, port: int) -> str | None:
+        """Of the Unix socket that stands for a numeric host and port; None where TCP is used."""
+        return None if self.key is not None else self.local_path(host, port)
+
+    def local_path(self, host: str, port: int) -> str | None:
+        """The same, of a stage of this user that has no key."""
+        if self.folder is None or Reach.of(host) is not Reach.LOOPBACK:
+            return None
+        path = str(self.folder / f"{normalize(host)}-{port}-{_network_id():x}")
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(f"{path} is too long for a socket: set XDG_RUNTIME_DIR to a folder with a shorter name")
+        return path
+
+    def problem(self, host: str) -> str | None:
+        """Why a numeric address must not be used like this; None: it may be."""
+        if self.key is not None or self.allows_insecure:
+            return None
+        reach = Reach.of(host)
+        if reach is Reach.LOOPBACK and self.folder is None:
+            return f"{host} needs a folder for local sockets: set XDG_RUNTIME_DIR to one that only this user can use"
+        if reach is not Reach.PUBLIC:
+            return None
+        return (
+            f"{host} can be reached from {Reach.PUBLIC.value}, and without a key anybody there could read and change "
+            f"what travels: give every stage the same {KEY_FILE_FLAG} (`stagewire keys FILE` makes it), use addresses "
+            f"of a private network, or add {ALLOW_INSECURE_FLAG} if the network itself keeps others out"
+        )
+
+    def warning(self, host: str) -> str | None:
+        """What is at stake at a numeric address that may be used without a key."""
+        if self.key is not None or Reach.of(host) is Reach.LOOPBACK:
+            return None
+        return (
+            f"NOT PROTECTED: connections at {host} are neither encrypted nor authenticated. Whoever can reach them or "
+            f"listen on that network can read prompts and answers, change them, and take a stage's place. Make a key "
+            f"with `stagewire keys FILE`, copy the file to every host, and give every stage {KEY_FILE_FLAG} FILE"
+        )
+
+
+# Plain TCP everywhere and no questions: for tests and measurements.
+OPEN = Security(allows_insecure=True)
+
+
+def secure(config: StageConfig, hosts: list[str]) -> Security:
+    """What a stage's settings ask for.
+
+    Args:
+        hosts: the numeric addresses that it listens on and calls, as far as they are known.
+
+    Raises:
+        ConfigError: an unusable key file, or an address that needs one.
+    """
+    key = read_key_file(Path(config.key_file).expanduser()) if config.key_file is not None else None
+    try:
+        folder = runtime_folder(os.environ, os.geteuid())
+    except ConfigError:  # nothing can be written here: of no account to a stage with a key, or on no loopback
+        if key is None and any(Reach.of(host) is Reach.LOOPBACK for host in hosts):
+            raise
+        folder = None
+    security = Security(key, folder, config.allow_insecure)
+    problems = [problem for host in hosts if (problem := security.problem(host))]
+    if problems:
+        raise ConfigError(f"stage {config.stage}: {problems[0]}")
+    return security
