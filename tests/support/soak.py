@@ -23,9 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stagewire.ring.security import make_key_file
 from support.disturbed import Clients, Stream, differences, mixed_bodies
 from support.inside import states, until_idle
 from support.proxy import Proxy
@@ -54,7 +56,11 @@ class ProxiedRing(Ring):
 @contextlib.contextmanager
 def proxied(model: Path, num_stages: int) -> Any:
     with ExitStack() as stack:
-        ring = ProxiedRing(model, RANGES[num_stages], SETTINGS, {"VLLM_SERVER_DEV_MODE": "1"})
+        # Without a key, stages of one machine speak over Unix sockets, which no proxy is on.
+        key = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ring.key"
+        make_key_file(key)
+        settings = [*SETTINGS, "--pipeline-key-file", str(key)]
+        ring = ProxiedRing(model, RANGES[num_stages], settings, {"VLLM_SERVER_DEV_MODE": "1"})
         ring.proxies = [stack.enter_context(Proxy(ring.ports[stage - 1])) for stage in range(num_stages)]
         yield stack.enter_context(ring)
 
@@ -228,8 +234,9 @@ def main() -> int:
     parser.add_argument("--stages", type=int, choices=sorted(RANGES), default=4)
     parser.add_argument("--quiet", action="store_true", help="no disturbance")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(), proxied(args.model, args.stages) as ring:
-        report = soak(ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=print)
+    with proxied(args.model, args.stages) as ring:
+        say = partial(print, flush=True)
+        report = soak(ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=say)
         print(json.dumps([{k: v for k, v in state.items() if k != "activations"} for state in states(ring)]))
     print(f"{report.rounds} rounds, {report.answers} answers, {len(report.problems)} wrong")
     print(f"disturbances: {dict(report.disturbances)}")
