@@ -81,6 +81,7 @@ class StageConfig:
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     recovery_timeout_s: float = DEFAULT_RECOVERY_TIMEOUT_S
+    health_port: int | None = None  # of a stage without an API
     stands_by: bool = False  # until the process that has this stage's port ends
     lora_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
@@ -119,6 +120,7 @@ _FLAGS = {
     "pipeline_recovery_timeout": "--pipeline-recovery-timeout",
     "pipeline_lora_root": "--pipeline-lora-root",
     "pipeline_standby": "--pipeline-standby",
+    "pipeline_health_port": "--pipeline-health-port",
     "pipeline_key_file": KEY_FILE_FLAG,
     "pipeline_allow_insecure": ALLOW_INSECURE_FLAG,
     "external_pp_worker": "--external-pp-worker",
@@ -180,6 +182,7 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
         start_timeout_s=_seconds(flags, "pipeline_start_timeout", DEFAULT_START_TIMEOUT_S),
         step_timeout_s=_seconds(flags, "pipeline_step_timeout", DEFAULT_STEP_TIMEOUT_S),
         recovery_timeout_s=_seconds(flags, "pipeline_recovery_timeout", DEFAULT_RECOVERY_TIMEOUT_S),
+        health_port=_health_port(flags, stage),
         stands_by=bool(flags.get("pipeline_standby")),
         lora_roots=tuple(map(str, flags.get("pipeline_lora_root") or ())),
         # vLLM's own flag, already parsed by it.
@@ -232,6 +235,17 @@ def _port(flags: Mapping[str, Any]) -> int:
     port = _required_int(flags, "pipeline_local_bind_port", "the port on which the next stage reaches this one")
     if not 0 < port < 65536:
         raise ConfigError(f"--pipeline-local-bind-port {port}: the port must be a number from 1 to 65535")
+    return port
+
+
+def _health_port(flags: Mapping[str, Any], stage: int) -> int | None:
+    if flags.get("pipeline_health_port") is None:
+        return None
+    if stage == 0:
+        raise ConfigError("--pipeline-health-port on stage 0: its own --port answers /live, /health and /ready")
+    port = _required_int(flags, "pipeline_health_port", "")
+    if not 0 < port < 65536:
+        raise ConfigError(f"--pipeline-health-port {port}: the port must be a number from 1 to 65535")
     return port
 
 

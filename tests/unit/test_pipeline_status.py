@@ -16,7 +16,7 @@ import pytest
 
 from stagewire.observe.status import MAX_DATAGRAM_BYTES, DatagramReceiver, Phase, StatusEvent
 from stagewire.observe.timings import StageTimes, StepStatistics
-from stagewire.vllm_plugin.http import EarlyServer, HeadHealth, RingMiddleware
+from stagewire.vllm_plugin.http import EarlyServer, HeadHealth, RingMiddleware, StageHealth
 from stagewire.vllm_plugin.pipeline_status import Health, NewsSender, PipelineStatus, RingNews
 from stagewire.wire.messages import MAX_STAGES, StageReport, StageTiming
 from unit.ring_harness import make_config, make_report
@@ -313,6 +313,26 @@ class TestHttp:
         assert self._ask(health, "/ready")[0]["status"] == 200
         channel.now += 11
         assert self._ask(health, "/ready")[0]["status"] == 503
+
+    @pytest.mark.parametrize(
+        ("described", "health", "ready"),
+        [
+            ((False, "stage 1", None), 503, 503),
+            ((True, "", None), 200, 200),
+            ((True, "stage 3", None), 200, 503),
+            ((True, "", "stage 1 failed"), 503, 503),
+        ],
+        ids=["joins", "serves", "waits", "failed"],
+    )
+    def test_a_stage_without_an_api(self, described: tuple[bool, str, str | None], health: int, ready: int) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            server = EarlyServer(sock, StageHealth(lambda: described))
+            try:
+                port = sock.getsockname()[1]
+                paths = ("/live", "/health", "/ready", "/v1/models")
+                assert [self._get(port, path)[0] for path in paths] == [200, health, ready, 404]
+            finally:
+                server.close()
 
     @staticmethod
     def _ask(health: HeadHealth, path: str) -> list[MutableMapping[str, Any]]:

@@ -93,6 +93,11 @@ def add_flags(parser: Any) -> None:
         f"{DEFAULT_RECOVERY_TIMEOUT_S}.",
     )
     add(
+        "--pipeline-health-port",
+        type=int,
+        help="Port on which a stage without an API answers /live, /health and /ready. Default: none.",
+    )
+    add(
         "--pipeline-standby",
         action="store_true",
         default=False,

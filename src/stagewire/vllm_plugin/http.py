@@ -8,6 +8,8 @@
     others            503 with Retry-After before the ring has answered, past the recovery deadline until the ring is
                       whole again, and after this head failed; meanwhile they wait
 
+A stage without an API answers the first three on a port of its own, if it is given one: `StageHealth`.
+
 Before vLLM's own server listens, `EarlyServer` answers on the same socket; from then on `RingMiddleware` does, which
 also ends the requests that are open when the deadline passes or this head fails.
 """
@@ -26,7 +28,7 @@ from typing import Any
 from stagewire.observe.status import Phase, StatusEvent
 from stagewire.vllm_plugin.pipeline_status import Health, PipelineStatus
 
-__all__ = ["EarlyServer", "HeadHealth", "RingMiddleware"]
+__all__ = ["EarlyServer", "HeadHealth", "RingMiddleware", "StageHealth"]
 
 RETRY_AFTER_S = 5
 
@@ -124,6 +126,34 @@ class HeadHealth:
         return f"stage 0 is at {self.phase.value.replace('_', ' ')}{news}"
 
 
+class StageHealth:
+    """What a stage without an API says. Asked from the server's threads.
+
+    Args:
+        describe: whether its model can serve; what it waits for, empty in a whole ring; why it failed, or None.
+    """
+
+    def __init__(self, describe: Callable[[], tuple[bool, str, str | None]]) -> None:
+        self._describe = describe
+
+    def respond(self, path: str) -> tuple[int, bytes]:
+        """Status and body for this path."""
+        is_prepared, waits_for, failure = self._describe()
+        if path == "/live":
+            found = 200, "alive"
+        elif path not in ("/health", "/ready"):
+            return 404, _body(404, "this stage has no API: /live, /health and /ready")
+        elif failure is not None:
+            found = 503, failure
+        elif not is_prepared:
+            found = 503, "the stage has not joined a ring that serves yet"
+        elif path == "/ready" and waits_for:
+            found = 503, f"waiting for {waits_for}"
+        else:
+            found = 200, "healthy" if path == "/health" else "the ring is whole"
+        return found[0], _body(*found)
+
+
 def _body(status: int, text: str) -> bytes:
     if status == 200:
         return json.dumps({"status": text}).encode()
@@ -135,9 +165,9 @@ def _body(status: int, text: str) -> bytes:
 
 
 class EarlyServer:
-    """Answers on the API's socket until `close`; connections that arrive in between wait in its backlog."""
+    """Answers on a socket until `close`: the API's, whose connections wait in its backlog after that, or a stage's."""
 
-    def __init__(self, sock: socket.socket, health: HeadHealth) -> None:
+    def __init__(self, sock: socket.socket, health: HeadHealth | StageHealth) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
             timeout = 5
 

@@ -22,7 +22,7 @@ import torch
 from vllm.utils.system_utils import set_ulimit
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import InternalError, PeerError, RankError, StageLost, StagewireError
+from stagewire.errors import ConfigError, InternalError, PeerError, RankError, StageLost, StagewireError
 from stagewire.observe.status import LAUNCHER_PID_ENV, Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Delivery, Observer, Whole
@@ -30,6 +30,7 @@ from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.zmq_link import ZmqTransport, secure_stage
 from stagewire.vllm_plugin.call_codec import encode_value
 from stagewire.vllm_plugin.fingerprint import make_identity
+from stagewire.vllm_plugin.http import EarlyServer, StageHealth
 from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident_bytes
 from stagewire.vllm_plugin.recovery import PREPARE, Journal
 from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
@@ -169,6 +170,28 @@ class RingProcess(Observer):
     def has_api(self) -> bool:
         """Whether an API server listens to this head, and not somebody's Python."""
         return self._news is not None
+
+    def describe_health(self) -> tuple[bool, str, str | None]:
+        """For `StageHealth`."""
+        state = self.ring.node.state
+        failure = None if self.ring.error is None else str(self.ring.error)
+        return self._state == "serving", "" if state.is_open else state.waits_for(), failure
+
+    def open_health_port(self) -> EarlyServer | None:
+        """Where the stage listens for its successor, if it was given a port.
+
+        Raises:
+            ConfigError: the port is taken.
+        """
+        port = self._config.health_port
+        if port is None:
+            return None
+        family = socket.AF_INET6 if ":" in self._bind_host else socket.AF_INET
+        try:
+            sock = socket.create_server((self._bind_host, port), family=family)
+        except OSError as error:
+            raise ConfigError(f"--pipeline-health-port {port}: {error.strerror}; choose another one") from error
+        return EarlyServer(sock, StageHealth(self.describe_health))
 
     def why_broken(self) -> str:
         return str(self._broken) if self._broken else "the ring is not whole"

@@ -39,6 +39,7 @@ def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> 
     signal.signal(signal.SIGINT, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was interrupted"))
     process.start()
     try:
+        process.open_health_port()
         ranks.load()
         process.mark_loaded(lambda: len(ranks.own.runner.requests))
         _StageHost(process, ranks).run()
