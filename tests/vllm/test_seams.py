@@ -14,7 +14,7 @@ import inspect
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
 from functools import cached_property
@@ -29,13 +29,14 @@ import pytest
 import torch
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import ConfigError, InternalError, ProtocolError
+from stagewire.errors import ConfigError, InternalError, ProtocolError, StageLost
 from stagewire.plan.ranges import LayerRange, partition_counts, split_evenly
 from stagewire.vllm_plugin import compat, flags, model_patches
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
 from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
 from stagewire.vllm_plugin.executor import RingExecutor
 from stagewire.vllm_plugin.pipeline_group import PipelineGroup, RankPlace
+from stagewire.vllm_plugin.recovery import Loss, Restored
 from stagewire.vllm_plugin.scheduler import RingScheduler
 from stagewire.vllm_plugin.settings import KEY, RingSettings
 from stagewire.vllm_plugin.step_codec import (
@@ -694,7 +695,10 @@ def test_partition_gives_a_stage_its_own_range(stage: int, layers: str, monkeypa
 
 # ---- calls: C1 -----------------------------------------------------------------------------------------------------
 
-OURS = {"get_reorder_batch_threshold", "set_reorder_batch_threshold", "get_stage_state", "check_lora"}
+OURS = {
+    *("get_reorder_batch_threshold", "set_reorder_batch_threshold", "get_stage_state", "check_lora"),
+    "restore_requests",
+}
 
 # What vLLM 0.32 asks of workers by name and the ring does not carry; table C1 has the reasons.
 NOT_CARRIED = {
@@ -824,7 +828,7 @@ def test_a_call_waits_for_the_steps_before_it() -> None:
     for current, left in (((3, None), [3]), (None, [])):
         executor._current = current
         executor._steps = {
-            step: SimpleNamespace(step=step, future=Future(), sent_at=0, num_requests=1, num_tokens=1)
+            step: SimpleNamespace(step=step, future=Future(), sent_at=0, req_ids=["a"], num_tokens=1)
             for step in (1, 2, 3)
         }
         executor._finish_steps()
@@ -1040,7 +1044,7 @@ def test_offered_attributes_are_the_coordinators() -> None:
     """Not fewer and not others than vLLM's own class has, so that a renamed one shows."""
     from vllm.distributed.parallel_state import GroupCoordinator
 
-    own = {"put_incoming", "take_outgoing"}
+    own = {"put_incoming", "take_outgoing", "forget"}
     theirs = set(dir(GroupCoordinator)) | set(re.findall(r"self\.(\w+)", inspect.getsource(GroupCoordinator)))
     offered = {name for name in {*vars(PipelineGroup(1, 4)), *vars(PipelineGroup)} if not name.startswith("_")}
     assert offered - own <= theirs | {"is_first_rank", "is_last_rank", "first_rank", "last_rank"}
@@ -1801,6 +1805,36 @@ def test_a_stage_takes_the_accepted_tokens_that_it_lacks(in_batch: bool) -> None
 # ---- the scheduler -------------------------------------------------------------------------------------------------
 
 
+class FakeRing:
+    """The scheduler's `RingAccess`: whole, until a test breaks it."""
+
+    def __init__(self) -> None:
+        self.epoch, self.is_whole = 1, True
+        self.restored: list[list[tuple[str, list[int]]]] = []
+        self._losses: list[Loss] = []
+
+    def poll(self) -> None: ...
+
+    def take_losses(self) -> list[Loss]:
+        losses, self._losses = self._losses, []
+        return losses
+
+    def restore(self, requests: Sequence[Restored]) -> bool:
+        self.restored.append([(each.request.req_id, each.output_token_ids) for each in requests])
+        return True
+
+    def lose(self, in_flight: Sequence[Any], failed: Any = None) -> None:
+        """``failed``: the schedule of the step that failed, if one did."""
+        self.is_whole = False
+        ids = [req_id for schedule in in_flight for req_id in schedule.num_scheduled_tokens]
+        step = -1 if failed is None else 5
+        suspects = [] if failed is None else list(failed.num_scheduled_tokens)
+        self._losses.append(Loss(StageLost(2, "stage 2 is lost", step), suspects, ids))
+
+    def mend(self) -> None:
+        self.epoch, self.is_whole = self.epoch + 1, True
+
+
 @pytest.fixture
 def scheduler(external_config: Any) -> Any:
     """A real one, without an engine around it."""
@@ -1816,6 +1850,7 @@ def scheduler(external_config: Any) -> Any:
     config.cache_config.enable_prefix_caching = False  # or requests need hashes of their blocks
     config.cache_config.num_gpu_blocks = 1000
     config.cache_config.block_size = 16
+    RingSettings.find(config).ring = FakeRing()
     return RingScheduler(config, cache, StructuredOutputManager(config), block_size=16)
 
 
@@ -1983,6 +2018,105 @@ def test_drafts_of_a_preempted_request_are_dropped(speculating: Any) -> None:
     assert speculating.reset_prefix_cache(reset_running_requests=True)
     answer_with_drafts(speculating, in_flight, [8], [9, 10, 11])
     assert speculating.requests["r0"].spec_token_ids == []
+
+
+# ---- a lost stage --------------------------------------------------------------------------------------------------
+
+
+def lost(scheduler: Any, schedule: Any) -> Any:
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    return scheduler.update_from_output(schedule, EMPTY_MODEL_RUNNER_OUTPUT)
+
+
+def until_done(scheduler: Any, num_tokens: int) -> dict[str, int]:
+    """How many tokens each request has, once all have ``num_tokens``; a step is in flight for each stage."""
+    for _ in range(500):
+        if all(request.num_output_tokens >= num_tokens for request in scheduler.requests.values()):
+            return {req_id: request.num_output_tokens for req_id, request in scheduler.requests.items()}
+        for schedule in [scheduler.schedule() for _ in range(NUM_STAGES)]:
+            answer(scheduler, schedule)
+    raise AssertionError("no progress")
+
+
+def test_nothing_is_scheduled_while_the_ring_is_not_whole(scheduler: Any) -> None:
+    add_requests(scheduler, 4)
+    scheduler._ring.is_whole = False
+    assert is_nothing(scheduler.schedule())
+    scheduler._ring.is_whole = True
+    assert scheduler.schedule().num_scheduled_tokens
+
+
+def test_after_a_loss_live_requests_are_restored_and_computed_again(scheduler: Any) -> None:
+    ring = scheduler._ring
+    add_requests(scheduler, 6)
+    answer_prompts(scheduler)
+    in_flight = [scheduler.schedule() for _ in range(3)]
+    ring.lose(in_flight)
+    assert is_nothing(scheduler.schedule())
+    for schedule in in_flight:
+        lost(scheduler, schedule)
+    assert ring.restored == []
+    ring.mend()
+    again = scheduler.schedule()
+    assert sorted(ring.restored[0]) == [(f"r{index}", [7]) for index in range(6)]
+    assert set(again.num_scheduled_tokens.values()) == {21}  # the prompt and the token that it has
+    answer(scheduler, again)
+    assert len(until_done(scheduler, 5)) == 6
+    assert len(ring.restored) == 1
+
+
+def test_a_loss_while_idle_empties_the_prefix_cache(scheduler: Any) -> None:
+    """Blocks that a new stage has never computed must not be hit."""
+    resets = []
+    original = scheduler.kv_cache_manager.reset_prefix_cache
+    scheduler.kv_cache_manager.reset_prefix_cache = lambda: resets.append(1) or original()
+    scheduler._ring.lose([])
+    scheduler._ring.mend()
+    add_requests(scheduler, 1)
+    scheduler.schedule()
+    assert resets == [1]
+    assert scheduler._ring.restored == [[]]
+
+
+def test_an_ordinarily_preempted_request_with_a_step_in_flight_survives_a_loss(scheduler: Any) -> None:
+    """Its output was still to be delivered; without a mark vLLM would look for it in the lost step's empty output."""
+    import time
+
+    add_requests(scheduler, 2)
+    in_flight = scheduler.schedule()
+    request = scheduler.running[-1]
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, time.monotonic())
+    assert request.num_stale_output_tokens
+    assert not request.drop_stale_output
+    scheduler._ring.lose([in_flight])
+    lost(scheduler, in_flight)
+    scheduler._ring.mend()
+    assert len(until_done(scheduler, 3)) == 2
+
+
+def test_a_request_whose_steps_fail_is_failed_alone(scheduler: Any) -> None:
+    from vllm.v1.engine import FinishReason
+
+    ring = scheduler._ring
+    add_requests(scheduler, 3)
+    failed, found = [], []
+    for _ in range(300):
+        schedule = scheduler.schedule()
+        if "r1" in schedule.num_scheduled_tokens:
+            ring.lose([schedule], schedule)
+            failed.append(sorted(schedule.num_scheduled_tokens))
+            outputs = lost(scheduler, schedule)
+            found += [each for group in outputs.values() for each in group.outputs]
+            ring.mend()
+        else:
+            answer(scheduler, schedule)
+        if "r1" not in scheduler.requests:
+            break
+    assert failed[-1] == ["r1"]  # the last time alone
+    assert [(each.request_id, each.finish_reason) for each in found] == [("r1", FinishReason.ERROR)]
+    assert sorted(until_done(scheduler, 10)) == ["r0", "r2"]
 
 
 # ---- documentation -------------------------------------------------------------------------------------------------
