@@ -145,8 +145,8 @@ class Chaos:
     def _kill(self, stages: Sequence[int]) -> None:
         for stage in stages:
             self.ring.stages[stage].popen.kill()
-        for stage in stages:
-            self._until_ready(self.ring.restart_stage(stage))
+        for process in [self.ring.restart_stage(stage) for stage in stages]:
+            self._until_ready(process)
 
     def _until_ready(self, process: Process) -> None:
         """Or the end: a stage that is lost while it starts is somebody else's to start."""

@@ -235,7 +235,11 @@ class TestLoss:
         ring = Ring()
         stages = ring.start_serving()
         epoch = stages[0].node.state.epoch
-        stages[failed].node.request_end_of_epoch(StageLost(failed, f"stage {failed} failed step 7: ValueError", 7))
+        error = StageLost(failed, f"stage {failed} failed step 7: ValueError", 7)
+        stages[failed].node.request_end_of_epoch(epoch - 1, error)  # too late: of an epoch that is over
+        ring.wait(1)
+        assert is_whole(stages)
+        stages[failed].node.request_end_of_epoch(epoch, error)
         ring.wait(3)
         assert_whole(stages)
         assert stages[0].node.state.epoch > epoch
@@ -343,7 +347,7 @@ class TestChaos:
                     stage.transport._push(Disconnected(Side.PREDECESSOR, "cut"))
                 case 3:
                     error = StageLost(stage.index, "a failed step", 3)
-                    stage.node.request_end_of_epoch(error)
+                    stage.node.request_end_of_epoch(stage.node.state.epoch, error)
             ring.wait(rng.choice((0, 0.5, 1, 3, 8)), step_s=0.25)
             for index, each in enumerate(stages):
                 if not each.is_running:  # it was refused, or ended as the one that hangs: somebody starts it again

@@ -2070,7 +2070,12 @@ def test_a_loss_while_idle_empties_the_prefix_cache(scheduler: Any) -> None:
     """Blocks that a new stage has never computed must not be hit."""
     resets = []
     original = scheduler.kv_cache_manager.reset_prefix_cache
-    scheduler.kv_cache_manager.reset_prefix_cache = lambda: resets.append(1) or original()
+
+    def reset() -> bool:
+        resets.append(1)
+        return bool(original())
+
+    scheduler.kv_cache_manager.reset_prefix_cache = reset
     scheduler._ring.lose([])
     scheduler._ring.mend()
     add_requests(scheduler, 1)

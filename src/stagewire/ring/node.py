@@ -158,8 +158,8 @@ class RingNode:
         self._requests.append(lambda: self.state.fail(error))
         self.transport.wake()
 
-    def request_end_of_epoch(self, error: StageLost) -> None:
-        self._requests.append(lambda: self.state.end_epoch(error, self._now()))
+    def request_end_of_epoch(self, epoch: int, error: StageLost) -> None:
+        self._requests.append(lambda: self.state.end_epoch(epoch, error, self._now()))
         self.transport.wake()
 
     # ---- the ring's thread -----------------------------------------------------------------------------------------

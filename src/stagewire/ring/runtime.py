@@ -108,9 +108,9 @@ class RingRuntime(Observer):
         self.node.request_fail(error)
         self._join(5)
 
-    def end_epoch(self, error: StageLost) -> None:
-        """Gives up what is in flight, because a step failed; the ring comes back by itself."""
-        self.node.request_end_of_epoch(error)
+    def end_epoch(self, epoch: int, error: StageLost) -> None:
+        """Gives up what is in flight in ``epoch``, because a step failed; the ring comes back by itself."""
+        self.node.request_end_of_epoch(epoch, error)
 
     def _join(self, timeout_s: float) -> None:
         if self._thread.ident is not None:  # a ring that was never started has ended

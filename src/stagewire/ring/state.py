@@ -237,9 +237,9 @@ class RingState:
         self.phase = Phase.FAILED
         return [*self._successor.send(self._fault_of(error)), Fail(error)]
 
-    def end_epoch(self, error: StageLost, now: float) -> list[Action]:
-        """A step failed here, or the head gives one up: the epoch is over, this stage stays."""
-        return self._broke(error, now) if self.is_open else []
+    def end_epoch(self, epoch: int, error: StageLost, now: float) -> list[Action]:
+        """A step of ``epoch`` failed here, or the head gives one up: that epoch is over, this stage stays."""
+        return self._broke(error, now) if self.is_open and epoch == self.epoch else []
 
     def tick(self, now: float) -> list[Action]:
         """Call it a few times a second: repeats what may have been lost and checks deadlines."""

@@ -141,7 +141,7 @@ class RingExecutor(Executor):
             if not is_step_failure(self._ranks, error):
                 self._process.fail_from(error)
                 raise
-            self._process.end_epoch(step, error)
+            self._process.end_epoch(self.epoch, step, error)
             return self._await_result(step, scheduler_output, waits_for_sample=False, non_block=non_block)
         finished_ns = time.monotonic_ns()
         self._process.last_step = step
@@ -206,7 +206,8 @@ class RingExecutor(Executor):
             try:
                 self._receive(left)
             except queue.Empty:
-                self._process.accuse(oldest.step, f"{what} did not come back within {self._stage.step_timeout_s:g} s")
+                limit_s = self._stage.step_timeout_s
+                self._process.accuse(self.epoch, oldest.step, f"{what} did not come back within {limit_s:g} s")
                 self._receive(None)  # the end of the epoch
 
     def _receive(self, timeout_s: float | None) -> None:
@@ -361,7 +362,7 @@ class RingExecutor(Executor):
         try:
             self._receive(timeout_s)
         except queue.Empty:
-            self._process.accuse(-1, f"the call {method} did not come back within {limit_s:g} s")
+            self._process.accuse(self.epoch, -1, f"the call {method} did not come back within {limit_s:g} s")
             self._receive(None)
         if not self.is_whole:
             raise _RingBroken(f"{method}: {self._process.why_broken()}")

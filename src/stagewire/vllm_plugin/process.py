@@ -143,28 +143,21 @@ class RingProcess(Observer):
 
     def mark_recovered(self, num_requests: int) -> None:
         """At the head, from its model's thread: the stages know their requests again."""
-        requests = (
-            "no requests were"
-            if not num_requests
-            else "1 request was"
-            if num_requests == 1
-            else (f"{num_requests} requests were")
-        )
-        logger.info("Stage 0: the ring is whole again, %s taken up", requests)
+        logger.info("Stage 0: all stages know the live requests again: %d", num_requests)
 
-    def end_epoch(self, step: int, error: BaseException) -> None:
+    def end_epoch(self, epoch: int, step: int, error: BaseException) -> None:
         """A step failed in this stage's model, which can go on."""
         stage = self._config.stage
         logger.error("Stage %d failed step %d", stage, step, exc_info=error)
         text = str(error) if isinstance(error, StagewireError) else f"{type(error).__name__}: {error}"
-        self.ring.end_epoch(StageLost(stage, f"stage {stage} failed step {step}: {text}", step))
+        self.ring.end_epoch(epoch, StageLost(stage, f"stage {stage} failed step {step}: {text}", step))
 
-    def accuse(self, step: int, text: str) -> None:
+    def accuse(self, epoch: int, step: int, text: str) -> None:
         """At the head: ``step``, or a call (-1), is overdue. The first stage that has not run it ends."""
         stages = range(1, self._config.num_stages)
         behind = [stage for stage in stages if self._last_steps.get(stage, -1) < step]
         stage = behind[0] if behind else self._config.num_stages - 1
-        self.ring.end_epoch(StageLost(stage, f"stage {stage} hangs or is too slow: {text}", max(step, 0)))
+        self.ring.end_epoch(epoch, StageLost(stage, f"stage {stage} hangs or is too slow: {text}", max(step, 0)))
 
     @property
     def has_api(self) -> bool:
@@ -216,8 +209,9 @@ class RingProcess(Observer):
             # Not a stop: nobody told the API server to end, so the other stages wait for the next head.
             self.ring.node.request_fail(PeerError("its API server is gone"))
         if self._prepare is not None and time.monotonic() >= self._prepare_until:
+            epoch, _ = self._prepare
             self._prepare = None
-            self.accuse(-1, "it has not caught up with the others")
+            self.accuse(epoch, -1, "it has not caught up with the others")
         return self._reason_to_end()
 
     def _mind_deadline(self, broken: StageLost) -> None:

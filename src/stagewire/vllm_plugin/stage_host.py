@@ -56,6 +56,7 @@ class _StageHost:
         self._config = ranks.config
         self._call_results: dict[int, tuple[list[CallResult], list[Frame]]] = {}
         self._unsampled: tuple[Step, StageTiming] | None = None
+        self._failed_epoch = -1
         self._head = ""
         self._ran: set[int] = set()  # calls of this head that are kept in its journal
         # What calls that no stage runs twice have answered: by method, the arguments and the results.
@@ -74,8 +75,12 @@ class _StageHost:
                 case Broken() | Whole():
                     self._call_results.clear()
                     self._unsampled = None
-                case Delivery() if item.message.epoch == self._ring.node.state.epoch:
+                case Delivery() if self._is_current(item.message.epoch):
                     self._handle(item)
+
+    def _is_current(self, epoch: int) -> bool:
+        """Not of an epoch that is over, or in which a step has failed here."""
+        return epoch == self._ring.node.state.epoch != self._failed_epoch
 
     def _handle(self, delivery: Delivery) -> None:
         match delivery.message:
@@ -101,7 +106,7 @@ class _StageHost:
         try:
             activations = self._ranks.execute(schedule, schedule_bytes, step.digest, step.tensors, frames)
         except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
-            self._fail_step(step.step, error)
+            self._fail_step(step, error)
             return
         self._process.last_step = step.step
         timing = StageTiming(
@@ -133,7 +138,7 @@ class _StageHost:
         try:
             output = self._ranks.answer(grammar)
         except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
-            self._fail_step(step.step, error)
+            self._fail_step(step, error)
             return
         finished = StageTiming(
             timing.stage, timing.received_ns, timing.started_ns, time.monotonic_ns(), 0, timing.hop_ns
@@ -141,11 +146,12 @@ class _StageHost:
         payload = encode_output(output, self._ranks.own.take_drafts())
         self._ring.send(Result(step.epoch, step.step, [*step.timings, _sent(finished)]), [payload])
 
-    def _fail_step(self, step: int, error: Exception) -> None:
+    def _fail_step(self, step: Step, error: Exception) -> None:
         """The others hear of it, the epoch ends, and this stage goes on if it can."""
         if not is_step_failure(self._ranks, error):
             raise error
-        self._process.end_epoch(step, error)
+        self._failed_epoch = step.epoch
+        self._process.end_epoch(step.epoch, step.step, error)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
@@ -209,6 +215,7 @@ class _StageHost:
         if self._head and head != self._head:
             logger.info("Stage %d: stage 0 is a new process; the old one's requests are forgotten", self._config.stage)
             self._ran.clear()
+            self._process.last_step = -1
             self._ranks.forget()
         self._head = head
 
