@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ import pytest
 from support.adapters import make_adapter
 from support.models import make_llama
 from support.stages import Ring, SingleProcess, child_environment
-from support.workload import Answer, Request, compare, complete, license_text, requests
+from support.workload import Answer, Request, ask_all, compare, complete, license_text, requests
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -76,18 +75,7 @@ def stock(model: Path, folder: Path) -> Iterator[SingleProcess]:
 
 def ask(url: str, work: Sequence[tuple[str, Request]], concurrency: int) -> list[Answer]:
     """Each request to the model or adapter beside it."""
-
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
-
-            async def one(name: str, request: Request) -> Answer:
-                async with gate:
-                    return await complete(client, name, request)
-
-            return list(await asyncio.gather(*(one(*each) for each in work)))
-
-    return asyncio.run(everything())
+    return ask_all(url, lambda client, asked: complete(client, *asked), work, concurrency)
 
 
 def post(url: str, path: str, **body: Any) -> httpx.Response:

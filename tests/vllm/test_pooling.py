@@ -14,7 +14,7 @@ import pytest
 
 from support.models import copy_tokenizer, make_llama
 from support.stages import Ring, SingleProcess
-from support.workload import license_text
+from support.workload import ask_all, license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -40,23 +40,17 @@ class Pair:
 
     def both(self, path: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> tuple[Answers, Answers]:
         """Answers of the ring and of the stock process."""
-        ours, theirs = (
-            asyncio.run(post_all(url, path, bodies, concurrency)) for url in (self.ring.url, self.stock.url)
-        )
+        ours, theirs = (post_all(url, path, bodies, concurrency) for url in (self.ring.url, self.stock.url))
         return ours, theirs
 
 
-async def post_all(url: str, path: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
-    gate = asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
+def post_all(url: str, path: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> Answers:
+    async def post(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+        response = await client.post(path, json={"model": "m", **body})
+        assert response.status_code == 200, response.text
+        return dict(response.json())
 
-        async def one(body: dict[str, Any]) -> dict[str, Any]:
-            async with gate:
-                response = await client.post(path, json={"model": "m", **body})
-                assert response.status_code == 200, response.text
-                return dict(response.json())
-
-        return list(await asyncio.gather(*map(one, bodies)))
+    return ask_all(url, post, bodies, concurrency)
 
 
 def texts(count: int, num_words: int) -> list[str]:
@@ -211,6 +205,6 @@ def test_a_tail_of_two_ranks(embedder: Pair) -> None:
     own = {1: ["--tensor-parallel-size", "2"]}
     # Two cores: the ring's processes wait for each other's turns.
     with Ring(embedder.ring.model, ("0-4", "4-8"), settings, ENV | {"STAGEWIRE_PEER_PATIENCE_S": "30"}, own) as ring:
-        ours = asyncio.run(post_all(ring.url, "/v1/embeddings", bodies, 6))
-        theirs = asyncio.run(post_all(embedder.stock.url, "/v1/embeddings", bodies, 6))
+        ours = post_all(ring.url, "/v1/embeddings", bodies, 6)
+        theirs = post_all(embedder.stock.url, "/v1/embeddings", bodies, 6)
         assert worst(ours, theirs) < TOLERANCE

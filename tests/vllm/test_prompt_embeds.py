@@ -5,7 +5,6 @@ The vectors reach the head only; the other stages know their number.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, license_text, requests
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, license_text, requests, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -73,25 +72,11 @@ def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
     return made
 
 
-def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
-
-            async def one(request: Request, options: dict[str, Any]) -> Answer:
-                async with gate:
-                    return await complete(client, str(model), request, **options)
-
-            return list(await asyncio.gather(*(one(*each) for each in work)))
-
-    return asyncio.run(everything())
-
-
 @pytest.fixture(scope="module")
 def references(model_dir: Path, work: Work) -> list[list[Answer]]:
     """One process at the ring's concurrency, and at two others."""
     with SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
-        return [run(single.url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
+        return [run_each(single.url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +89,7 @@ def test_embedded_prompts_give_the_tokens_of_one_process(
     ring: Ring, work: Work, references: list[list[Answer]], say: Callable[[str], None]
 ) -> None:
     for concurrency in (1, CONCURRENCY):
-        answers = run(ring.url, ring.model, work, concurrency)
+        answers = run_each(ring.url, ring.model, work, concurrency)
         ordered = references if concurrency == CONCURRENCY else [references[1], references[0], references[2]]
         result = compare(answers, ordered)
         say(

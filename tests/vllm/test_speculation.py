@@ -5,17 +5,15 @@ One ring of three stages of the real model, with a KV cache that is too small fo
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, counter, license_text
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, counter, license_text, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -57,20 +55,6 @@ def work_for(concurrency: int) -> Work:
     return made
 
 
-def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
-
-            async def one(request: Request, options: dict[str, Any]) -> Answer:
-                async with gate:
-                    return await complete(client, str(model), request, **options)
-
-            return list(await asyncio.gather(*(one(*each) for each in work)))
-
-    return asyncio.run(everything())
-
-
 @pytest.fixture(scope="module")
 def references(model_dir: Path) -> dict[int, list[list[Answer]]]:
     """Per load: one process without speculation, at its concurrency and at another, then one with."""
@@ -80,7 +64,7 @@ def references(model_dir: Path) -> dict[int, list[list[Answer]]]:
         with SingleProcess(model_dir, [*SETTINGS, *extra], env) as single:
             for concurrency, answers in found.items():
                 sizes = (concurrency, 4) if not extra else (concurrency,)
-                answers += [run(single.url, model_dir, work_for(concurrency), size) for size in sizes]
+                answers += [run_each(single.url, model_dir, work_for(concurrency), size) for size in sizes]
     return found
 
 
@@ -96,7 +80,7 @@ def test_tokens_equal_one_process_with_and_without_speculation(
 ) -> None:
     before = {name: counter(ring.url, f"spec_decode_{name}") for name in COUNTERS}
     preempted = counter(ring.url, "num_preemptions")
-    answers = run(ring.url, ring.model, work_for(concurrency), concurrency)
+    answers = run_each(ring.url, ring.model, work_for(concurrency), concurrency)
     drafted, accepted = (counter(ring.url, f"spec_decode_{name}") - before[name] for name in COUNTERS)
     preemptions = counter(ring.url, "num_preemptions") - preempted
     known = references[concurrency]
