@@ -1,0 +1,126 @@
+"""LoRA, sleep and pooling over stages that are compiled, each beside one compiled process. Small random models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from support.adapters import make_adapter
+from support.models import make_llama
+from support.stages import Ring, SingleProcess
+from support.workload import LOGPROB_TOLERANCE, Answer, ask_all, compare, license_text, requests, run_each
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+RANGES = ("0-3", "3-8")
+SETTINGS = [
+    *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
+    *("--kv-cache-memory-bytes", "100M", "--block-size", "32"),
+]
+NAMES = ("base", "one", "two")
+
+
+@dataclass
+class Pair:
+    ring: Ring
+    stock: SingleProcess
+
+
+def compiled(stack: ExitStack, model: Path, settings: Sequence[str], cache: Path) -> Pair:
+    """The same model over stages and in one process, each compiled anew."""
+    assert shutil.which("g++"), "stock vLLM on CPU compiles with g++: install it"
+
+    def env(name: str) -> Mapping[str, str]:
+        own = cache / name
+        caches = {"VLLM_CACHE_ROOT": str(own), "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor")}
+        return {**caches, "VLLM_SERVER_DEV_MODE": "1", PROBE_PATIENCE_ENV: "30"}
+
+    stock = stack.enter_context(SingleProcess(model, settings, env("stock")))
+    ring = stack.enter_context(Ring(model, RANGES, settings, env("ring")))
+    for process in (stock.process, *ring.stages):
+        assert "Warming up done" in process.text(), f"{process.name} runs eagerly"
+    assert all(list((cache / name).rglob("*.so")) for name in ("stock", "ring"))
+    return Pair(ring, stock)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama8"), model_dir, num_layers=8, initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("adapters")
+    paths = [make_adapter(folder / name, model, seed) for seed, name in enumerate(NAMES[1:])]
+    lora = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules"]
+    lora += [f"{path.name}={path}" for path in paths]
+    with ExitStack() as stack:
+        settings = [*SETTINGS, "--served-model-name", NAMES[0], *lora]
+        yield compiled(stack, model, settings, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Pair]:
+    with ExitStack() as stack:
+        settings = [*SETTINGS, "--served-model-name", "m", "--runner", "pooling", "--convert", "embed"]
+        yield compiled(stack, model, settings, tmp_path_factory.mktemp("cache"))
+
+
+def of_all_adapters(url: str, model: Path, concurrency: int) -> list[Answer]:
+    asked = requests(18, seed=31, text=license_text(), longest_words=200)
+    work = [(request, {"model": NAMES[index % len(NAMES)]}) for index, request in enumerate(asked)]
+    return run_each(url, model, work, concurrency)
+
+
+def test_adapters_and_the_base_model(adapted: Pair) -> None:
+    # One at a time: in a batch with adapters stock vLLM on CPU answers for the base model with an adapter.
+    reference = of_all_adapters(adapted.stock.url, adapted.stock.model, 1)
+    for concurrency in (1, 9):
+        found = compare(of_all_adapters(adapted.ring.url, adapted.ring.model, concurrency), [reference])
+        assert not found.wrong, "\n".join(found.wrong)
+        assert found.worst_logprob <= LOGPROB_TOLERANCE
+    prompt = requests(1, seed=32, text=license_text())[0]
+    of_each = run_each(adapted.ring.url, adapted.ring.model, [(prompt, {"model": name}) for name in NAMES], 1)
+    assert len({answer.token_ids for answer in of_each}) == 3, "an adapter that changes nothing tests nothing"
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_and_wake(adapted: Pair, level: int) -> None:
+    seen = []
+    for url in (adapted.ring.url, adapted.stock.url):
+        steps = [
+            ("POST", f"/sleep?level={level}"),
+            ("GET", "/is_sleeping"),
+            ("POST", "/wake_up"),
+            ("GET", "/is_sleeping"),
+        ]
+        answers = [httpx.request(kind, url + path, timeout=300, trust_env=False) for kind, path in steps]
+        seen.append([(answer.status_code, answer.json()) for answer in answers])
+    assert seen[0] == seen[1]
+    assert [seen[0][1][1], seen[0][3][1]] == [{"is_sleeping": True}, {"is_sleeping": False}]
+    reference = of_all_adapters(adapted.stock.url, adapted.stock.model, 1)
+    found = compare(of_all_adapters(adapted.ring.url, adapted.ring.model, 6), [reference])
+    assert not found.wrong, "\n".join(found.wrong)
+
+
+def test_embeddings(embedder: Pair) -> None:
+    """Prompts of up to several times the batch's tokens, so that every stage has chunks of every size."""
+    words = license_text().split()
+    work = [" ".join(words[7 * i : 7 * i + 100 * (i % 4 + 1)]) for i in range(16)]
+
+    async def embed(client: httpx.AsyncClient, text: str) -> Any:
+        response = await client.post("/v1/embeddings", json={"model": "m", "input": text})
+        assert response.status_code == 200, response.text
+        return response.json()["data"][0]["embedding"]
+
+    ours, theirs = (ask_all(url, embed, work, 8) for url in (embedder.ring.url, embedder.stock.url))
+    assert len({tuple(vector) for vector in ours}) == len(work)
+    assert max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)) < 1e-5
