@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.adapters import make_adapter
 from support.models import make_llama
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, Answer, ask_all, compare, license_text, requests, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -34,21 +33,22 @@ class Pair:
     stock: SingleProcess
 
 
-def compiled(stack: ExitStack, model: Path, settings: Sequence[str], cache: Path) -> Pair:
+@contextmanager
+def compiled(model: Path, settings: Sequence[str], cache: Path) -> Iterator[Pair]:
     """The same model over stages and in one process, each compiled anew."""
     assert shutil.which("g++"), "stock vLLM on CPU compiles with g++: install it"
 
     def env(name: str) -> Mapping[str, str]:
         own = cache / name
         caches = {"VLLM_CACHE_ROOT": str(own), "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor")}
-        return {**caches, "VLLM_SERVER_DEV_MODE": "1", PROBE_PATIENCE_ENV: "30"}
+        return {**caches, "VLLM_SERVER_DEV_MODE": "1"}
 
-    stock = stack.enter_context(SingleProcess(model, settings, env("stock")))
-    ring = stack.enter_context(Ring(model, RANGES, settings, env("ring")))
-    for process in (stock.process, *ring.stages):
-        assert "Warming up done" in process.text(), f"{process.name} runs eagerly"
-    assert all(list((cache / name).rglob("*.so")) for name in ("stock", "ring"))
-    return Pair(ring, stock)
+    stock, ring = SingleProcess(model, settings, env("stock")), Ring(model, RANGES, settings, env("ring"))
+    with together(stock, ring):
+        for process in (stock.process, *ring.stages):
+            assert "Warming up done" in process.text(), f"{process.name} runs eagerly"
+        assert all(list((cache / name).rglob("*.so")) for name in ("stock", "ring"))
+        yield Pair(ring, stock)
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +62,16 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[P
     paths = [make_adapter(folder / name, model, seed) for seed, name in enumerate(NAMES[1:])]
     lora = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules"]
     lora += [f"{path.name}={path}" for path in paths]
-    with ExitStack() as stack:
-        settings = [*SETTINGS, "--served-model-name", NAMES[0], *lora]
-        yield compiled(stack, model, settings, tmp_path_factory.mktemp("cache"))
+    settings = [*SETTINGS, "--served-model-name", NAMES[0], *lora]
+    with compiled(model, settings, tmp_path_factory.mktemp("cache")) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Pair]:
-    with ExitStack() as stack:
-        settings = [*SETTINGS, "--served-model-name", "m", "--runner", "pooling", "--convert", "embed"]
-        yield compiled(stack, model, settings, tmp_path_factory.mktemp("cache"))
+    settings = [*SETTINGS, "--served-model-name", "m", "--runner", "pooling", "--convert", "embed"]
+    with compiled(model, settings, tmp_path_factory.mktemp("cache")) as pair:
+        yield pair
 
 
 def of_all_adapters(url: str, model: Path, concurrency: int) -> list[Answer]:

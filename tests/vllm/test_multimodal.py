@@ -22,7 +22,7 @@ from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.checkpoint.ownership import stage_tensors
 from stagewire.plan.ranges import LayerRange
 from support.models import make_blip2, make_isaac
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, Answer, ask_all, compare, license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -114,9 +114,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make, max_images = request.param
     model = make(tmp_path_factory.mktemp("images"), model_dir)
     work = messages(max_images)
-    with SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
+    ring, single = Ring(model, RANGES, SETTINGS), SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"})
+    with together(ring, single):
         references = [run(single.url, model, work, concurrency) for concurrency in (CONCURRENCY, 1)]
-    with Ring(model, RANGES, SETTINGS) as ring:
         yield Pair(ring, work, references)
 
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, license_text, requests, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -73,16 +73,21 @@ def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
 
 
 @pytest.fixture(scope="module")
-def references(model_dir: Path, work: Work) -> list[list[Answer]]:
-    """One process at the ring's concurrency, and at two others."""
-    with SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
-        return [run_each(single.url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
+def pair(model_dir: Path) -> Iterator[tuple[Ring, SingleProcess]]:
+    ring, single = Ring(model_dir, RANGES, SETTINGS), SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"})
+    with together(ring, single):
+        yield ring, single
 
 
 @pytest.fixture(scope="module")
-def ring(model_dir: Path, references: object) -> Iterator[Ring]:
-    with Ring(model_dir, RANGES, SETTINGS) as running:
-        yield running
+def ring(pair: tuple[Ring, SingleProcess]) -> Ring:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def references(pair: tuple[Ring, SingleProcess], model_dir: Path, work: Work) -> list[list[Answer]]:
+    """One process at the ring's concurrency, and at two others."""
+    return [run_each(pair[1].url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
 
 
 def test_embedded_prompts_give_the_tokens_of_one_process(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, counter, license_text, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -55,23 +56,37 @@ def work_for(concurrency: int) -> Work:
     return made
 
 
+@dataclass
+class Servers:
+    """The ring, and one process without and with speculation."""
+
+    ring: Ring
+    without: SingleProcess
+    speculating: SingleProcess
+
+
 @pytest.fixture(scope="module")
-def references(model_dir: Path) -> dict[int, list[list[Answer]]]:
+def servers(model_dir: Path) -> Iterator[Servers]:
+    speculate, env = [*SETTINGS, "--speculative-config", NGRAM], {"OMP_NUM_THREADS": "2"}
+    ring = Ring(model_dir, RANGES, speculate)
+    without, speculating = (SingleProcess(model_dir, each, env) for each in (SETTINGS, speculate))
+    with together(ring, without, speculating):
+        yield Servers(ring, without, speculating)
+
+
+@pytest.fixture(scope="module")
+def ring(servers: Servers) -> Ring:
+    return servers.ring
+
+
+@pytest.fixture(scope="module")
+def references(servers: Servers, model_dir: Path) -> dict[int, list[list[Answer]]]:
     """Per load: one process without speculation, at its concurrency and at another, then one with."""
-    found: dict[int, list[list[Answer]]] = {concurrency: [] for concurrency in CONCURRENCIES}
-    env = {"OMP_NUM_THREADS": "2"}
-    for extra in ([], ["--speculative-config", NGRAM]):
-        with SingleProcess(model_dir, [*SETTINGS, *extra], env) as single:
-            for concurrency, answers in found.items():
-                sizes = (concurrency, 4) if not extra else (concurrency,)
-                answers += [run_each(single.url, model_dir, work_for(concurrency), size) for size in sizes]
+    found = {}
+    for load in CONCURRENCIES:
+        asked = ((servers.without, load), (servers.without, 4), (servers.speculating, load))
+        found[load] = [run_each(server.url, model_dir, work_for(load), size) for server, size in asked]
     return found
-
-
-@pytest.fixture(scope="module")
-def ring(model_dir: Path, references: object) -> Iterator[Ring]:
-    with Ring(model_dir, RANGES, [*SETTINGS, "--speculative-config", NGRAM]) as running:
-        yield running
 
 
 @pytest.mark.parametrize("concurrency", CONCURRENCIES)
