@@ -28,7 +28,7 @@ from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, St
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 
 VLLM = str(Path(sys.executable).parent / "vllm")
-START_DEADLINE_S = 240.0
+START_DEADLINE_S = 480.0
 STOP_DEADLINE_S = 30.0
 
 
@@ -280,11 +280,11 @@ def together(*servers: Ring | SingleProcess) -> Iterator[None]:
             server.env = {PROBE_PATIENCE_ENV: "30", **server.env}
     with ThreadPoolExecutor(len(servers)) as pool:
         starting = [pool.submit(server.__enter__) for server in servers]
-        wait(starting)
         try:
             for each in starting:
                 each.result()
             yield
         finally:
+            wait(starting)
             started = [server for server, each in zip(servers, starting, strict=True) if each.exception() is None]
             wait([pool.submit(server.__exit__, None, None, None) for server in started])
