@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from support.stages import Ring, SingleProcess, together
-from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, license_text, requests, run_each
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, counter, license_text, requests, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -25,7 +25,7 @@ RANGES = ("0-9", "9-20", "20-30")
 # A budget that cuts long prompts, and a KV cache that is too small for all of them at once.
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "768", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
-    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "60", "--kv-cache-memory-bytes", "300M"),
+    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "26", "--kv-cache-memory-bytes", "300M"),
     "--enable-prompt-embeds",
 ]
 CONCURRENCY = 16
@@ -103,6 +103,9 @@ def test_embedded_prompts_give_the_tokens_of_one_process(
         )
         assert not result.wrong, "\n".join(result.wrong)
         assert result.worst_logprob <= LOGPROB_TOLERANCE
+    preemptions = counter(ring.url, "num_preemptions")
+    say(f"{preemptions:.0f} preemptions")
+    assert preemptions, "the KV cache is meant to be too small for this load"
     texts, same, noisy = answers[0::3], answers[1::3], answers[2::3]
     assert [a.token_ids for a in same] != [a.token_ids for a in noisy], "the vectors decide, not the text"
     equal = sum(text.token_ids == embedded.token_ids for text, embedded in zip(texts, same, strict=True))
