@@ -1,6 +1,6 @@
 """Sleep and pooling over stages that are compiled, each beside one compiled process. Small random models.
 
-With LoRA vLLM on CPU never compiles, asked for or not: test_lora.py has no --enforce-eager.
+With LoRA vLLM on CPU never compiles, asked for or not (platforms/cpu.py), so there is nothing to compare.
 """
 
 from __future__ import annotations
