@@ -18,16 +18,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
+from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 
 VLLM = str(Path(sys.executable).parent / "vllm")
-START_DEADLINE_S = 240.0
+START_DEADLINE_S = 480.0
 STOP_DEADLINE_S = 30.0
 
 
@@ -289,3 +291,24 @@ class SingleProcess:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+
+@contextlib.contextmanager
+def together(*servers: Ring | SingleProcess) -> Iterator[None]:
+    """Starts them side by side, and stops them so: the processes of one process's start come one after the other.
+
+    They keep one another waiting meanwhile, which must not count as a lost stage.
+    """
+    for server in servers:
+        if isinstance(server, Ring):
+            server.env = {PROBE_PATIENCE_ENV: "30", **server.env}
+    with ThreadPoolExecutor(len(servers)) as pool:
+        starting = [pool.submit(server.__enter__) for server in servers]
+        try:
+            for each in starting:
+                each.result()
+            yield
+        finally:
+            wait(starting)
+            started = [server for server, each in zip(servers, starting, strict=True) if each.exception() is None]
+            wait([pool.submit(server.__exit__, None, None, None) for server in started])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 LOGPROB_TOLERANCE = 2e-3
+
+Asked = TypeVar("Asked")
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,41 @@ async def complete(client: httpx.AsyncClient, model: str, request: Request, **op
     )
 
 
-def run(url: str, model: Path, work: Sequence[Request], concurrency: int, **options: Any) -> list[Answer]:
-    """All answers, in order, with ``concurrency`` requests open at a time."""
+def ask_all(
+    url: str,
+    ask: Callable[[httpx.AsyncClient, Asked], Awaitable[Given]],
+    work: Sequence[Asked],
+    concurrency: int,
+) -> list[Given]:
+    """What ``ask`` gives for each of ``work``, in order, with ``concurrency`` requests open at a time."""
 
-    async def everything() -> list[Answer]:
+    async def everything() -> list[Given]:
         gate = asyncio.Semaphore(concurrency)
         limits = httpx.Limits(max_connections=concurrency + 4)
         async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
 
-            async def one(request: Request) -> Answer:
+            async def one(asked: Asked) -> Given:
                 async with gate:
-                    return await complete(client, str(model), request, **options)
+                    return await ask(client, asked)
 
-            return list(await asyncio.gather(*(one(request) for request in work)))
+            return list(await asyncio.gather(*map(one, work)))
 
     return asyncio.run(everything())
+
+
+def run(url: str, model: Path, work: Sequence[Request], concurrency: int, **options: Any) -> list[Answer]:
+    """All answers, in order, with ``concurrency`` requests open at a time."""
+    return run_each(url, model, [(request, options) for request in work], concurrency)
+
+
+def run_each(url: str, model: Path, work: Sequence[tuple[Request, dict[str, Any]]], concurrency: int) -> list[Answer]:
+    """Like `run`, every request with options of its own."""
+
+    def ask(client: httpx.AsyncClient, asked: tuple[Request, dict[str, Any]]) -> Awaitable[Answer]:
+        request, options = asked
+        return complete(client, str(model), request, **options)
+
+    return ask_all(url, ask, work, concurrency)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import pytest
 
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.api import Api, differences
 from support.features import (
     CHAT,
@@ -35,7 +33,7 @@ from support.features import (
     STREAMED_CHATS,
     STREAMED_COMPLETIONS,
 )
-from support.stages import VLLM, Ring, SingleProcess, child_environment
+from support.stages import VLLM, Ring, SingleProcess, child_environment, together
 from support.workload import license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -48,7 +46,6 @@ SETTINGS = [
     # The head's; other stages have no API.
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
 ]
-PATIENT = {PROBE_PATIENCE_ENV: "30"}
 # Of one process: beside a request with this, stock vLLM gives the rest of a batch no `logprobs` (docs/vllm-seams.md).
 ASKED_ALONE = ("logprob_token_ids",)
 
@@ -75,13 +72,10 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(model_dir: Path) -> Iterator[Pair]:
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        # With the reference's own seed for requests without one, two samples would be the same and not alike.
-        own = ["--max-num-batched-tokens", str(BUDGET), "--seed", "7"]
-        over_stages = Ring(model_dir, RANGES, [*SETTINGS, *own], PATIENT)
-        whole = SingleProcess(model_dir, [*SETTINGS, "--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"])
-        starting = pool.submit(stack.enter_context, over_stages), pool.submit(stack.enter_context, whole)
-        ring, single = starting[0].result(), starting[1].result()
+    # With the reference's own seed for requests without one, two samples would be the same and not alike.
+    ring = Ring(model_dir, RANGES, [*SETTINGS, "--max-num-batched-tokens", str(BUDGET), "--seed", "7"])
+    single = SingleProcess(model_dir, [*SETTINGS, "--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"])
+    with together(ring, single):
         yield Pair(Api(ring.url, model_dir), Api(single.url, model_dir))
 
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from support.models import make_llama
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import Request, license_text, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -45,17 +45,22 @@ def profiler(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ring(model: Path, traces: Path) -> Iterator[Ring]:
+def pair(model: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ring, SingleProcess]]:
     own = {stage: profiler(traces / str(stage)) for stage in range(len(RANGES))}
-    with Ring(model, RANGES, SETTINGS, ENV, own) as running:
-        yield running
+    ring = Ring(model, RANGES, SETTINGS, ENV, own)
+    stock = SingleProcess(model, [*SETTINGS, *profiler(tmp_path_factory.mktemp("stock traces"))], ENV)
+    with together(ring, stock):
+        yield ring, stock
 
 
 @pytest.fixture(scope="module")
-def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SingleProcess]:
-    own = profiler(tmp_path_factory.mktemp("stock traces"))
-    with SingleProcess(model, [*SETTINGS, *own], ENV) as running:
-        yield running
+def ring(pair: tuple[Ring, SingleProcess]) -> Ring:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def stock(pair: tuple[Ring, SingleProcess]) -> SingleProcess:
+    return pair[1]
 
 
 def post(url: str, path: str, **body: Any) -> httpx.Response:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +16,8 @@ import pytest
 
 from support.adapters import make_adapter
 from support.models import make_llama
-from support.stages import Ring, SingleProcess, child_environment
-from support.workload import Answer, Request, compare, complete, license_text, requests
+from support.stages import Ring, SingleProcess, start, together
+from support.workload import Answer, Request, ask_all, compare, complete, license_text, requests
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -60,34 +58,28 @@ def modules(top: Path, *names: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ring(model: Path, folder: Path) -> Iterator[Ring]:
+def pair(model: Path, folder: Path) -> Iterator[tuple[Ring, SingleProcess]]:
     head = [*modules(folder / "allowed", "one", "two"), "--served-model-name", BASE]
     worker = [*modules(folder / "worker", "moved", "twin"), "--pipeline-lora-root", str(folder / "allowed")]
-    with Ring(model, RANGES, SETTINGS, ENV, {0: head, 1: worker, 2: worker}) as running:
-        yield running
+    ring = Ring(model, RANGES, SETTINGS, ENV, {0: head, 1: worker, 2: worker})
+    stock = SingleProcess(model, [*SETTINGS, *head], ENV)
+    with together(ring, stock):
+        yield ring, stock
 
 
 @pytest.fixture(scope="module")
-def stock(model: Path, folder: Path) -> Iterator[SingleProcess]:
-    own = [*modules(folder / "allowed", "one", "two"), "--served-model-name", BASE]
-    with SingleProcess(model, [*SETTINGS, *own], ENV) as running:
-        yield running
+def ring(pair: tuple[Ring, SingleProcess]) -> Ring:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def stock(pair: tuple[Ring, SingleProcess]) -> SingleProcess:
+    return pair[1]
 
 
 def ask(url: str, work: Sequence[tuple[str, Request]], concurrency: int) -> list[Answer]:
     """Each request to the model or adapter beside it."""
-
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
-
-            async def one(name: str, request: Request) -> Answer:
-                async with gate:
-                    return await complete(client, name, request)
-
-            return list(await asyncio.gather(*(one(*each) for each in work)))
-
-    return asyncio.run(everything())
+    return ask_all(url, lambda client, asked: complete(client, *asked), work, concurrency)
 
 
 def post(url: str, path: str, **body: Any) -> httpx.Response:
@@ -270,17 +262,19 @@ def test_llm_in_python_names_an_adapter_that_nobody_loaded(model: Path, folder: 
     place = {"total_stages": 2, "layer_range": "0-3", "bind_port": ring.ports[0]}
     place["prev_stage_addr"] = f"127.0.0.1:{ring.ports[1]}"
     found = []
+    running = []
     try:
         worker = ring.start_stage(1)
-        for where in (place, {}):
+        for name, where in (("over stages", place), ("alone", {})):
             command = [sys.executable, str(script), str(model), str(folder / "allowed"), json.dumps(where)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=180, env=child_environment(), check=False
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            found += [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+            running.append(start(name, command, tmp_path / f"{name}.log"))
+        for process in running:
+            assert process.wait(180) == 0, process.text()[-3000:]
+            found += [line for line in process.text().splitlines() if line.startswith("FOUND ")]
         assert worker.wait(30) == 0
     finally:
+        for process in running:
+            process.kill_group()
         ring.stop()
     ours, theirs = (json.loads(line.removeprefix("FOUND ")) for line in found)
     assert ours == theirs

@@ -5,7 +5,6 @@ Pixels and the encoder stay at the head; the other stages get what positions nee
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import random
@@ -23,8 +22,8 @@ from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.checkpoint.ownership import stage_tensors
 from stagewire.plan.ranges import LayerRange
 from support.models import make_blip2, make_isaac
-from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text
+from support.stages import Ring, SingleProcess, together
+from support.workload import LOGPROB_TOLERANCE, Answer, ask_all, compare, license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -98,17 +97,7 @@ async def chat(client: httpx.AsyncClient, model: Path, content: list[dict[str, A
 
 
 def run(url: str, model: Path, work: list[list[dict[str, Any]]], concurrency: int) -> list[Answer]:
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
-
-            async def one(content: list[dict[str, Any]]) -> Answer:
-                async with gate:
-                    return await chat(client, model, content)
-
-            return list(await asyncio.gather(*(one(each) for each in work)))
-
-    return asyncio.run(everything())
+    return ask_all(url, lambda client, content: chat(client, model, content), work, concurrency)
 
 
 @dataclass
@@ -125,9 +114,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make, max_images = request.param
     model = make(tmp_path_factory.mktemp("images"), model_dir)
     work = messages(max_images)
-    with SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
+    ring, single = Ring(model, RANGES, SETTINGS), SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"})
+    with together(ring, single):
         references = [run(single.url, model, work, concurrency) for concurrency in (CONCURRENCY, 1)]
-    with Ring(model, RANGES, SETTINGS) as ring:
         yield Pair(ring, work, references)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from support.models import copy_tokenizer, make_llama
-from support.stages import Ring, SingleProcess
-from support.workload import license_text
+from support.stages import Ring, SingleProcess, together
+from support.workload import ask_all, license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -32,31 +32,25 @@ Answers = list[dict[str, Any]]
 class Pair:
     """The same model over stages and in one process."""
 
-    def __init__(self, stack: ExitStack, model: Path, extra: Sequence[str]) -> None:
+    def __init__(self, model: Path, extra: Sequence[str]) -> None:
         settings = [*SETTINGS, *extra, "--served-model-name", "m"]
         # Stage 0 alone is asked by name, but one command line for all is what people write.
-        self.stock = stack.enter_context(SingleProcess(model, settings, ENV))
-        self.ring = stack.enter_context(Ring(model, RANGES, settings, ENV))
+        self.stock = SingleProcess(model, settings, ENV)
+        self.ring = Ring(model, RANGES, settings, ENV)
 
     def both(self, path: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> tuple[Answers, Answers]:
         """Answers of the ring and of the stock process."""
-        ours, theirs = (
-            asyncio.run(post_all(url, path, bodies, concurrency)) for url in (self.ring.url, self.stock.url)
-        )
+        ours, theirs = (post_all(url, path, bodies, concurrency) for url in (self.ring.url, self.stock.url))
         return ours, theirs
 
 
-async def post_all(url: str, path: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
-    gate = asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
+def post_all(url: str, path: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> Answers:
+    async def post(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+        response = await client.post(path, json={"model": "m", **body})
+        assert response.status_code == 200, response.text
+        return dict(response.json())
 
-        async def one(body: dict[str, Any]) -> dict[str, Any]:
-            async with gate:
-                response = await client.post(path, json={"model": "m", **body})
-                assert response.status_code == 200, response.text
-                return dict(response.json())
-
-        return list(await asyncio.gather(*map(one, bodies)))
+    return ask_all(url, post, bodies, concurrency)
 
 
 def texts(count: int, num_words: int) -> list[str]:
@@ -81,18 +75,25 @@ def worst(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], key:
     return max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True))
 
 
+@contextmanager
+def running(model: Path, *extra: str) -> Iterator[Pair]:
+    made = Pair(model, extra)
+    with together(made.stock, made.ring):
+        yield made
+
+
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Pair]:
     model = make_llama(tmp_path_factory.mktemp("embedder"), model_dir, num_layers=8, initializer_range=0.1)
-    with ExitStack() as stack:
-        yield Pair(stack, model, ["--convert", "embed"])
+    with running(model, "--convert", "embed") as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")
 def token_embedder(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Pair]:
     model = make_llama(tmp_path_factory.mktemp("tokens"), model_dir, num_layers=8, initializer_range=0.1)
-    with ExitStack() as stack:
-        yield Pair(stack, model, ["--convert", "embed", "--pooler-config", '{"task": "token_embed"}'])
+    with running(model, "--convert", "embed", "--pooler-config", '{"task": "token_embed"}') as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Ite
     }
     Qwen3ForSequenceClassification(Qwen3Config(**settings)).save_pretrained(folder, max_shard_size="5MB")
     copy_tokenizer(model_dir, folder)
-    with ExitStack() as stack:
-        yield Pair(stack, folder, [])
+    with running(folder) as pair:
+        yield pair
 
 
 def test_embeddings_through_the_real_client(embedder: Pair) -> None:
@@ -211,6 +212,6 @@ def test_a_tail_of_two_ranks(embedder: Pair) -> None:
     own = {1: ["--tensor-parallel-size", "2"]}
     # Two cores: the ring's processes wait for each other's turns.
     with Ring(embedder.ring.model, ("0-4", "4-8"), settings, ENV | {"STAGEWIRE_PEER_PATIENCE_S": "30"}, own) as ring:
-        ours = asyncio.run(post_all(ring.url, "/v1/embeddings", bodies, 6))
-        theirs = asyncio.run(post_all(embedder.stock.url, "/v1/embeddings", bodies, 6))
+        ours = post_all(ring.url, "/v1/embeddings", bodies, 6)
+        theirs = post_all(embedder.stock.url, "/v1/embeddings", bodies, 6)
         assert worst(ours, theirs) < TOLERANCE

@@ -5,7 +5,6 @@ The vectors reach the head only; the other stages know their number.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -17,8 +16,8 @@ import httpx
 import pytest
 import torch
 
-from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, license_text, requests
+from support.stages import Ring, SingleProcess, together
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, counter, license_text, requests, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -26,7 +25,7 @@ RANGES = ("0-9", "9-20", "20-30")
 # A budget that cuts long prompts, and a KV cache that is too small for all of them at once.
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "768", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
-    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "60", "--kv-cache-memory-bytes", "300M"),
+    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "26", "--kv-cache-memory-bytes", "300M"),
     "--enable-prompt-embeds",
 ]
 CONCURRENCY = 16
@@ -73,38 +72,29 @@ def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
     return made
 
 
-def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
-
-            async def one(request: Request, options: dict[str, Any]) -> Answer:
-                async with gate:
-                    return await complete(client, str(model), request, **options)
-
-            return list(await asyncio.gather(*(one(*each) for each in work)))
-
-    return asyncio.run(everything())
+@pytest.fixture(scope="module")
+def pair(model_dir: Path) -> Iterator[tuple[Ring, SingleProcess]]:
+    ring, single = Ring(model_dir, RANGES, SETTINGS), SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"})
+    with together(ring, single):
+        yield ring, single
 
 
 @pytest.fixture(scope="module")
-def references(model_dir: Path, work: Work) -> list[list[Answer]]:
+def ring(pair: tuple[Ring, SingleProcess]) -> Ring:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def references(pair: tuple[Ring, SingleProcess], model_dir: Path, work: Work) -> list[list[Answer]]:
     """One process at the ring's concurrency, and at two others."""
-    with SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
-        return [run(single.url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
-
-
-@pytest.fixture(scope="module")
-def ring(model_dir: Path, references: object) -> Iterator[Ring]:
-    with Ring(model_dir, RANGES, SETTINGS) as running:
-        yield running
+    return [run_each(pair[1].url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
 
 
 def test_embedded_prompts_give_the_tokens_of_one_process(
     ring: Ring, work: Work, references: list[list[Answer]], say: Callable[[str], None]
 ) -> None:
     for concurrency in (1, CONCURRENCY):
-        answers = run(ring.url, ring.model, work, concurrency)
+        answers = run_each(ring.url, ring.model, work, concurrency)
         ordered = references if concurrency == CONCURRENCY else [references[1], references[0], references[2]]
         result = compare(answers, ordered)
         say(
@@ -113,6 +103,9 @@ def test_embedded_prompts_give_the_tokens_of_one_process(
         )
         assert not result.wrong, "\n".join(result.wrong)
         assert result.worst_logprob <= LOGPROB_TOLERANCE
+    preemptions = counter(ring.url, "num_preemptions")
+    say(f"{preemptions:.0f} preemptions")
+    assert preemptions, "the KV cache is meant to be too small for this load"
     texts, same, noisy = answers[0::3], answers[1::3], answers[2::3]
     assert [a.token_ids for a in same] != [a.token_ids for a in noisy], "the vectors decide, not the text"
     equal = sum(text.token_ids == embedded.token_ids for text, embedded in zip(texts, same, strict=True))

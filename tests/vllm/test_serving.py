@@ -131,6 +131,7 @@ def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:
     until_idle(ring)
 
 
+@pytest.mark.slow
 def test_preemption_gives_the_same_tokens(ring: Ring, model_dir: Path) -> None:
     """A KV cache far too small for the load on one stage: vLLM preempts, every stage follows, tokens stay the same."""
     work = [Request(" ".join(license_text().split()[i * 20 : i * 20 + 100]), 64) for i in range(8)]

@@ -6,15 +6,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
@@ -23,7 +21,6 @@ COMMON = [
     *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-memory-bytes", "200M"),
 ]
 EAGER = [*COMMON, "--enforce-eager"]
-PATIENT = {PROBE_PATIENCE_ENV: "30"}
 # The one that moves most boundaries is in every run of the tests. vLLM's attention on CPU takes blocks of multiples of
 # 32 tokens and KV caches in the model's dtype or fp8.
 MATRIX = [
@@ -48,9 +45,8 @@ def test_settings_that_change_numerics_or_layout(
     # vLLM chooses another budget for one process than external mode does; a given one comes last and wins.
     settings = ["--max-num-batched-tokens", "256", *settings]
     work = requests(16, seed=21, text=license_text(), longest_words=150)
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        servers = (Ring(model_dir, ("0-8", "8-13", "13-30"), settings, PATIENT), SingleProcess(model_dir, settings))
-        ring, single = pool.map(stack.enter_context, servers)
+    ring, single = Ring(model_dir, ("0-8", "8-13", "13-30"), settings), SingleProcess(model_dir, settings)
+    with together(ring, single):
         references = [run(single.url, model_dir, work, size) for size in (16, 1)]
         result = compare(run(ring.url, model_dir, work, 16), references)
     say(
@@ -65,7 +61,11 @@ def test_settings_that_change_numerics_or_layout(
 def test_a_second_start_finds_compiled_code(model_dir: Path, tmp_path: Path, say: Callable[[str], None]) -> None:
     """Stages compile side by side, and a second start traces the model again but builds no library."""
     assert shutil.which("g++"), "stock vLLM on CPU compiles with g++: install it"
-    env = {**PATIENT, "VLLM_CACHE_ROOT": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    env = {
+        PROBE_PATIENCE_ENV: "30",
+        "VLLM_CACHE_ROOT": str(tmp_path),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
     work = requests(4, seed=22, text=license_text(), longest_words=60)
     took_s: list[float] = []
     warm_ups: list[list[tuple[datetime, datetime]]] = []

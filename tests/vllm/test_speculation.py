@@ -5,17 +5,16 @@ One ring of three stages of the real model, with a KV cache that is too small fo
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, complete, counter, license_text
+from support.stages import Ring, SingleProcess, together
+from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, counter, license_text, run_each
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -57,37 +56,37 @@ def work_for(concurrency: int) -> Work:
     return made
 
 
-def run(url: str, model: Path, work: Work, concurrency: int) -> list[Answer]:
-    async def everything() -> list[Answer]:
-        gate = asyncio.Semaphore(concurrency)
-        async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
+@dataclass
+class Servers:
+    """The ring, and one process without and with speculation."""
 
-            async def one(request: Request, options: dict[str, Any]) -> Answer:
-                async with gate:
-                    return await complete(client, str(model), request, **options)
-
-            return list(await asyncio.gather(*(one(*each) for each in work)))
-
-    return asyncio.run(everything())
+    ring: Ring
+    without: SingleProcess
+    speculating: SingleProcess
 
 
 @pytest.fixture(scope="module")
-def references(model_dir: Path) -> dict[int, list[list[Answer]]]:
+def servers(model_dir: Path) -> Iterator[Servers]:
+    speculate, env = [*SETTINGS, "--speculative-config", NGRAM], {"OMP_NUM_THREADS": "2"}
+    ring = Ring(model_dir, RANGES, speculate)
+    without, speculating = (SingleProcess(model_dir, each, env) for each in (SETTINGS, speculate))
+    with together(ring, without, speculating):
+        yield Servers(ring, without, speculating)
+
+
+@pytest.fixture(scope="module")
+def ring(servers: Servers) -> Ring:
+    return servers.ring
+
+
+@pytest.fixture(scope="module")
+def references(servers: Servers, model_dir: Path) -> dict[int, list[list[Answer]]]:
     """Per load: one process without speculation, at its concurrency and at another, then one with."""
-    found: dict[int, list[list[Answer]]] = {concurrency: [] for concurrency in CONCURRENCIES}
-    env = {"OMP_NUM_THREADS": "2"}
-    for extra in ([], ["--speculative-config", NGRAM]):
-        with SingleProcess(model_dir, [*SETTINGS, *extra], env) as single:
-            for concurrency, answers in found.items():
-                sizes = (concurrency, 4) if not extra else (concurrency,)
-                answers += [run(single.url, model_dir, work_for(concurrency), size) for size in sizes]
+    found = {}
+    for load in CONCURRENCIES:
+        asked = ((servers.without, load), (servers.without, 4), (servers.speculating, load))
+        found[load] = [run_each(server.url, model_dir, work_for(load), size) for server, size in asked]
     return found
-
-
-@pytest.fixture(scope="module")
-def ring(model_dir: Path, references: object) -> Iterator[Ring]:
-    with Ring(model_dir, RANGES, [*SETTINGS, "--speculative-config", NGRAM]) as running:
-        yield running
 
 
 @pytest.mark.parametrize("concurrency", CONCURRENCIES)
@@ -96,7 +95,7 @@ def test_tokens_equal_one_process_with_and_without_speculation(
 ) -> None:
     before = {name: counter(ring.url, f"spec_decode_{name}") for name in COUNTERS}
     preempted = counter(ring.url, "num_preemptions")
-    answers = run(ring.url, ring.model, work_for(concurrency), concurrency)
+    answers = run_each(ring.url, ring.model, work_for(concurrency), concurrency)
     drafted, accepted = (counter(ring.url, f"spec_decode_{name}") - before[name] for name in COUNTERS)
     preemptions = counter(ring.url, "num_preemptions") - preempted
     known = references[concurrency]

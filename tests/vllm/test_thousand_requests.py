@@ -8,17 +8,15 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.api import Api, differences
 from support.features import GRAMMAR, SCHEMA
-from support.stages import Ring, SingleProcess
+from support.stages import Ring, SingleProcess, together
 from support.workload import license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -124,13 +122,12 @@ def _is_tie(mine: list[int], busy: list[int], quiet: list[int]) -> bool:
 
 def test_a_thousand_requests(model_dir: Path, say: Callable[[str], None]) -> None:
     work, aborted = bodies(COUNT, seed=1), bodies(NUM_ABORTED, seed=2)
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        servers = (
-            Ring(model_dir, RANGES, [*SETTINGS, "--max-num-batched-tokens", "512"], {PROBE_PATIENCE_ENV: "30"}),
-            SingleProcess(model_dir, [*SETTINGS, "--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"]),
-        )
-        started = list(pool.map(stack.enter_context, servers))
-        ring, single = (Api(server.url, model_dir) for server in started)
+    servers = (
+        Ring(model_dir, RANGES, [*SETTINGS, "--max-num-batched-tokens", "512"]),
+        SingleProcess(model_dir, [*SETTINGS, "--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"]),
+    )
+    with together(*servers), ThreadPoolExecutor(2) as pool:
+        ring, single = (Api(server.url, model_dir) for server in servers)
 
         def timed(api: Api) -> tuple[list[Any], float]:
             began_at = time.monotonic()
