@@ -39,6 +39,7 @@ SETTINGS = [
 ]
 RANGES = {2: ("0-15", "15-30"), 3: ("0-10", "10-20", "20-30"), 4: ("0-7", "7-15", "15-23", "23-30")}
 CONCURRENCY = 32
+DISTURBANCES = ("kill", "kill", "two kills", "freeze", "cut", "hold one way", "hold both", "delay")
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Chaos:
     Args:
         ring: of real processes; stage 0 is left alone.
         seed: of what, when and whom.
+        only: what may happen; more often what is there more often.
         say: told what is done.
     """
 
@@ -79,6 +81,7 @@ class Chaos:
     seed: int
     say: Callable[[str], None]
     in_flight: Callable[[], int]
+    only: Sequence[str] = DISTURBANCES
     done: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
@@ -107,7 +110,7 @@ class Chaos:
             self._error = error
 
     def _disturb(self) -> None:
-        what = self._rng.choice(("kill", "kill", "two kills", "freeze", "cut", "hold one way", "hold both", "delay"))
+        what = self._rng.choice(self.only)
         stage = self._rng.randrange(1, self.ring.num_stages)
         link = self._rng.randrange(self.ring.num_stages)  # by the stage behind it
         seconds = self._rng.uniform(0.5, 12)
@@ -186,7 +189,15 @@ class Report:
     footprints: list[list[Footprint]] = field(default_factory=list)
 
 
-def soak(ring: ProxiedRing, seconds: float, seed: int, *, is_quiet: bool, say: Callable[[str], None]) -> Report:
+def soak(
+    ring: ProxiedRing,
+    seconds: float,
+    seed: int,
+    *,
+    is_quiet: bool,
+    say: Callable[[str], None],
+    only: Sequence[str] = DISTURBANCES,
+) -> Report:
     """Rounds of clients until the time is over; every answer is compared with the first, undisturbed round's."""
     bodies = mixed_bodies(CONCURRENCY + CONCURRENCY // 2, seed)
     report = Report()
@@ -200,7 +211,7 @@ def soak(ring: ProxiedRing, seconds: float, seed: int, *, is_quiet: bool, say: C
     until_idle(ring)
     report.footprints.append(footprints(ring))
     running = clients()
-    chaos = Chaos(ring, seed, say, lambda: running.num_open)
+    chaos = Chaos(ring, seed, say, lambda: running.num_open, only)
     if not is_quiet:
         chaos.start()
     ends_at = time.monotonic() + seconds
@@ -232,11 +243,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stages", type=int, choices=sorted(RANGES), default=4)
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted(set(DISTURBANCES)), default=DISTURBANCES, help="default: all"
+    )
     parser.add_argument("--quiet", action="store_true", help="no disturbance")
     args = parser.parse_args()
     with proxied(args.model, args.stages) as ring:
         say = partial(print, flush=True)
-        report = soak(ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=say)
+        report = soak(ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=say, only=args.only)
         print(json.dumps([{k: v for k, v in state.items() if k != "activations"} for state in states(ring)]))
     print(f"{report.rounds} rounds, {report.answers} answers, {len(report.problems)} wrong")
     print(f"disturbances: {dict(report.disturbances)}")
