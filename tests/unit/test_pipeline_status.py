@@ -307,6 +307,32 @@ class TestHttp:
         health.update(StatusEvent(0, Phase.READY))
         assert health.answer("/v1/models") is None
 
+    def test_an_open_request_that_is_refused_ends_inside_as_if_its_client_had_hung_up(self, health: HeadHealth) -> None:
+        """vLLM goes on computing a request whose handler is only cancelled."""
+        health.is_serving = True
+        seen: list[str] = []
+        sent: list[MutableMapping[str, Any]] = []
+
+        async def inside(scope: Any, receive: Any, send: Any) -> None:
+            seen.append((await receive())["type"])
+            health.update(StatusEvent(0, Phase.GIVEN_UP, "stage 3 did not come back"))
+            seen.append((await receive())["type"])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive() -> MutableMapping[str, Any]:
+            if not seen:
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await asyncio.sleep(3600)  # the client waits
+            raise AssertionError
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        asyncio.run(RingMiddleware(inside, health)({"type": "http", "path": "/v1/completions"}, receive, send))
+        assert seen == ["http.request", "http.disconnect"]
+        assert [message.get("status") for message in sent] == [503, None]
+        assert b"stage 3 did not come back" in sent[1]["body"]
+
     def test_ready_does_not_vouch_for_a_silent_engine(self, health: HeadHealth, channel: Channel) -> None:
         health.is_serving = True
         channel.tell_open()

@@ -31,6 +31,8 @@ from stagewire.vllm_plugin.pipeline_status import Health, PipelineStatus
 __all__ = ["EarlyServer", "HeadHealth", "RingMiddleware", "StageHealth"]
 
 RETRY_AFTER_S = 5
+# For vLLM to end a request whose client has had its answer from us.
+GOODBYE_S = 5.0
 
 _Scope = MutableMapping[str, Any]
 _Message = MutableMapping[str, Any]
@@ -244,34 +246,38 @@ class _Guarded:
         self._finished = False
 
     async def run(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        failed = asyncio.Event()
+        refused = asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def listener() -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-                loop.call_soon_threadsafe(failed.set)
+                loop.call_soon_threadsafe(refused.set)
 
         async def watched_send(message: _Message) -> None:
-            if self._health.refusal is not None and not self._finished:
+            if not self._finished and (refused.is_set() or self._health.refusal is not None):
                 return  # the error goes out instead
             self._note(message)
             await send(message)
 
+        async def watched_receive() -> _Message:
+            """As if the client had hung up, once it is refused: vLLM then ends its request, wherever that is."""
+            return await _first(receive(), refused) or {"type": "http.disconnect"}
+
         self._health.on_refusal(listener)
-        request = asyncio.ensure_future(self._app(scope, receive, watched_send))
-        failure = asyncio.ensure_future(failed.wait())
+        request = asyncio.ensure_future(self._app(scope, watched_receive, watched_send))
+        refusal = asyncio.ensure_future(refused.wait())
         try:
-            await asyncio.wait({request, failure}, return_when=asyncio.FIRST_COMPLETED)
-            if request.done() and not (self._health.refusal and not self._finished):
+            await asyncio.wait({request, refusal}, return_when=asyncio.FIRST_COMPLETED)
+            if request.done() and (self._finished or not (refused.is_set() or self._health.refusal)):
                 request.result()
                 return
-            request.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await request
             await self._end(send)
+            await asyncio.wait({request}, timeout=GOODBYE_S)
+            if request.done() and not request.cancelled():
+                request.exception()  # seen: the client has had its answer
         finally:
             self._health.forget(listener)
-            failure.cancel()
+            refusal.cancel()
             request.cancel()
 
     def _note(self, message: _Message) -> None:
@@ -291,6 +297,17 @@ class _Guarded:
             return
         tail = b"data: " + _body(503, text) + b"\n\ndata: [DONE]\n\n" if self._is_stream else b""
         await send({"type": "http.response.body", "body": tail, "more_body": False})
+
+
+async def _first(message: Awaitable[_Message], event: asyncio.Event) -> _Message | None:
+    """The message, or None when the event comes before it."""
+    coming, waiting = asyncio.ensure_future(message), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({coming, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return coming.result() if coming.done() else None
+    finally:
+        coming.cancel()
+        waiting.cancel()
 
 
 async def _respond(send: _Send, status: int, body: bytes) -> None:
