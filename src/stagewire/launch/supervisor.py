@@ -210,6 +210,7 @@ class Supervisor:
         self._environ = environ
         self._stages: list[_Stage] = []
         self._asked: int | None = None
+        self._is_interrupted = False  # a lost stage is waited for
         self._is_stopping = False
 
     def __repr__(self) -> str:
@@ -315,10 +316,12 @@ class Supervisor:
         stage = self._stages[event.stage]
         match event.phase:
             case Phase.RECOVERING:
+                self._is_interrupted = True
                 self._screen.say(f"{event.text}: requests wait for it")
             case Phase.GIVEN_UP:
                 self._screen.say(f"{event.text}: requests are refused until it does")
-            case Phase.READY if stage.spec.is_head and not stage.is_before(Phase.READY):
+            case Phase.READY if self._is_interrupted and stage.spec.is_head and not stage.is_before(Phase.READY):
+                self._is_interrupted = False
                 self._screen.say("serving again")
             case Phase.FAILED:
                 stage.failure = stage.failure or event
