@@ -42,7 +42,8 @@ class UnevenRing(Ring):
     sizes: Sequence[int] = ()
 
     def command(self, stage: int) -> list[str]:
-        return [*super().command(stage), "--tensor-parallel-size", str(self.sizes[stage])]
+        own = ("--tensor-parallel-size", str(self.sizes[stage]), "--pipeline-recovery-timeout", "6")
+        return [*super().command(stage), *own]
 
     def follower(self, stage: int, rank: int = 1) -> int:
         title = f"VLLM::Stage{stage}_TP{rank}"
@@ -94,8 +95,8 @@ def wait_gone(pids: Sequence[int], limit_s: float) -> None:
 
 
 def lose(ring: UnevenRing, stage: int, number: signal.Signals) -> tuple[list[int], httpx.Response]:
-    """One more request after ``number`` hit a follower of ``stage``: the pids of all ranks, and the answer."""
-    tree = [pid for each in range(ring.num_stages) for pid in process_tree(ring.worker_pid(each))]
+    """One more request after ``number`` hit a follower of ``stage``: the pids of its ranks, and the answer."""
+    tree = process_tree(ring.worker_pid(stage))
     os.kill(ring.follower(stage), number)
     body = {"model": str(ring.model), "prompt": "x", "max_tokens": 200, "ignore_eos": True}
     return tree, httpx.post(f"{ring.url}/v1/completions", json=body, timeout=60, trust_env=False)
@@ -155,17 +156,19 @@ def test_shared_memory_of_the_ranks_has_no_name_any_more(ring: UnevenRing) -> No
     assert all(line.endswith("(deleted)") for line in lines), lines
 
 
-def test_a_killed_rank_is_its_stages_failure(ring: UnevenRing) -> None:
+def test_a_killed_rank_is_its_stages_failure_and_the_stage_can_come_back(ring: UnevenRing, reference: Any) -> None:
     tree, response = lose(ring, 2, signal.SIGKILL)
     reason = r"tensor parallel rank 1 \(pid \d+\) was killed by SIGKILL"
     assert response.status_code == 503
     assert re.search(f"stage 2 failed: {reason}", response.json()["error"]["message"])
-    assert (ring.stages[2].wait(20), ring.stages[1].wait(20)) == (1, 3)
+    assert ring.stages[2].wait(20) == 1
     assert re.search(f"Stage 2: {reason}", last_lines(ring, 2))
-    assert re.search(f"stage 2 failed: {reason}", last_lines(ring, 1))
+    assert re.search(f"stage 2 failed: {reason}", ring.stages[1].text())
     wait_gone(tree, 10)
-    ring.stages[0].popen.terminate()  # it would answer 503 for half a minute more
-    assert ring.stages[0].wait(20) == 3
+    again = ring.restart_stage(2)
+    ring.wait_for(lambda: "catching up: compile_or_warm_up_model" in again.text(), 120)
+    ring.wait_for(lambda: httpx.get(f"{ring.url}/ready", trust_env=False).status_code == 200, 60)
+    assert_same(ring, reference[0])
 
 
 # ---- 2, 1: the head's own rank -------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
         assert response.status_code == 503
         assert "tensor parallel rank 1" in response.json()["error"]["message"]
         assert ring.stages[1].wait(20) == 3
-        assert "stage 0 failed: tensor parallel rank 1" in last_lines(ring, 1)
+        assert "stage 0 failed: tensor parallel rank 1" in ring.stages[1].text()
         wait_gone(tree, 10)
         ring.stages[0].popen.terminate()
         assert ring.stages[0].wait(20) == 1
@@ -215,4 +218,4 @@ def test_a_tail_of_two_ranks_of_which_one_hangs(model: Path, reference: Any) -> 
         assert ring.stages[1].wait(20) == 1
         wait_gone(tree, 10)
         ring.stages[0].popen.terminate()
-        assert ring.stages[0].wait(20) == 3
+        assert ring.stages[0].wait(20) == 0
