@@ -52,10 +52,10 @@ def status(ring: Ring, path: str) -> int:
 
 
 def until(ring: Ring, path: str, code: int, deadline_s: float = 60) -> None:
+    """Each question is a request, which is what makes the time pass."""
     ends_at = time.monotonic() + deadline_s
     while status(ring, path) != code:
         assert time.monotonic() < ends_at, f"{path} is not {code}"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("stage", "num_tokens"), [(1, 1), (2, 200)])
