@@ -7,10 +7,12 @@ split, one OpenMP thread per stage and the same cores. Stock pins each worker's 
     stages   each stage's processes on its own core, as `stagewire up` does
     none     not at all
 
-Both servers are up all the time and driven alternately; each round has new prompts, the same for both, and every other
-round the order is reversed. A pair of runs waits for a quiet machine and is repeated when other programs used it
-meanwhile. Each side starts from idle, and stock is frozen while the ring is measured: its processes spin for a second
-after their last message.
+Each round starts both servers anew, in turn the one and the other first, and drives them alternately: how fast a
+process reads its weights depends on where its pages lie. Of rings with the same settings, side by side, the one
+started first was seen to be 8 % slower than the last for as long as they ran. Each round has new prompts, the same
+for both, and every other round the order is reversed too. A pair of runs waits for a quiet machine and is repeated
+when other programs used it meanwhile. Each side starts from idle, and stock is frozen while the ring is measured: its
+processes spin for a second after their last message.
 
 Stock pipeline parallelism dies on CPU with --enforce-eager at its first request: its receive buffers are allocated by a
 warm-up that eager mode skips. stock_pp_worker.py allocates them and changes nothing else; it is given to stock through
@@ -20,6 +22,7 @@ vLLM's own --worker-cls, in eager mode only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,7 +108,9 @@ class Side:
         return Run(total / took_s, 1000 * used_s / total)
 
 
-def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> None:
+def measure(ring: Ring, stock: SingleProcess, findings: Findings, index: int) -> None:
+    """One round."""
+    options = findings.options
     shares = [idle_share(stage.pid, options.idle_window) for stage in ring.stages]
     stock_share = idle_share(stock.process.pid, options.idle_window)
     print(
@@ -119,13 +124,8 @@ def measure(ring: Ring, stock: SingleProcess, options: argparse.Namespace) -> No
         Side("ring", ring.url, [stage.pid for stage in ring.stages], stock.process.pid),
         Side("stock", stock.url, [stock.process.pid], None),
     ]
-    found = Findings(options)
-    try:
-        for index in range(options.rounds):
-            for concurrency in options.concurrency:
-                found.add_pair(index, concurrency, sides)
-    finally:  # what was measured counts, also when the machine fails a server later
-        found.print()
+    for concurrency in options.concurrency:
+        findings.add_pair(index, concurrency, sides)
 
 
 @dataclass
@@ -185,11 +185,17 @@ def main() -> None:
         print("stock: its receive buffers are allocated at load, which it forgets in eager mode (stock_pp_worker.py)")
     pins = cores if options.pin == "stages" else ()
     ranges = even_ranges(options.model, options.stages)
-    with (
-        PinnedRing(options.model, ranges, extra, cores=pins) as ring,
-        SingleProcess(options.model, stock_extra, stock_env) as stock,
-    ):
-        measure(ring, stock, options)
+    findings = Findings(options)
+    try:
+        for index in range(options.rounds):
+            ring = PinnedRing(options.model, ranges, extra, cores=pins)
+            stock = SingleProcess(options.model, stock_extra, stock_env)
+            with contextlib.ExitStack() as servers:
+                for server in (ring, stock) if index // 2 % 2 else (stock, ring):
+                    servers.enter_context(server)
+                measure(ring, stock, findings, index)
+    finally:  # what was measured counts, also when the machine fails a server later
+        findings.print()
 
 
 if __name__ == "__main__":
