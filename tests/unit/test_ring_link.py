@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -30,7 +31,15 @@ from stagewire.ring.link import (
 from stagewire.ring.node import RingNode
 from stagewire.ring.security import OPEN, RingKey, Security
 from stagewire.ring.state import Phase, RingState
-from stagewire.ring.zmq_link import MAX_BACKWARD_BYTES, ZmqTransport, local_host_towards, resolve
+from stagewire.ring.zmq_link import (
+    GREETING_TIMEOUT_S,
+    MAX_BACKWARD_BYTES,
+    Greeting,
+    ZmqTransport,
+    local_host_towards,
+    read_greeting,
+    resolve,
+)
 from stagewire.wire.messages import Call
 from unit.ring_harness import OWN_PORTS, QUICKSTART_PORTS, Record, make_config, make_identity
 
@@ -429,6 +438,35 @@ class TestZmq:
         zmq_network.until(lambda: end.of(BadHandshake) or end.of(Received) or end.of(Disconnected))
         assert end.of(BadHandshake)
         listener.close()
+
+    def test_a_server_that_speaks_slowly_holds_nobody_up(self) -> None:
+        """A byte at a time, each well within the limit of one read."""
+        with socket.create_server((HOST, 0)) as server:
+            said = threading.Event()
+
+            def drip() -> None:
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    while not said.wait(0.1):
+                        connection.sendall(b"\xff")
+
+            speaker = threading.Thread(target=drip)
+            speaker.start()
+            began_at = time.monotonic()
+            assert read_greeting(HOST, server.getsockname()[1]) is Greeting.SILENT
+            took_s = time.monotonic() - began_at
+            said.set()
+            speaker.join()
+        assert took_s < 3 * GREETING_TIMEOUT_S + 0.5
+
+    def test_bound_to_all_addresses_and_called_on_loopback(self, tmp_path: Path) -> None:
+        """Callers of loopback look for a Unix socket, whatever address the listener was given."""
+        (tmp_path / "s").mkdir(mode=0o700)
+        security = Security(folder=tmp_path / "s", allows_insecure=True)
+        hosts = iter(("0.0.0.0", HOST))
+        network = Network(lambda: ZmqTransport(next(hosts), MAX_FRAME_BYTES, security))
+        network.pair()
+        network.close()
 
     def test_a_proxy_without_a_backend_is_not_another_program(self, zmq_network: Network) -> None:
         listener, end = Listener(hangs_up=True), zmq_network.end()

@@ -104,10 +104,13 @@ class PredecessorLink:
         if self.state is Link.IDLE or now < self._next_send_at:
             return []
         self._next_send_at = now + (HELLO_INTERVAL_S if self.is_greeting else PING_INTERVAL_S)
+        # Also when it has been answered: a predecessor that reads the greetings of an older connection late takes that
+        # for ours, finds nobody there, and would wait for one that never comes.
+        hello = self._send(Hello(self.identity, self.config.predecessor_stage))
         if self.is_greeting:
-            return self._send(Hello(self.identity, self.config.predecessor_stage))
+            return hello
         self._ping_ns = int(now * 1e9)
-        return self._send(Ping(self._ping_ns))
+        return [*hello, *self._send(Ping(self._ping_ns))]
 
     # ---- messages --------------------------------------------------------------------------------------------------
 

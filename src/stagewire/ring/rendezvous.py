@@ -45,6 +45,8 @@ class Rendezvous:
 
     _is_owner: bool = False
     _is_known_stage: bool = False  # who has the port: it has answered as one
+    _is_other_stage: bool = False  # who has the port: not the stage for which this one stands by
+    _owner_since: float = 0.0
     _has_place: bool = False  # once; a stage that only stands by has none so far
     _private_port: int | None = None
     _is_registered: bool = False
@@ -59,6 +61,7 @@ class Rendezvous:
         """``public``: on the configured port, else on a private one."""
         if public:
             self._is_owner = self._has_place = True
+            self._owner_since = now
             return []
         self._private_port = port
         self._unanswered_since = now
@@ -80,6 +83,8 @@ class Rendezvous:
         if self._is_registered:
             self._unanswered_since = now
         self._is_registered = False
+        if self.stands_by and self._is_other_stage and now - self._unanswered_since < ALIVE_S:
+            return [ConnectOwner()]  # the stage for which this one stands by may live, and binds the port at once
         return [Bind(public=True)]
 
     def bad_handshake(self, is_open: bool, note: str = "") -> Outcome:
@@ -94,6 +99,7 @@ class Rendezvous:
         if isinstance(message, NotHere):
             self._unanswered_since = now
             self._is_known_stage = True
+            self._is_other_stage = message.stage != self.config.stage
             return
         self._is_registered = self._has_place = True
         self._bad_handshakes = 0
@@ -126,9 +132,9 @@ class Rendezvous:
         if caller.stage >= self.config.num_stages:
             return NotHere(caller.stage)  # nobody can look for it; bounds what strangers can make us remember
         entry = self._registry.get(caller.stage)
-        is_alive = entry is not None and now - entry.heard_at < ALIVE_S
-        if register.stands_by and is_alive:
-            return NotHere(caller.stage)
+        heard_at = entry.heard_at if entry is not None else self._owner_since
+        if register.stands_by and now - heard_at < ALIVE_S:  # a new owner has not heard of everybody yet
+            return NotHere(self.config.stage)
         if entry is not None and not register.stands_by and entry.identity.incarnation != caller.incarnation:
             verdict = entry.judge(caller.incarnation, now)
             if verdict is Verdict.REFUSED:

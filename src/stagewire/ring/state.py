@@ -258,7 +258,7 @@ class RingState:
 
     def _tick_waiting(self, now: float) -> list[Action]:
         waited = now - self.started_at
-        limit = self._limit_s
+        limit = self._limit_s(now)
         if limit is not None and waited >= limit:
             return self.fail(PeerError(f"stage {self.config.stage} waited {limit:.0f} s for {self.waits_for()}"))
         if self._predecessor.is_mute(now):
@@ -275,8 +275,7 @@ class RingState:
             actions.append(Log(f"Stage {self.config.stage}: waiting for {self.waits_for()}, {how_long}"))
         return actions
 
-    @property
-    def _limit_s(self) -> float | None:
+    def _limit_s(self, now: float) -> float | None:
         """How long a ring that is not whole is waited for, in seconds; None: as long as the process lives.
 
         A ring that has served waits for a stage without limit: the head refuses requests meanwhile (its own deadline),
@@ -286,7 +285,11 @@ class RingState:
             return None
         if not self._has_served:
             return self.config.start_timeout_s
-        is_headless = self._lost is not None and self._lost.stage == 0
+        # A step that failed on the head is no loss of it.
+        is_headless = self._lost is not None and self._lost.stage == 0 and self._lost.step < 0
+        # The head greets and pings the tail, and so on backwards: who hears nobody has nobody to wait for.
+        is_quiet = self._successor.silent_s(now) >= self.config.recovery_timeout_s
+        is_headless |= is_quiet and (self.config.is_tail or not self._predecessor.is_linked)
         is_headless |= self.config.predecessor_stage == 0 and not self._predecessor.is_linked
         return self.config.recovery_timeout_s if is_headless and not self.config.is_head else None
 
@@ -495,6 +498,10 @@ class RingState:
             return self._answer(peer, caller, actions)
         if self._successor.peer != before:
             lost = StageLost(caller.stage, f"stage {caller.stage} has connected anew to stage {self.config.stage}")
+            if before is not None and self.is_open:
+                # Whoever had this place may still serve the epoch, and those after it with it: before all else.
+                fault = Fault(self.epoch, lost.stage, -1, clip(str(lost)))
+                actions.insert(0, Send(Side.SUCCESSOR, fault, before))
             actions += self._broke(lost, now)
             actions += self._pass_roll()
         return actions
@@ -533,7 +540,9 @@ class RingState:
         self._roll, self._roll_epoch = roll, epoch
         if self.config.is_head:
             return self._check_and_open(roll, now)
-        return [*self._broke(StageLost(0, "the head calls the roll anew"), now), *self._pass_roll()]
+        actions = [*self._broke(StageLost(0, "the head calls the roll anew"), now), *self._pass_roll()]
+        self._lost = None  # the head is there, whatever ended the epoch
+        return actions
 
     def _check_and_open(self, roll: tuple[StageIdentity, ...], now: float) -> list[Action]:
         """At the head: the whole pipeline is known. Every stage has checked itself; this is the last gate."""

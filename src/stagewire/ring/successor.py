@@ -45,6 +45,10 @@ class SuccessorLink:
         """Whether it is gone for so long that no other stage will tell us why."""
         return self._current is None and now - self._lost_at >= LOST_SUCCESSOR_S
 
+    def silent_s(self, now: float) -> float:
+        """For how long nothing has come from it."""
+        return now - (self._current.heard_at if self._current else self._lost_at)
+
     def heard(self, peer: bytes, now: float) -> None:
         if self._current is not None and self._current.peer == peer:
             self._current.heard_at = now

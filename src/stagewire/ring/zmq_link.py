@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import itertools
 import math
 import os
@@ -170,14 +171,15 @@ _MECHANISM = slice(12, 32)
 
 
 def read_greeting(host: str, port: int) -> Greeting:
-    """Asks whoever listens there. Takes up to `GREETING_TIMEOUT_S` twice."""
+    """Asks whoever listens there. Takes up to `GREETING_TIMEOUT_S` three times."""
     answer = b""
     try:
         with socket.create_connection((host, port), GREETING_TIMEOUT_S) as probe:
             probe.settimeout(GREETING_TIMEOUT_S)
+            ends_at = time.monotonic() + GREETING_TIMEOUT_S
             with contextlib.suppress(OSError):
                 probe.sendall(_BEGINNING)
-                while len(answer) < _MECHANISM.stop and (part := probe.recv(64)):
+                while len(answer) < _MECHANISM.stop and time.monotonic() < ends_at and (part := probe.recv(64)):
                     answer += part
     except TimeoutError:
         return Greeting.SILENT
@@ -413,7 +415,13 @@ class ZmqTransport:
         self._router.bind(endpoint(self._bind_host, port))
         bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
-        return int(bound.rstrip(b"\0").rpartition(b":")[2])
+        port = int(bound.rstrip(b"\0").rpartition(b":")[2])
+        if ipaddress.ip_address(self._bind_host.partition("%")[0]).is_unspecified:
+            for host in ("127.0.0.1", "::1"):  # a stage of this host that comes by loopback looks for a socket
+                path = self._security.socket_path(host, port)
+                if path is not None:
+                    self._router.bind(f"ipc://{path}")
+        return port
 
     def _bind_local(self, port: int) -> int:
         """Whoever holds the TCP port owns the Unix socket of that name, and replaces one that a killed stage left."""

@@ -1,0 +1,119 @@
+"""Stages that were misjudged: replaced while they only stalled, forgotten, taken for headless, or for lost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from stagewire.errors import StageLost
+from unit.ring_harness import QUICKSTART_PORTS, Ring, Stage, assert_whole, make_config
+
+WORKERS_SHARE = ((15550, 15553), (15551, 15550), (15551, 15551), (15553, 15551))  # stages 1 and 2 have one port
+
+
+def start_standby(ring: Ring, index: int, ports: tuple[tuple[int, int], ...]) -> Stage:
+    standby = ring.start(dataclasses.replace(make_config(index, ports), stands_by=True))
+    ring.wait(3)
+    assert standby.node.state.waits_for().startswith("the end of the stage")
+    return standby
+
+
+class TestReplaced:
+    """Its Python stalls while its sockets answer: no connection is lost, and still it is silent."""
+
+    @pytest.mark.parametrize("index", [1, 2, 3])
+    def test_it_does_not_go_on_serving_what_is_over(self, index: int) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        first = stages[index]
+        first.is_frozen = True
+        ring.wait(1)
+        ring.start(make_config(index, bind_port=17000))
+        ring.wait(8)
+        first.is_frozen = False
+        ring.wait(30)
+        assert not first.is_running
+        assert "there is already a stage" in first.error
+
+    def test_by_its_standby(self) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        stages = ring.start_serving()
+        standby = start_standby(ring, 2, QUICKSTART_PORTS)
+        first = stages[2]
+        first.is_frozen = True
+        ring.wait(20)
+        first.is_frozen = False
+        ring.wait(200)
+        assert first.is_running != standby.is_running
+        stages[2] = first if first.is_running else standby
+        assert_whole(stages)
+
+
+def test_a_forgotten_successor_is_found_again() -> None:
+    """Its predecessor read an older connection's greeting last, say, and took that for the present one."""
+    ring = Ring()
+    stages = ring.start_serving()
+    stages[1].node.state.successor_unreachable(ring.clock.seconds)
+    ring.wait(20)
+    assert_whole(stages)
+
+
+class TestStandbyOfALivingStage:
+    """The owner of a shared port goes. Who only stands by must not take it from the one that serves."""
+
+    @pytest.mark.parametrize("index", [1, 2])
+    @pytest.mark.parametrize("is_first", [False, True], ids=["stage first", "standby first"])
+    def test_when_the_head_had_the_port(self, index: int, is_first: bool) -> None:
+        ring = Ring(QUICKSTART_PORTS)
+        stages = ring.start_serving()
+        start_standby(ring, index, QUICKSTART_PORTS)
+        if is_first:
+            ring.stages.insert(0, ring.stages.pop())
+        ring.kill(stages[0])
+        ring.wait(3)
+        stages[0] = ring.start(0)
+        ring.wait(20)
+        assert_whole(stages)
+
+    def test_when_a_worker_had_the_port(self) -> None:
+        ring = Ring(WORKERS_SHARE)
+        stages = ring.start_serving()
+        start_standby(ring, 2, WORKERS_SHARE)
+        ring.stages.insert(0, ring.stages.pop())
+        ring.kill(stages[1])
+        ring.wait(3)
+        stages[1] = ring.start(1)
+        ring.wait(20)
+        assert_whole(stages)
+
+
+class TestHeadless:
+    def test_not_for_a_step_that_failed_on_the_head(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        error = StageLost(0, "stage 0 failed step 7: ValueError", 7)
+        stages[0].node.request_end_of_epoch(stages[0].node.state.epoch, error)
+        ring.kill(stages[2])
+        ring.wait(1.1 * stages[1].node.config.recovery_timeout_s)
+        assert all(stages[index].is_running for index in (0, 1, 3))
+
+    @pytest.mark.parametrize("lost", [2, 3])
+    def test_when_the_head_dies_while_a_stage_is_lost(self, lost: int) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        ring.kill(stages[lost])
+        ring.wait(5)
+        ring.kill(stages[0])
+        ring.wait(3000, step_s=2)
+        assert not any(stage.is_running for stage in stages)
+
+    @pytest.mark.parametrize("lost", [1, 2])
+    def test_when_the_head_stops_while_a_stage_is_lost(self, lost: int) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        ring.kill(stages[lost])
+        ring.wait(5)
+        stages[0].node.request_stop("done")
+        ring.wait(3000, step_s=2)
+        assert not any(stage.is_running for stage in stages)
