@@ -236,6 +236,18 @@ class TestLoss:
         assert "a step did not end within 5 s: a tensor parallel rank hangs" in str(problem)
         assert "201, 202" in str(problem)
 
+    def test_a_stage_of_one_rank_minds_its_calls_and_not_its_steps(self) -> None:
+        now = 0.0
+        alone = Followers([], Block(), lambda: now)
+        with alone.work("a step", 5.0):
+            now += 5.0
+            assert alone.problem() is None
+        with alone.work("the call profile", 5.0, counts_alone=True):
+            now += 4.9
+            assert alone.problem() is None
+            now += 0.1
+            assert str(alone.problem()) == "the call profile did not end within 5 s"
+
     def test_work_without_a_limit_and_idling_are_no_problem(self, stage: Stage) -> None:
         with stage.leader.work("loading", None):
             stage.now += 1e6

@@ -65,13 +65,30 @@ class TestJournal:
         add(journal, 2, "add_lora", lora(8))
         add(journal, 3, "pin_lora", 7)
         assert journal.renumber_adapter(7, 50) == 52
-        assert methods(journal) == [(50, "add_lora"), (2, "add_lora"), (51, "pin_lora")]
+        assert methods(journal) == [(2, "add_lora"), (50, "add_lora"), (51, "pin_lora")]
+
+    def test_a_pinned_adapter_is_added_last(self, journal: Any) -> None:
+        """With room for two: in use, 7 outlived 8 and 9, which came later. Replayed in that order it would be gone."""
+        for call_id, number in enumerate((7, 8, 9), start=1):
+            add(journal, call_id, "add_lora", lora(number))
+        add(journal, 4, "pin_lora", 7)
+        assert methods(journal) == [(2, "add_lora"), (3, "add_lora"), (1, "add_lora"), (4, "pin_lora")]
 
     def test_who_wakes_up_is_not_put_to_sleep_again(self, journal: Any) -> None:
         add(journal, 1, "sleep", 1)
         assert methods(journal) == [(1, "sleep")]
         add(journal, 2, "wake_up", None)
         assert methods(journal) == []
+
+    def test_nor_who_wakes_up_in_parts(self, journal: Any) -> None:
+        add(journal, 1, "sleep", 1)
+        add(journal, 2, "wake_up", ["weights"])
+        assert methods(journal) == [(1, "sleep"), (2, "wake_up")]
+        add(journal, 3, "wake_up", ["kv_cache"])
+        assert methods(journal) == []
+        add(journal, 4, "sleep", 1)
+        add(journal, 5, "wake_up", ["kv_cache"])
+        assert methods(journal) == [(4, "sleep"), (5, "wake_up")]
 
 
 class TestSuspicion:

@@ -1835,23 +1835,27 @@ class FakeRing:
         self.epoch, self.is_whole = self.epoch + 1, True
 
 
-@pytest.fixture
-def scheduler(external_config: Any) -> Any:
+def make_scheduler(external_config: Any, num_blocks: int = 1000) -> Any:
     """A real one, without an engine around it."""
     from vllm.v1 import kv_cache_interface as kv
     from vllm.v1.structured_output import StructuredOutputManager
 
     spec = kv.FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cache = kv.KVCacheConfig(
-        num_blocks=1000, kv_cache_tensors=[], kv_cache_groups=[kv.KVCacheGroupSpec(["layer"], spec)]
+        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[kv.KVCacheGroupSpec(["layer"], spec)]
     )
     config = copy.copy(external_config)
     config.cache_config = copy.copy(external_config.cache_config)
     config.cache_config.enable_prefix_caching = False  # or requests need hashes of their blocks
-    config.cache_config.num_gpu_blocks = 1000
+    config.cache_config.num_gpu_blocks = num_blocks
     config.cache_config.block_size = 16
     RingSettings.find(config).ring = FakeRing()
     return RingScheduler(config, cache, StructuredOutputManager(config), block_size=16)
+
+
+@pytest.fixture
+def scheduler(external_config: Any) -> Any:
+    return make_scheduler(external_config)
 
 
 def add_requests(scheduler: Any, count: int, num_prompt_tokens: int = 20, num_adapters: int = 0) -> None:
@@ -2064,6 +2068,61 @@ def test_after_a_loss_live_requests_are_restored_and_computed_again(scheduler: A
     answer(scheduler, again)
     assert len(until_done(scheduler, 5)) == 6
     assert len(ring.restored) == 1
+
+
+def answer_chunks(scheduler: Any, schedule: Any) -> None:
+    """As `answer`, but a prompt that is not complete has no token yet."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    ids = list(schedule.num_scheduled_tokens)
+    tokens = [[] if scheduler.requests[req_id].is_prefill_chunk else [7] for req_id in ids]
+    scheduler.update_from_output(schedule, ModelRunnerOutput(ids, {req_id: i for i, req_id in enumerate(ids)}, tokens))
+
+
+def test_suspects_that_do_not_fit_together_run_all_the_same(external_config: Any) -> None:
+    """The first is cleared and held back with its blocks; vLLM would preempt nobody for the second one's prompt."""
+    scheduler = make_scheduler(external_config, num_blocks=301)
+    scheduler.scheduler_config = copy.copy(scheduler.scheduler_config)
+    scheduler.scheduler_config.long_prefill_token_threshold = 512
+    add_requests(scheduler, 2, num_prompt_tokens=3000)  # 188 blocks each
+    answer_chunks(scheduler, scheduler.schedule())
+    both = scheduler.schedule()
+    assert len(both.num_scheduled_tokens) == 2
+    scheduler._ring.lose([both], both)
+    lost(scheduler, both)
+    scheduler._ring.mend()
+    for _ in range(500):
+        schedule = scheduler.schedule()
+        if schedule.num_scheduled_tokens:
+            answer_chunks(scheduler, schedule)
+    assert not scheduler.requests
+
+
+class TestSessions:
+    """Requests whose client goes on sending (`AsyncLLM.generate` of a generator): their past is not kept by vLLM."""
+
+    @staticmethod
+    def part(tokens: list[int]) -> Any:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        return Request("s", tokens, SamplingParams(max_tokens=1, ignore_eos=True), None, resumable=True)
+
+    @pytest.mark.parametrize("has_next_part", [False, True], ids=["waiting for its client", "with its next part"])
+    def test_ends_with_a_loss_and_its_client_is_told(self, scheduler: Any, has_next_part: bool) -> None:
+        scheduler.add_request(self.part([1] * 40))
+        answer(scheduler, scheduler.schedule())
+        if has_next_part:
+            scheduler.add_request(self.part([2] * 10))
+        scheduler._ring.lose([])
+        told = [
+            each.request_id
+            for _ in range(3)
+            for group in lost(scheduler, scheduler.schedule()).values()
+            for each in group.outputs
+        ]
+        assert told == ["s"]
+        assert not scheduler.requests
 
 
 def test_a_loss_while_idle_empties_the_prefix_cache(scheduler: Any) -> None:

@@ -114,7 +114,7 @@ CALLS: dict[str, CallSpec] = {
     "reset_encoder_cache": CallSpec({}, _is_nothing),
     "synchronize_device": CallSpec({}, _is_nothing),
     "sleep": CallSpec({"level": _is_a(int)}, _is_nothing, is_slow=True, is_kept=True),
-    "wake_up": CallSpec({"tags": _is_optional_texts}, _is_nothing, is_slow=True),
+    "wake_up": CallSpec({"tags": _is_optional_texts}, _is_nothing, is_slow=True, is_kept=True),
     "discard": CallSpec({"tags": _is_texts}, _is_nothing, is_kept=True),
     "profile": CallSpec(
         {

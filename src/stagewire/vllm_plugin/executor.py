@@ -142,6 +142,9 @@ class RingExecutor(Executor):
                 self._process.fail_from(error)
                 raise
             self._process.end_epoch(self.epoch, step, error)
+            if not scheduler_output.total_num_scheduled_tokens:  # vLLM takes this future for the whole step
+                self._current = None
+                return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
             return self._await_result(step, scheduler_output, waits_for_sample=False, non_block=non_block)
         finished_ns = time.monotonic_ns()
         self._process.last_step = step
@@ -229,6 +232,9 @@ class RingExecutor(Executor):
             in_flight = self._steps.pop(message.step, None)
             if in_flight is None:
                 raise PeerError(f"a result for step {message.step}, which is not in flight")
+            timed = [timing.stage for timing in message.timings]
+            if timed != list(range(self._stage.num_stages)):
+                raise PeerError(f"step {message.step} came back with the timings of stages {timed}")
             timings = [*message.timings, StageTiming(0, delivery.received_ns, 0, 0, 0, self._process.ring.hop_ns)]
             self._step_log.write(message.step, len(in_flight.req_ids), in_flight.num_tokens, timings)
             self._process.steps.add(len(in_flight.req_ids), in_flight.is_decode, timings)
@@ -270,6 +276,7 @@ class RingExecutor(Executor):
                 part = requests[begin : begin + size]
                 schedule = SchedulerOutput.make_empty()
                 schedule.scheduled_new_reqs = [each.request for each in part]
+                self._introduce_adapters(schedule)  # one that was removed meanwhile, for good
                 self._ranks.own.given = schedule
                 outputs = [each.output_token_ids for each in part]
                 args = (encode_schedule(schedule), outputs, begin == 0)
@@ -416,6 +423,14 @@ class RingExecutor(Executor):
             raise
         self._adapters[lora_id] = lora_request
         return bool(is_added)
+
+    def list_loras(self) -> set[int]:
+        """Those that every stage has in memory. A stage that came back has others: vLLM's own would raise."""
+        return set.intersection(*self.collective_rpc("list_loras"))
+
+    def remove_lora(self, lora_id: int) -> bool:
+        self._adapters.pop(lora_id, None)  # the journal has forgotten it too: who names it again adds it again
+        return bool(super().remove_lora(lora_id))
 
     def pin_lora(self, lora_id: int) -> bool:
         if lora_id not in self.list_loras():

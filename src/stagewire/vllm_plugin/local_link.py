@@ -238,9 +238,13 @@ class Followers:
     # ---- the model's thread ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def work(self, what: str, limit_s: float | None) -> Iterator[None]:
-        """While the ranks work on ``what``; for longer than ``limit_s`` it is a problem. None: as long as it takes."""
-        self._busy = (what, self._clock(), limit_s)
+    def work(self, what: str, limit_s: float | None, *, counts_alone: bool = False) -> Iterator[None]:
+        """While the ranks work on ``what``; for longer than ``limit_s`` it is a problem. None: as long as it takes.
+
+        ``counts_alone``: without followers too. Of steps the head knows who has them; of calls it does not.
+        """
+        if self._followers or counts_alone:
+            self._busy = (what, self._clock(), limit_s)
         try:
             yield
         finally:
@@ -338,11 +342,13 @@ class Followers:
 
     def _find_delay(self) -> RankError | None:
         busy = self._busy
-        if not self._followers or busy is None:
+        if busy is None:
             return None
         what, since, limit_s = busy
         if limit_s is None or self._clock() - since < limit_s:
             return None
+        if not self._followers:
+            return RankError(f"{what} did not end within {limit_s:.0f} s")
         pids = ", ".join(map(str, self.pids))
         return RankError(
             f"{what} did not end within {limit_s:.0f} s: a tensor parallel rank hangs or is "

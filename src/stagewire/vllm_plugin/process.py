@@ -40,6 +40,8 @@ __all__ = ["RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
 
 MIN_FRAME_LIMIT_BYTES = 16 << 20
 MAX_FRAME_LIMIT_BYTES = 4 << 30
+# A ring that was whole for less than this, and in vain, has not come back: the deadline of its recovery goes on.
+RELAPSE_S = 60.0
 
 logger = logging.getLogger("vllm.stagewire")
 
@@ -99,6 +101,7 @@ class RingProcess(Observer):
         self._prepare_until = 0.0
         self._broken: StageLost | None = None
         self._broken_at = 0.0
+        self._whole_at, self._is_recovered = 0.0, True
         self.given_up: PeerError | None = None  # the ring did not come back in time, and has not since
         self._last_steps: dict[int, int] = {}
         self._news = NewsSender.from_environment() if config.is_head else None
@@ -143,6 +146,7 @@ class RingProcess(Observer):
 
     def mark_recovered(self, num_requests: int) -> None:
         """At the head, from its model's thread: the stages know their requests again."""
+        self._is_recovered = True
         logger.info("Stage 0: all stages know the live requests again: %d", num_requests)
 
     def end_epoch(self, epoch: int, step: int, error: BaseException) -> None:
@@ -316,12 +320,13 @@ class RingProcess(Observer):
         if self._broken is not None:
             logger.info("Stage 0: the ring is whole again after %.1f s", time.monotonic() - self._broken_at)
             self._broken = None
+            self._whole_at, self._is_recovered = time.monotonic(), False
             self.given_up = None
             self._status.send(Phase.READY if self._state == "serving" else Phase.LINKED)
 
     def on_broken(self, epoch: int, error: StageLost) -> None:
         self._prepare = None
-        if self._broken is None:
+        if self._broken is None and not self._is_relapse():
             self._broken_at = time.monotonic()
         self._broken = error
         if not self._config.is_head:
@@ -329,6 +334,10 @@ class RingProcess(Observer):
         if self._news is not None:
             self._tell(self._news)
         self._status.send(Phase.RECOVERING, str(error))
+
+    def _is_relapse(self) -> bool:
+        """Whether the ring was whole for a moment only, in which no request got back to its stages."""
+        return not self._is_recovered and time.monotonic() - self._whole_at < RELAPSE_S
 
     def on_failed(self, error: StagewireError) -> None:
         logger.error(report(self._config.stage, error))

@@ -45,6 +45,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: list[tuple[Entry, tuple[Any, ...]]] = []
+        self._woken: set[str] = set()  # parts, since the last sleep
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -61,8 +62,15 @@ class Journal:
                 case "remove_lora":
                     self._drop_adapter(args[0])
                 case "wake_up":
-                    if args[0] is None:
-                        self._drop(("sleep", "discard"))
+                    self._woken |= {"weights", "kv_cache"} if args[0] is None else set(args[0])
+                    if self._woken >= {"weights", "kv_cache"}:
+                        self._drop(("sleep", "discard", "wake_up"))
+                        return
+                case "sleep" | "discard":
+                    self._woken.clear()
+                case "pin_lora":  # in use it may have outlived adapters that were added later, but not in a replay
+                    added = [each for each in self._entries if _adapter_of(each[0][1], each[1]) == args[0]]
+                    self._entries = [each for each in self._entries if each not in added] + added
             if not CALLS[method].is_kept:
                 return
             if CALLS[method].is_once:

@@ -17,6 +17,7 @@ and vLLM's own assertion ends the engine as soon as too many meet.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -62,6 +64,7 @@ class RingScheduler(Scheduler):
         self._ring = ring
         self._restored_epoch = ring.epoch
         self._suspicion = Suspicion()
+        self._ended: list[Request] = []  # by a loss; their clients are to hear of it
         ring.take_losses()  # of the start: nothing was scheduled
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -73,7 +76,10 @@ class RingScheduler(Scheduler):
         if suspect is None:
             return self._schedule_all(throttle_prefills)
         with self._only(self.requests[suspect]):
-            return super().schedule(throttle_prefills)
+            schedule = super().schedule(throttle_prefills)
+        if not any(request.num_in_flight_tokens for request in self.requests.values()):
+            self._make_room(self.requests[suspect])
+        return schedule
 
     def _schedule_all(self, throttle_prefills: bool) -> SchedulerOutput:
         if self.lora_config is not None:
@@ -125,6 +131,12 @@ class RingScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if isinstance(model_runner_output, DraftingOutput) and model_runner_output.draft_token_ids is not None:
             self.update_draft_token_ids(only_of(model_runner_output.draft_token_ids, followed))
+        for request in self._ended:
+            group = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            group.outputs.append(
+                EngineCoreOutput(request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason())
+            )
+        self._ended.clear()
         return outputs
 
     # ---- after a loss ----------------------------------------------------------------------------------------------
@@ -137,16 +149,26 @@ class RingScheduler(Scheduler):
         for loss in losses:
             # vLLM fails these alone, with the next output, as it does when a grammar cannot be compiled.
             self.grammar_compile_error_reqs.update(self._suspicion.note(loss, self.requests))
-        streaming = [
-            r.request_id for r in self.requests.values() if r.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+        # Sessions between two inputs hold blocks, whether the next input has come or not.
+        sessions = [
+            r.request_id
+            for r in self.requests.values()
+            if r.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+            or (r.status == RequestStatus.WAITING and r.num_computed_tokens)
         ]
-        self.finish_requests(streaming, RequestStatus.FINISHED_ERROR)  # they hold blocks and wait for their client
+        self._ended += self.finish_requests(sessions, RequestStatus.FINISHED_ERROR)
         for request in self.requests.values():
             if request.num_stale_output_tokens > 0:
                 # Preempted before, with a step in flight whose output was still to be delivered: it will not come.
                 request.drop_stale_output = True
         self.reset_prefix_cache(reset_running_requests=True)
         self.reset_encoder_cache()
+
+    def _make_room(self, suspect: Request) -> None:
+        """It did not fit beside those that are held back with their blocks, and vLLM preempts nobody for a prompt."""
+        for request in reversed([each for each in self.running if each is not suspect]):
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
 
     @contextmanager
     def _only(self, suspect: Request) -> Iterator[None]:

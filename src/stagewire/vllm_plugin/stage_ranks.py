@@ -35,7 +35,7 @@ from stagewire.wire.messages import CallResult, TensorSpec
 __all__ = ["StageRanks", "call_limit_s", "is_step_failure"]
 
 # A stage whose ranks hang says so before the head's own deadline for the step, which cannot know which stage it is.
-SHARE_OF_STEP_TIMEOUT = 0.9
+SHARE_OF_TIMEOUT = 0.9
 
 
 def call_limit_s(config: StageConfig, method: str) -> float:
@@ -120,7 +120,7 @@ class StageRanks:
         Raises:
             RankError: also when a rank is gone, or its rows differ from rank 0's.
         """
-        with self.followers.work("a step", self.config.step_timeout_s * SHARE_OF_STEP_TIMEOUT):
+        with self.followers.work("a step", self.config.step_timeout_s * SHARE_OF_TIMEOUT):
             self.followers.send(RunStep(digest, list(specs)), [schedule_bytes, *frames])
             activations = self.own.execute(schedule, digest, specs, frames)
             if self.followers:
@@ -136,7 +136,7 @@ class StageRanks:
         """
         if self._is_pooling:
             return self.own.answer(None)
-        with self.followers.work("sampling", self.config.step_timeout_s * SHARE_OF_STEP_TIMEOUT):
+        with self.followers.work("sampling", self.config.step_timeout_s * SHARE_OF_TIMEOUT):
             self.followers.send(RunSample(), [] if grammar is None else [grammar])
             output = self.own.answer(None if grammar is None else decode_grammar(grammar))
             if self.followers:
@@ -163,7 +163,8 @@ class StageRanks:
         """
         if self._unsettled:  # a step that was lost before it was sampled
             self._settle()
-        with self.followers.work(f"the call {method}", call_limit_s(self.config, method)):
+        limit_s = call_limit_s(self.config, method) * SHARE_OF_TIMEOUT
+        with self.followers.work(f"the call {method}", limit_s, counts_alone=True):
             self.followers.send(RunCall(method, first_rank), [args_bytes])
             *error, value = run_call(self.own, method, args_bytes, first_rank)
             answers = self.followers.answers()

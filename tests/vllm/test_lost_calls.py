@@ -1,0 +1,188 @@
+"""The head's executor when the ring breaks around a call, with stages that are played; no process is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+class Stages:
+    """Two stages and what they hold. With ``breaks`` the ring ends in the next `add_lora`, once the head has run it."""
+
+    def __init__(self) -> None:
+        self.adapters: list[set[int]] = [set(), set()]
+        self.breaks = self.is_broken = False
+        self.calls: list[str] = []
+
+    def __call__(self, method: str, args: Sequence[Any], timeout: float | None) -> list[Any]:
+        from stagewire.vllm_plugin.executor import _RingBroken
+
+        self.calls.append(method)
+        if self.is_broken:
+            raise _RingBroken(f"{method}: stage 1 is lost")
+        match method:
+            case "list_loras":
+                return [set(each) for each in self.adapters]
+            case "check_lora":
+                return ["digest", "digest"]
+            case "add_lora":
+                self.adapters[0].add(args[0].lora_int_id)
+                if self.breaks:
+                    self.is_broken = True
+                    raise _RingBroken("add_lora: stage 1 is lost")
+                self.adapters[1].add(args[0].lora_int_id)
+            case "remove_lora":
+                for each in self.adapters:
+                    each.discard(args[0])
+        return [True, True]
+
+    def mend(self) -> None:
+        """With a new stage 1, which knows nothing."""
+        self.breaks = self.is_broken = False
+        self.adapters[1] = set()
+
+
+@pytest.fixture
+def stages() -> Stages:
+    return Stages()
+
+
+@pytest.fixture
+def executor(stages: Stages) -> Any:
+    from stagewire.vllm_plugin.executor import RingExecutor
+    from stagewire.vllm_plugin.recovery import Journal
+
+    built: Any = RingExecutor.__new__(RingExecutor)
+    built._call, built._adapters, built._is_started = stages, {}, True
+    built.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
+    built._ranks, built._process, built._stage = Mock(), Mock(journal=Journal()), SimpleNamespace(step_timeout_s=1)
+    return built
+
+
+def adapter(number: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"a{number}", number, f"/a{number}")
+
+
+def request_with(lora: Any) -> Any:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
+
+    return NewRequestData("r", [1], [], SamplingParams(), None, ([],), 0, lora)
+
+
+@pytest.mark.parametrize("number", [7, 8], ids=["the same", "another"])
+def test_an_adapter_that_was_half_added_is_in_nobodys_way(executor: Any, stages: Stages, number: int) -> None:
+    stages.breaks = True
+    with pytest.raises(RuntimeError, match="stage 1 is lost"):
+        executor.add_lora(adapter(7))
+    stages.mend()
+    assert executor.restore([])
+    assert executor.add_lora(adapter(number))
+
+
+def test_a_stage_that_came_back_may_hold_other_adapters(executor: Any, stages: Stages) -> None:
+    """With room for one, the others have the one that was used last, a replay leaves the one that was added last."""
+    stages.adapters = [{7}, {8}]
+    assert executor.list_loras() == set()
+    assert executor.add_lora(adapter(9))
+
+
+def test_a_removed_adapter_that_a_request_names_again_is_added_again(executor: Any, stages: Stages) -> None:
+    executor.add_lora(adapter(7))
+    executor.remove_lora(7)
+    executor._introduce_adapters(SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(lora_request=adapter(7))]))
+    assert stages.calls.count("add_lora") == 2
+
+
+def test_nor_is_it_missed_when_its_request_is_restored(executor: Any, stages: Stages) -> None:
+    """The request was running when its adapter was removed, and went on with it, as in stock vLLM."""
+    from stagewire.vllm_plugin.recovery import Restored
+
+    executor.add_lora(adapter(7))
+    executor.remove_lora(7)
+    assert executor.restore([Restored(request_with(adapter(7)), [])])
+    assert stages.calls.count("add_lora") == 2
+
+
+def test_a_schedule_without_tokens_that_fails_on_the_head_is_no_end_of_the_engine(executor: Any) -> None:
+    """EngineCore takes such a schedule's own future for the step's output, and None ends it."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    executor._next_step, executor.epoch, executor._steps, executor._current = 0, 1, {}, None
+    executor._ranks.num_ranks = 1
+    executor._ranks.execute.side_effect = RuntimeError("any")
+    schedule = SchedulerOutput.make_empty()
+    schedule.finished_req_ids = {"a"}
+    assert executor.execute_model(schedule, non_block=True).result(None) is EMPTY_MODEL_RUNNER_OUTPUT
+    assert executor._process.end_epoch.called
+
+
+@pytest.mark.parametrize("stages_in_timings", [[], [0], [0, 2], [0, 1, 1]])
+def test_a_result_with_the_timings_of_other_stages_is_refused(executor: Any, stages_in_timings: list[int]) -> None:
+    from stagewire.errors import PeerError
+    from stagewire.ring.node import Delivery
+    from stagewire.wire.messages import Result, StageTiming
+
+    executor._stage.num_stages = 2
+    executor._steps = {5: Mock()}
+    timings = [StageTiming(stage, 1, 2, 3, 4, 5) for stage in stages_in_timings]
+    with pytest.raises(PeerError, match="timings of stages"):
+        executor._take(Delivery(Result(1, 5, timings), [b""], 1))
+
+
+class TestDeadlineOfTheRecovery:
+    @pytest.fixture
+    def process(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """The head's, with a clock to turn."""
+        from stagewire.vllm_plugin import process as module
+
+        built: Any = module.RingProcess.__new__(module.RingProcess)
+        built.now = 1000.0
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: built.now))
+        built._config = SimpleNamespace(is_head=True, recovery_timeout_s=600)
+        built.ring, built._status, built._news, built._prepare, built._state = Mock(), Mock(), None, None, "serving"
+        built._broken = built.given_up = None
+        built._broken_at = built._whole_at = 0.0
+        built._is_recovered = True
+        return built
+
+    @staticmethod
+    def breaks(process: Any) -> None:
+        from stagewire.errors import StageLost
+
+        process.on_broken(1, StageLost(1, "stage 1 is lost"))
+
+    def test_goes_on_when_the_ring_is_whole_in_vain(self, process: Any) -> None:
+        """A stage that ends whenever it is given its requests."""
+        for _ in range(20):
+            self.breaks(process)
+            process.now += 35
+            process._mind_deadline(process._broken)
+            if process.given_up:
+                break
+            process._set_whole(2)
+            process.now += 1
+        assert process.given_up is not None
+        assert process.now - 1000 < 700
+
+    @pytest.mark.parametrize("serves_for", [1.0, 100.0])
+    def test_begins_anew_once_it_has_come_back(self, process: Any, serves_for: float) -> None:
+        self.breaks(process)
+        process.now += 500
+        process._set_whole(2)
+        if serves_for < 60:
+            process.mark_recovered(3)
+        process.now += serves_for
+        self.breaks(process)
+        process.now += 500
+        process._mind_deadline(process._broken)
+        assert process.given_up is None
