@@ -2,17 +2,21 @@
 
 usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `stubborn`
 (serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends with words in its log only), `lost` (serves
-until SIGUSR1, then ends as a stage does that lost its peer), `standby` (loads, never ready).
+until SIGUSR1, then ends as a stage does that lost its peer), `standby` (loads, is ready as soon as it has the port).
+`standby:fail` cannot load, `standby:held` loads until a test has opened and closed the FIFO `loading`, `standby:S`
+loads for S seconds. In place of a port there is a lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from stagewire.observe.status import Phase, StatusSender
@@ -43,6 +47,27 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+def stand_by(sender: StatusSender, lock: int, how: str) -> None:
+    is_loaded = threading.Event()
+
+    def take_over() -> None:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as soon as it is free, also while this stage loads
+        is_loaded.wait()
+        sender.send(Phase.READY)
+
+    threading.Thread(target=take_over, daemon=True).start()
+    if how == "fail":
+        sender.send(Phase.FAILED, "no memory for a second one", 1)
+        sys.exit(1)
+    if how == "held":
+        with open(os.path.join(os.environ["FAKE_DIR"], "loading")) as held:
+            held.read()
+    elif how:
+        time.sleep(float(how))
+    sender.send(Phase.LOADED)
+    is_loaded.set()
+
+
 def main() -> None:
     stage, port = int(sys.argv[1]), int(sys.argv[2])
     behaviour, _, code = sys.argv[3].partition(":")
@@ -50,6 +75,15 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     sender = StatusSender(stage)
     sender.send(Phase.LOADING, f"pid {os.getpid()}")
+    lock = os.open(os.path.join(os.environ["FAKE_DIR"], f"port_{stage}"), os.O_RDWR | os.O_CREAT)
+    if behaviour == "standby":
+        stand_by(sender, lock, code)
+    else:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sender.send(Phase.FAILED, f"there is already a stage {stage}", 2)
+            sys.exit(2)
     if stage == 1 and behaviour == "serve":  # the ring links before a stage has loaded
         sender.send(Phase.LINKED, "early")
         sender.advance(Phase.LOADING, "half", 0.5)
@@ -66,9 +100,7 @@ def main() -> None:
         sender.send(Phase.LOADED, f"engine {engine.pid}")
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    if behaviour == "standby":
-        sender.send(Phase.LOADED)
-    elif behaviour != "hang":
+    if behaviour not in ("hang", "standby"):
         sender.send(Phase.LINKED)
         sender.send(Phase.READY)
     if behaviour == "lost":

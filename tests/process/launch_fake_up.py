@@ -1,4 +1,7 @@
-"""`stagewire up` with fake stages: launch_fake_up.py FOLDER HTTP_PORT TIMEOUTS_AS_JSON BEHAVIOUR..."""
+"""`stagewire up` with fake stages: launch_fake_up.py FOLDER HTTP_PORT TIMEOUTS_AS_JSON BEHAVIOUR...
+
+`serve+held` is a stage that serves and whose standbys are `standby:held`.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,9 @@ def main() -> int:
     specs = place_stages(split_evenly(30, len(behaviours)), 15550)
 
     def command(spec: StageSpec) -> list[str]:
-        return [
-            sys.executable,
-            str(FAKE_STAGE),
-            str(spec.index),
-            port,
-            "standby" if spec.stands_by else behaviours[spec.index],
-        ]
+        serving, _, how = behaviours[spec.index].partition("+")
+        behaviour = f"standby:{how}" if spec.stands_by else serving
+        return [sys.executable, str(FAKE_STAGE), str(spec.index), port, behaviour]
 
     with private_dir() as private:
         supervisor = Supervisor(

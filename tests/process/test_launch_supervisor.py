@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -56,11 +57,18 @@ class Launcher:
             for pid in map(int, task.read_text().split()):
                 words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
                 if "launch_fake_stage" in words[1] and words[2] == str(stage):
-                    found.append((pid, words[4] == "standby"))
+                    found.append((pid, words[4].startswith("standby")))
         found.sort()
         serving = [pid for pid, stands_by in found if not stands_by]
         standbys = [pid for pid, stands_by in found if stands_by]
         return (serving or standbys[:1]), (standbys if serving else standbys[1:])
+
+    def kill_serving(self, stage: int) -> None:
+        os.kill(self.children(stage)[0][0], signal.SIGKILL)
+
+    def held_standby(self) -> IO[str]:
+        """Waits until one of behaviour `standby:held` loads; it has loaded when this is closed."""
+        return (self.folder / "loading").open("w")
 
     def end(self) -> int:
         assert self.process.stdout is not None
@@ -88,6 +96,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     def start(*behaviours: str, **timeouts: float) -> Launcher:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
+        os.mkfifo(tmp_path / "loading")
         process = subprocess.Popen(
             [sys.executable, str(FAKE_UP), str(tmp_path), str(port), json.dumps(timeouts), *behaviours],
             stdout=subprocess.PIPE,
@@ -234,8 +243,9 @@ def test_it_gives_up_a_stage_that_ends_again_and_again(launch: Launch) -> None:
     assert "3 times in a row" in error
 
 
-def test_a_standby_takes_over_and_another_one_stands_by(launch: Launch) -> None:
-    launcher = launch("serve", "serve", standby=1, back_off=0.01)
+@pytest.mark.parametrize("limits", [{"restarts": 3}, {"restarts": 1, "healthy": 0.0}])
+def test_a_standby_takes_over_and_another_one_stands_by(launch: Launch, limits: dict[str, float]) -> None:
+    launcher = launch("serve", "serve", standby=1, back_off=0.01, **limits)
     launcher.wait_for("serving fake-model")
     for _ in range(3):
         launcher.wait_for("stage 1  a standby has loaded")
@@ -254,8 +264,102 @@ def test_a_standby_that_ends_is_started_again(launch: Launch) -> None:
     launcher.wait_for("stage 1  a standby has loaded")
     _, (standby,) = launcher.children(1)
     os.kill(standby, signal.SIGKILL)
-    launcher.wait_for("stage 1 is started again")
+    launcher.wait_for("a standby of stage 1 was killed by SIGKILL")
+    launcher.wait_for("a standby of stage 1 is started again")
     launcher.wait_for("stage 1  a standby has loaded")
+
+
+def test_a_standby_that_still_loads_takes_over(launch: Launch) -> None:
+    launcher = launch("serve", "serve+held", standby=1)
+    launcher.wait_for("serving fake-model")
+    with launcher.held_standby():
+        _, (standby,) = launcher.children(1)
+        launcher.kill_serving(1)
+        launcher.wait_for("stage 1: its standby takes over")
+    launcher.wait_for("stage 1  loaded")
+    launcher.wait_for("stage 1  ready")
+    with launcher.held_standby():
+        (active, *_), standbys = launcher.children(1)
+        assert active == standby
+        assert len(standbys) == 1
+    launcher.wait_for("stage 1  a standby has loaded")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.end() == 0
+    assert not any("started again" in line for line in launcher.lines), launcher.lines
+
+
+def test_a_standby_takes_over_that_came_before_its_stage_was_started_again(launch: Launch) -> None:
+    launcher = launch("serve", "serve", standby=1, restarts=3, back_off=2.0)
+    launcher.wait_for("stage 1  a standby has loaded")
+    launcher.kill_serving(1)
+    launcher.wait_for("stage 1: its standby takes over")
+    launcher.wait_for("stage 1  a standby has loaded")
+    (active, *_), (standby,) = launcher.children(1)
+    # Both pause for as long; the standby's pause begins first.
+    os.kill(standby, signal.SIGKILL)
+    launcher.wait_for("a standby of stage 1 is started again in 2 s")
+    os.kill(active, signal.SIGKILL)
+    launcher.wait_for("stage 1 is started again in 2 s")
+    launcher.wait_for("stage 1: its standby takes over")
+    launcher.wait_for("stage 1  ready")
+
+
+def test_a_standby_that_cannot_load_ends_nothing(launch: Launch) -> None:
+    launcher = launch("serve", "serve+fail", standby=1, restarts=1)
+    launcher.wait_for("serving fake-model")
+    reason = "a standby of stage 1 ended with exit code 1: no memory for a second one"
+    launcher.wait_for(reason)
+    launcher.wait_for("a standby of stage 1 is started again")
+    launcher.wait_for(reason)
+    launcher.wait_for("2 times in a row")
+    launcher.wait_for("stage 1 goes on without a standby")
+    launcher.kill_serving(1)
+    launcher.wait_for("stage 1 was killed by SIGKILL")
+    launcher.wait_for("stage 1 is started again")
+    launcher.wait_for("stage 1  ready")
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.end() == 0
+    assert launcher.stop_order() == [0, 1]
+
+
+def test_take_overs_count_and_a_standby_is_healthy_only_from_its_own_on(launch: Launch) -> None:
+    launcher = launch("serve", "serve", "serve+2", standby=1, restarts=1, healthy=1.0)
+    # The standby of stage 1 has loaded long before that of stage 2, which takes 2 s.
+    launcher.wait_for("stage 2  a standby has loaded")
+    launcher.kill_serving(1)
+    launcher.wait_for("stage 1: its standby takes over")
+    launcher.kill_serving(1)
+    assert launcher.end() == 1
+    error = launcher.error()
+    assert "stage 1 was killed by SIGKILL" in error
+    assert "2 times in a row" in error
+
+
+@pytest.mark.parametrize("has_loaded", [True, False])
+def test_without_restarts_a_standby_takes_over_once(launch: Launch, has_loaded: bool) -> None:
+    launcher = launch("serve", "serve+held", standby=1, restarts=0)
+    launcher.wait_for("serving fake-model")
+    with launcher.held_standby() as held:
+        if has_loaded:
+            held.close()
+            launcher.wait_for("stage 1  a standby has loaded")
+        launcher.kill_serving(1)
+        launcher.wait_for("stage 1: its standby takes over")
+    launcher.wait_for("stage 1  ready")
+    launcher.kill_serving(1)
+    assert launcher.end() == 1
+    assert "stage 1 was killed by SIGKILL" in launcher.error()
+
+
+def test_without_restarts_a_standby_that_ends_ends_nothing(launch: Launch) -> None:
+    launcher = launch("serve", "serve", standby=1, restarts=0)
+    launcher.wait_for("stage 1  a standby has loaded")
+    _, (standby,) = launcher.children(1)
+    os.kill(standby, signal.SIGKILL)
+    launcher.wait_for("stage 1 goes on without a standby")
+    launcher.kill_serving(1)
+    assert launcher.end() == 1
+    assert "stage 1 was killed by SIGKILL" in launcher.error()
 
 
 def test_what_was_healthy_for_long_enough_is_not_counted(launch: Launch) -> None:

@@ -116,6 +116,10 @@ class _Stage:
     exited: asyncio.Task[None] = field(init=False)
 
     @property
+    def name(self) -> str:
+        return f"a standby of stage {self.spec.index}" if self.spec.stands_by else f"stage {self.spec.index}"
+
+    @property
     def has_failed(self) -> bool:
         return self.failure is not None or self.process.returncode is not None
 
@@ -152,7 +156,7 @@ class _Stage:
         if not reason and returncode not in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGILL):
             reason = last_error(tail)
         advice = hint(self.exit_code, f"{reason}\n{tail}")
-        parts = [f"stage {self.spec.index} {how}: {reason}" if reason else f"stage {self.spec.index} {how}"]
+        parts = [f"{self.name} {how}: {reason}" if reason else f"{self.name} {how}"]
         parts += [f"  hint: {advice}"] if advice else []
         return "\n".join([*parts, f"  its log: {self.log}"])
 
@@ -175,8 +179,9 @@ class Supervisor:
         private_dir: short (AF_UNIX paths end at 107 bytes), private to the user; whoever made it removes it.
         log_dir: stage_<i>.log are written there, new.
         serving: called with the model's name once the ring has answered; its text is shown.
-        max_restarts: how often in a row a stage is started again while serving.
-        has_standbys: whether a second process of each stage but the head stands by.
+        max_restarts: how often in a row a stage is started again, or taken over by its standby, while serving.
+        has_standbys: whether a second process of each stage but the head stands by; it takes over once also if
+            ``max_restarts`` is 0.
     """
 
     def __init__(
@@ -296,6 +301,8 @@ class Supervisor:
                     return
                 case _Exited(stage):
                     self._replace(stage)
+                case _StartDue(spec, num_failures) if not spec.stands_by and self._has_live_standby(spec.index):
+                    self._promote_standby(spec, num_failures)  # it was started meanwhile
                 case _StartDue(spec, num_failures):
                     stage = await self._start(spec, self._resources[spec.index])
                     stage.num_failures = num_failures
@@ -309,9 +316,14 @@ class Supervisor:
     def _note_while_serving(self, event: StatusEvent) -> None:
         standby = self._standbys.get(event.stage)
         if standby is not None and standby.process.pid == event.pid:
-            if event.phase is Phase.LOADED:
-                standby.ready_at = asyncio.get_running_loop().time()
-                self._screen.say(f"stage {event.stage}  a standby has loaded")
+            match event.phase:
+                case Phase.FAILED:
+                    standby.failure = standby.failure or event
+                case Phase.LOADED:
+                    standby.ready_at = asyncio.get_running_loop().time()
+                    self._screen.say(f"stage {event.stage}  a standby has loaded")
+                case Phase.READY:  # it has the port before we know, or say, that its stage has ended
+                    standby.phase = event.phase
             return
         stage = self._stages[event.stage]
         match event.phase:
@@ -331,45 +343,62 @@ class Supervisor:
             stage.ready_at = asyncio.get_running_loop().time()
 
     def _replace(self, stage: _Stage) -> None:
-        """By its standby, if one has loaded, or by a new process.
+        """By its standby, which may still load, or by a new process.
 
         Raises:
             StageFailed: it has failed too often in a row.
         """
         index = stage.spec.index
-        if stage is self._standbys.get(index):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # a head's EngineCore outlives it
+            os.killpg(stage.process.pid, signal.SIGKILL)
+        is_standby = stage is self._standbys.get(index)
+        if is_standby:
             del self._standbys[index]
-            self._plan_restart(stage)
-            return
-        standby = self._standbys.get(index)
-        if standby is None or standby.ready_at is None:
-            self._plan_restart(stage)
-            return
-        del self._standbys[index]
-        standby.spec = stage.spec
-        self._stages[index] = standby
-        self._screen.say(f"{stage.describe_failure()}\nstage {index}: its standby takes over")
-        self._plan_standby(stage.spec, stage.num_failures + 1)
+        has_standby = self._has_live_standby(index)
+        self._count_failure(stage)
+        text = stage.describe_failure()
+        # With --restarts 0 nothing is started again; a standby that was asked for is there to be used.
+        num_allowed = max(self._max_restarts, 1) if has_standby else self._max_restarts
+        if stage.num_failures > num_allowed:
+            if self._max_restarts:
+                text += f"\n  it has ended {stage.num_failures} times in a row: not started again"
+            if not is_standby:
+                raise StageFailed(text, stage.exit_code if stage.exit_code > 0 else 1)
+            self._screen.say(f"{text}\nstage {index} goes on without a standby")
+        elif has_standby:
+            self._screen.say(text)
+            self._promote_standby(stage.spec, stage.num_failures)
+        else:
+            pause = self._start_later(stage.spec, stage.num_failures)
+            when = f" in {pause:g} s" if pause else ""
+            self._screen.say(f"{text}\n{stage.name} is started again{when}")
 
-    def _plan_standby(self, spec: StageSpec, num_failures: int) -> None:
-        self._start_later(replace(spec, stands_by=True), num_failures)
-
-    def _plan_restart(self, stage: _Stage) -> None:
-        """Raises StageFailed instead when it has failed too often in a row."""
+    def _count_failure(self, stage: _Stage) -> None:
+        """The first in a row, if it was healthy before."""
         now = asyncio.get_running_loop().time()
         if stage.ready_at is not None and now - stage.ready_at >= self._timeouts.healthy:
             stage.num_failures = 0
         stage.num_failures += 1
-        text = stage.describe_failure()
-        if stage.num_failures > self._max_restarts:
-            if self._max_restarts:
-                text += f"\n  it has ended {stage.num_failures} times in a row: not started again"
-            raise StageFailed(text, stage.exit_code if stage.exit_code > 0 else 1)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # a head's EngineCore outlives it
-            os.killpg(stage.process.pid, signal.SIGKILL)
-        pause = self._start_later(stage.spec, stage.num_failures)
-        when = f" in {pause:g} s" if pause else ""
-        self._screen.say(f"{text}\nstage {stage.spec.index} is started again{when}")
+
+    def _has_live_standby(self, index: int) -> bool:
+        standby = self._standbys.get(index)
+        return standby is not None and not standby.has_failed
+
+    def _promote_standby(self, spec: StageSpec, num_failures: int) -> None:
+        """It takes the port by itself, also while it loads: a new process would be refused there."""
+        standby = self._standbys.pop(spec.index)
+        standby.spec, standby.num_failures = spec, num_failures
+        if standby.ready_at is not None:  # it has served nothing before
+            standby.ready_at = asyncio.get_running_loop().time()
+        self._stages[spec.index] = standby
+        self._screen.say(f"stage {spec.index}: its standby takes over")
+        if standby.phase is Phase.READY:
+            self._screen.show(StatusEvent(spec.index, Phase.READY))
+        if num_failures <= self._max_restarts:
+            self._plan_standby(spec, num_failures)
+
+    def _plan_standby(self, spec: StageSpec, num_failures: int) -> None:
+        self._start_later(replace(spec, stands_by=True), num_failures)
 
     def _start_later(self, spec: StageSpec, num_failures: int) -> float:
         """After a pause that grows with the failures; its length in seconds."""

@@ -96,8 +96,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
         type=int,
         default=DEFAULT_MAX_RESTARTS,
         metavar="N",
-        help="how often in a row a stage that ends while serving is started again; 0 stops the others instead "
-        "(default: %(default)s)",
+        help="how often in a row a stage that ends while serving is started again, or its standby takes over; "
+        "0: never, the others are stopped; a standby still takes over once (default: %(default)s)",
     )
     parser.add_argument(
         "--standby",
