@@ -147,6 +147,7 @@ class TestDeadlineOfTheRecovery:
 
         built: Any = module.RingProcess.__new__(module.RingProcess)
         built.now = 1000.0
+        monkeypatch.setattr(module, "logger", Mock())
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: built.now))
         built._config = SimpleNamespace(is_head=True, recovery_timeout_s=600)
         built.ring, built._status, built._news, built._prepare, built._state = Mock(), Mock(), None, None, "serving"
