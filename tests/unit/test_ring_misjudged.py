@@ -62,28 +62,21 @@ def test_a_forgotten_successor_is_found_again() -> None:
 class TestStandbyOfALivingStage:
     """The owner of a shared port goes. Who only stands by must not take it from the one that serves."""
 
-    @pytest.mark.parametrize("index", [1, 2])
     @pytest.mark.parametrize("is_first", [False, True], ids=["stage first", "standby first"])
-    def test_when_the_head_had_the_port(self, index: int, is_first: bool) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+    @pytest.mark.parametrize(
+        ("ports", "owner", "index"), [(QUICKSTART_PORTS, 0, 1), (QUICKSTART_PORTS, 0, 2), (WORKERS_SHARE, 1, 2)]
+    )
+    def test_leaves_it_the_port(
+        self, ports: tuple[tuple[int, int], ...], owner: int, index: int, is_first: bool
+    ) -> None:
+        ring = Ring(ports)
         stages = ring.start_serving()
-        start_standby(ring, index, QUICKSTART_PORTS)
+        start_standby(ring, index, ports)
         if is_first:
             ring.stages.insert(0, ring.stages.pop())
-        ring.kill(stages[0])
+        ring.kill(stages[owner])
         ring.wait(3)
-        stages[0] = ring.start(0)
-        ring.wait(20)
-        assert_whole(stages)
-
-    def test_when_a_worker_had_the_port(self) -> None:
-        ring = Ring(WORKERS_SHARE)
-        stages = ring.start_serving()
-        start_standby(ring, 2, WORKERS_SHARE)
-        ring.stages.insert(0, ring.stages.pop())
-        ring.kill(stages[1])
-        ring.wait(3)
-        stages[1] = ring.start(1)
+        stages[owner] = ring.start(owner)
         ring.wait(20)
         assert_whole(stages)
 
