@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from stagewire.vllm_plugin.awake import LATENCY_FILE, AwakeCores
 from support.inside import states, until_idle
 from support.stages import Ring, process_tree
 from support.workload import Request, complete, license_text, requests, run
@@ -93,6 +94,31 @@ def test_several_steps_are_in_flight(ring: Ring, trace_path: Path, say: Callable
             assert received <= started <= finished <= sent
     sizes = sorted(step["requests"] for step in decode)
     assert sizes[len(sizes) // 2] <= 32 // len(RANGES) + 1, f"micro-batches are lopsided: {sizes}"
+
+
+def holds_cores_awake(pid: int) -> bool:
+    folder = Path(f"/proc/{pid}/fd")
+    return any(os.path.realpath(each) == str(LATENCY_FILE) for each in folder.iterdir())
+
+
+def test_cores_are_kept_awake_while_steps_go_round_and_no_longer(ring: Ring) -> None:
+    """Where that is possible at all: elsewhere nobody holds the file, ever."""
+    is_possible = AwakeCores.for_stage(on_cpu=True).does_anything
+    held: list[bool] = []
+
+    def holders() -> list[bool]:
+        return [any(map(holds_cores_awake, process_tree(stage.pid))) for stage in ring.stages]
+
+    async def watch() -> None:
+        async for _ in lines(ring, "A long story begins", 40):
+            held[:] = holders()
+
+    asyncio.run(watch())
+    assert held == [is_possible] * len(RANGES)
+    ends_at = time.monotonic() + 20
+    while any(holders()):
+        assert time.monotonic() < ends_at, "cores are kept awake for nobody"
+        time.sleep(0.2)
 
 
 def test_200_requests_leave_nothing_behind(ring: Ring, say: Callable[[str], None]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.utils.system_utils import set_ulimit
 
 from stagewire.config import Address, StageConfig
@@ -28,13 +29,14 @@ from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.zmq_link import ZmqTransport, secure_stage
+from stagewire.vllm_plugin.awake import AwakeCores
 from stagewire.vllm_plugin.call_codec import encode_value
 from stagewire.vllm_plugin.fingerprint import make_identity
 from stagewire.vllm_plugin.http import EarlyServer, StageHealth
 from stagewire.vllm_plugin.pipeline_status import NewsSender, RingNews, resident_bytes
 from stagewire.vllm_plugin.recovery import PREPARE, Journal
 from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s
-from stagewire.wire.messages import Call, Reply, StageIdentity, StageReport, StageState
+from stagewire.wire.messages import Call, Reply, Result, StageIdentity, StageReport, StageState, Step
 
 __all__ = ["RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
 
@@ -107,6 +109,7 @@ class RingProcess(Observer):
         self._news = NewsSender.from_environment() if config.is_head else None
         self.last_step = -1
         self.steps = StepStatistics()
+        self._awake = AwakeCores.for_stage(on_cpu=current_platform.is_cpu())
         self._parent = os.getppid()
         self._launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
         # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
@@ -202,6 +205,7 @@ class RingProcess(Observer):
     # ---- from the ring's thread ------------------------------------------------------------------------------------
 
     def _watch(self) -> str | None:
+        self._awake.release_when_idle(time.monotonic())
         if self._news is not None and self._news.is_due():
             self._tell(self._news)
         if self._broken is not None and self._config.is_head:
@@ -308,6 +312,8 @@ class RingProcess(Observer):
 
     def takes(self, delivery: Delivery) -> bool:
         message = delivery.message
+        if isinstance(message, (Step, Result)):
+            self._awake.hold(time.monotonic())
         if self._prepare is None or not isinstance(message, Reply) or message.call_id != self._prepare[1]:
             return False
         epoch, _ = self._prepare
