@@ -51,6 +51,7 @@ def _schedule(params: SamplingParams) -> SchedulerOutput:
         free_encoder_mm_hashes=["hash"],
         preempted_req_ids={"p"},
         new_block_ids_to_zero=[4, 7],
+        num_common_prefix_blocks=[1],
     )
 
 

@@ -417,7 +417,7 @@ def test_unsupported_version_is_named(
     error = capsys.readouterr().err
     assert exit_info.value.code == 2
     assert "0.28.1" in error
-    assert "vllm>=0.32,<0.33" in error
+    assert "vllm>=0.30,<0.33" in error
 
 
 def test_yaml_config_gives_the_same(

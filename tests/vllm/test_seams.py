@@ -7,6 +7,7 @@ starts no process, takes seconds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -33,6 +34,7 @@ from stagewire.errors import ConfigError, InternalError, ProtocolError, StageLos
 from stagewire.plan.ranges import LayerRange, partition_counts, split_evenly
 from stagewire.vllm_plugin import compat, flags, model_patches
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
+from stagewire.vllm_plugin.compat import is_at_least
 from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
 from stagewire.vllm_plugin.executor import RingExecutor
 from stagewire.vllm_plugin.pipeline_group import PipelineGroup, RankPlace
@@ -65,10 +67,24 @@ def stage_config(stage: int = 0, port: int = 15550, **overrides: Any) -> StageCo
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What external mode and vLLM's CPU platform set for their own process must not reach other tests."""
+    """What external mode and vLLM's CPU platform set for their own process must not reach other tests.
+
+    The version gate is open: seams are compared with more versions than can be run.
+    """
+    monkeypatch.setattr(compat, "SUPPORTED", ((0, 30), (0, 34)))
     for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROC_METHOD", "OMP_NUM_THREADS", "LD_PRELOAD"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+def since(major: int, minor: int, *names: str) -> tuple[str, ...]:
+    """What vLLM has from this version on."""
+    return names if is_at_least(major, minor) else ()
+
+
+def before(major: int, minor: int, *names: str) -> tuple[str, ...]:
+    """What vLLM had until this version."""
+    return () if is_at_least(major, minor) else names
 
 
 def find(target: str) -> tuple[Any, str]:
@@ -99,7 +115,7 @@ SIGNATURES = {
         "listen_address",
         "sock",
         "args",
-        "peer_loads",
+        *since(0, 32, "peer_loads"),
         "**uvicorn_kwargs",
     ],
     "vllm.v1.engine.utils:get_engine_process_shutdown_timeout": ["request_timeout", "process_timeout"],
@@ -177,17 +193,24 @@ def test_add_refuses_what_is_there_and_happens_once() -> None:
     assert owner.free is first
 
 
-def test_installed_version_is_supported() -> None:
-    compat.check_version()
+def test_installed_version_is_supported_unless_only_its_files_are_tested() -> None:
+    """Nothing of vLLM 0.33 can be run without a GPU so far: its seams are compared, and the gate is shut."""
+    if is_at_least(0, 33):
+        with pytest.raises(ConfigError):
+            compat.check_version()
+    else:
+        compat.check_version()
 
 
 def test_unsupported_version_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.version
 
-    monkeypatch.setattr(vllm.version, "__version_tuple__", (0, 33, 0))
-    monkeypatch.setattr(vllm.version, "__version__", "0.33.0")
-    with pytest.raises(ConfigError, match=r"0\.33\.0 is installed.*>=0\.32,<0\.33"):
-        compat.check_version()
+    for installed in ((0, 29, 1), (0, 33, 0), (1, 31, 0)):
+        text = ".".join(map(str, installed))
+        monkeypatch.setattr(vllm.version, "__version_tuple__", installed)
+        monkeypatch.setattr(vllm.version, "__version__", text)
+        with pytest.raises(ConfigError, match=rf"{re.escape(text)} is installed.*>=0\.30,<0\.33"):
+            compat.check_version()
 
 
 def test_wrap_refuses_a_target_that_has_moved() -> None:
@@ -376,6 +399,7 @@ def test_transformers_backend_adds_no_positions_on_later_stages() -> None:
             text_config=SimpleNamespace(num_hidden_layers=2),
             model_config=SimpleNamespace(dtype=torch.bfloat16),
             _get_tie_word_embeddings=lambda: True,
+            _pp_indices=lambda: (1, 2),  # vLLM 0.33 asks for its layers in this way
         )
 
     stock, ours = last_stage(), last_stage()
@@ -436,14 +460,14 @@ def test_adapters_are_touched_in_the_order_of_their_ids() -> None:
 
 
 def test_rows_of_the_base_model_get_no_adapter() -> None:
-    """In vLLM alone the last slot's adapter is added to them: when that changes, the patch can go."""
+    """In vLLM before 0.33 the last slot's adapter is added to them."""
     from vllm.lora.ops.torch_ops import lora_ops
 
     inputs, weights = torch.ones(2, 3), torch.ones(4, 5, 3)  # [rows, in], [slots, out, in]
     indices = torch.tensor([-1, 1])
     plain, mended = torch.zeros(2, 5), torch.zeros(2, 5)
     inspect.unwrap(lora_ops.bgmv_expand)(inputs, weights, plain, indices)
-    assert plain.tolist() == [[3.0] * 5] * 2, "the base model's row too"
+    assert plain.tolist() == [[0.0 if is_at_least(0, 33) else 3.0] * 5, [3.0] * 5], "the base model's row too"
     compat.mend_lora()
     lora_ops.bgmv_expand(inputs, weights, mended, indices)
     assert mended.tolist() == [[0.0] * 5, [3.0] * 5]
@@ -466,12 +490,10 @@ def test_an_adapter_is_loaded_by_a_method_that_keeps_nothing() -> None:
 
 
 def test_head_uses_settings_of_the_api_server_that_exist() -> None:
-    from vllm.entrypoints.launchers.cli_args import FrontendArgs
-
     from vllm import envs
 
     assert "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH" in envs.environment_variables
-    names = {field.name for field in dataclasses.fields(FrontendArgs)}
+    names = {field.name for field in dataclasses.fields(compat.frontend_args())}
     assert names >= {"host", "port", "uds", "ssl_keyfile", "middleware"}
 
 
@@ -549,8 +571,8 @@ def engine_args(**options: Any) -> Any:
     return EngineArgs(model="", enforce_eager=True, **options)
 
 
-# Optional in some minor versions of vLLM; `_refuse` skips a field that does not exist.
-@pytest.mark.parametrize("name", REFUSED)
+# `_refuse` skips a field that does not exist.
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - {*before(0, 32, "enable_hc_sp")}))
 def test_refused_argument_is_a_field_of_vllm(name: str, plain_environment: None) -> None:
     args = engine_args()
     assert hasattr(args, name), f"{name} is no field of EngineArgs any more: what does the feature hide behind now?"
@@ -700,13 +722,17 @@ OURS = {
     "restore_requests",
 }
 
-# What vLLM 0.32 asks of workers by name and the ring does not carry; table C1 has the reasons.
+# What vLLM asks of workers by name and the ring does not carry; table C1 has the reasons.
 NOT_CARRIED = {
-    *("apply_model", "reload_weights", "reset_weights", "update_weights", "supports_draft_weight_updates"),
-    *("init_weight_transfer_engine", "shutdown_weight_transfer_engine"),
+    *("apply_model", "update_weights", "supports_draft_weight_updates"),
+    *since(0, 31, "reload_weights"),
+    *since(0, 32, "reset_weights", "shutdown_weight_transfer_engine"),
+    *since(0, 33, "get_simple_cpu_offload_num_cpu_blocks"),
+    "init_weight_transfer_engine",
     *("start_weight_update", "start_draft_weight_update", "finish_weight_update"),
     *("checkpoint_prepare", "checkpoint_restore", "save_sharded_state", "save_tensorized_model"),
-    *("execute_dummy_batch", "handle_ft_command", "elastic_ep_execute", "reinitialize_distributed"),
+    *("execute_dummy_batch", "handle_ft_command", "elastic_ep_execute"),
+    *before(0, 33, "reinitialize_distributed"),
     *("get_encoder_timing_stats", "get_kv_connector_handshake_metadata"),
 }
 # Answered by RingExecutor without a call.
@@ -719,7 +745,14 @@ ANSWERED_BY_HEAD = {
     "take_draft_token_ids",
 }
 # Asked by executors that external mode does not use.
-OTHER_EXECUTORS = {"adjust_rank", "init_device", "init_worker", "load_model", "update_environment_variables"}
+OTHER_EXECUTORS = {
+    *before(0, 33, "adjust_rank", "init_device", "init_worker", "load_model", "update_environment_variables")
+}
+# On the list in vain with some versions, which never ask for them.
+NOT_ASKED = {
+    *before(0, 31, "discard"),
+    *before(0, 32, "compute_weight_checksums", "release_late_interaction_query_cache"),
+}
 
 
 def vllm_root() -> Path:
@@ -735,7 +768,7 @@ def test_every_call_of_vllm_is_known() -> None:
     assert asked - set(CALLS) == NOT_CARRIED | ANSWERED_BY_HEAD | OTHER_EXECUTORS
 
 
-@pytest.mark.parametrize("method", sorted(set(CALLS) - OURS))
+@pytest.mark.parametrize("method", sorted(set(CALLS) - OURS - NOT_ASKED))
 def test_every_call_is_a_method_of_vllms_worker(method: str) -> None:
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -755,20 +788,22 @@ def test_our_own_calls_hide_none_of_vllms() -> None:
 
 
 def test_executor_has_no_methods_that_we_have_not_read() -> None:
-    """A new one may be a call that start-up makes; 0.33 adds two."""
+    """A new one may be a call that start-up makes."""
     from vllm.v1.executor.abstract import Executor
 
     kinds = (property, cached_property, classmethod, staticmethod)
     public = {name for name, value in vars(Executor).items() if callable(value) or isinstance(value, kinds)}
     assert {name for name in public if not name.startswith("_")} == {
-        *("get_class", "supports_async_scheduling", "supported_tasks", "is_sleeping"),
+        *("get_class", "supports_async_scheduling", "supported_tasks"),
         *("initialize_from_config", "compile_or_warm_up_model", "determine_available_memory", "get_kv_cache_specs"),
         *("get_supported_kv_cache_layouts", "set_kv_cache_layout", "get_kv_connector_handshake_metadata"),
         *("register_failure_callback", "collective_rpc", "execute_model", "sample_tokens", "execute_dummy_batch"),
         *("take_draft_token_ids", "profile", "save_sharded_state", "check_health", "shutdown"),
         *("init_kv_output_aggregator", "init_ec_output_aggregator", "supports_draft_weight_updates"),
         *("add_lora", "remove_lora", "pin_lora", "list_loras", "reset_mm_cache", "reset_encoder_cache"),
-        *("sleep", "wake_up", "discard", "reinitialize_distributed"),
+        *("sleep", "wake_up", "reinitialize_distributed"),
+        *since(0, 31, "discard", "is_sleeping"),
+        *since(0, 33, "get_simple_cpu_offload_num_blocks"),
     }
 
 
@@ -782,14 +817,17 @@ def test_overridden_methods_keep_vllms_parameters(name: str) -> None:
     assert parameters(getattr(RingExecutor, name)) == parameters(getattr(Executor, name))
 
 
+PROFILED = (True, None, None, 3, *[None] * (CALLS["profile"].by_keyword - 2))
+
+
 @pytest.mark.parametrize(
     ("method", "args", "kwargs", "expected"),
     [
         ("sleep", (), {"level": 2}, (2,)),
         ("wake_up", (), {}, (None,)),
         ("wake_up", (), {"tags": ["weights"]}, (["weights"],)),
-        ("profile", (True, "prefix"), {"max_iterations": 3}, (True, "prefix", None, 3)),
-        ("profile", (False,), {}, (False, None, None, None)),
+        ("profile", (True, "prefix"), {}, (True, "prefix", *[None] * CALLS["profile"].by_keyword)),
+        *([("profile", (True,), {"max_iterations": 3}, PROFILED)] if is_at_least(0, 32) else []),
         ("remove_lora", (3,), {}, (3,)),
     ],
 )
@@ -855,7 +893,8 @@ def make_specs() -> dict[str, Any]:
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
     heads: dict[str, Any] = {"block_size": 16, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16}
-    full = kv.FullAttentionSpec(**heads, block_stride_alignment=MultipleOf(64))
+    stride = {"block_stride_alignment": MultipleOf(64) if is_at_least(0, 32) else 64} if is_at_least(0, 31) else {}
+    full = kv.FullAttentionSpec(**heads, **stride)
     return {
         "full": full,
         "full, fp8, padded": kv.FullAttentionSpec(
@@ -869,7 +908,9 @@ def make_specs() -> dict[str, Any]:
             tokens_per_state=Fraction(3, 2),
             cache_role=list(kv.SparseCacheRole)[-1],
         ),
-        "sliding window MLA": kv.SlidingWindowMLASpec(**heads, sliding_window=128, bounded_replay=True),
+        "sliding window MLA": kv.SlidingWindowMLASpec(
+            **heads, sliding_window=128, **({"bounded_replay": True} if is_at_least(0, 31) else {})
+        ),
         "mamba": kv.MambaSpec(
             block_size=256,
             shapes=((4, 96), (8, 16, 16)),
@@ -1018,7 +1059,7 @@ NOT_OFFERED = {
     "send_tensor_dict": "GPUModelRunner.broadcast_pp_output: only with the external_launcher backend",
     "device_group": "tokens by broadcast: only under async scheduling",
     "make_sibling_device_group": "V2 model runner",
-}
+} | dict.fromkeys(since(0, 33, "recv_tensor_dict", "_should_use_all_gather"), "V2 model runner")
 
 
 def attributes_asked_of_the_group() -> set[str]:
@@ -1158,6 +1199,7 @@ TRAVELS = {
         *("finished_req_ids", "free_encoder_mm_hashes", "preempted_req_ids", "has_structured_output_requests"),
         *("new_block_ids_to_zero", "kv_cache_block_copies"),
         *("scheduled_spec_decode_tokens", "num_spec_tokens_to_schedule", "scheduled_encoder_inputs"),
+        "num_common_prefix_blocks",
     },
     "vllm.v1.core.sched.output:NewRequestData": {
         *("req_id", "prompt_token_ids", "sampling_params", "block_ids", "num_computed_tokens"),
@@ -1168,7 +1210,7 @@ TRAVELS = {
         *("req_ids", "resumed_req_ids", "new_token_ids", "new_block_ids", "num_computed_tokens", "num_output_tokens"),
     },
     "vllm.v1.core.sched.output:GrammarOutput": {
-        *("structured_output_request_ids", "grammar_bitmask", "num_acceptable_drafts"),
+        *("structured_output_request_ids", "grammar_bitmask", *since(0, 32, "num_acceptable_drafts")),
     },
     "vllm.v1.outputs:ModelRunnerOutput": {
         *("req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"),
@@ -1178,17 +1220,21 @@ TRAVELS = {
 STAYS = {
     "vllm.v1.core.sched.output:SchedulerOutput": {
         *("scheduled_encoder_input_stats", "pending_structured_output_tokens", "num_invalid_spec_tokens"),
-        *("kv_connector_metadata", "kv_connector_block_state", "has_sync_kv_loads", "aux_output_connector_metadata"),
-        *("ec_connector_metadata", "ec_manager_metadata", "num_common_prefix_blocks"),
+        *("kv_connector_metadata", "kv_connector_block_state", "has_sync_kv_loads"),
+        *("ec_connector_metadata", "ec_manager_metadata"),
+        *since(0, 31, "aux_output_connector_metadata"),
+        *before(0, 32, "block_table_updates"),  # a KV connector's
+        *since(0, 33, "encoder_input_updates", "skip_drafts"),  # read by the V2 runner
     },
     "vllm.v1.core.sched.output:NewRequestData": {
-        *("prompt_is_token_ids", "prefill_token_ids", "replay_start"),
+        *("prompt_is_token_ids", "prefill_token_ids", *since(0, 31, "replay_start")),
     },
     "vllm.v1.core.sched.output:CachedRequestData": {"all_token_ids"},
     "vllm.v1.core.sched.output:GrammarOutput": set[str](),
     "vllm.v1.outputs:ModelRunnerOutput": {
-        *("prompt_token_id_logprobs_dict", "kv_connector_output", "ec_connector_output"),
-        *("cudagraph_stats", "aux_output_connector_output", "sampling_masks"),
+        *("kv_connector_output", "ec_connector_output", "cudagraph_stats", "sampling_masks"),
+        *before(0, 31, "routed_experts"),
+        *since(0, 31, "prompt_token_id_logprobs_dict", "aux_output_connector_output"),
     },
 }
 
@@ -1278,6 +1324,7 @@ def make_schedule(sampling_params: Any) -> Any:
         has_structured_output_requests=True,
         new_block_ids_to_zero=[4, 7],
         kv_cache_block_copies=[KVCacheBlockCopy(1, 2)],
+        num_common_prefix_blocks=[3, 0],
     )
 
 
@@ -1474,9 +1521,11 @@ def test_grammar_round_trips() -> None:
     from vllm.v1.core.sched.output import GrammarOutput
 
     bitmask = np.arange(-3, 3, dtype=np.int32).reshape(2, 3)
-    decoded = decode_grammar(encode_grammar(GrammarOutput(["b", "a"], bitmask, [0, 0])))
+    acceptable = {"num_acceptable_drafts": [0, 0]} if is_at_least(0, 32) else {}
+    decoded = decode_grammar(encode_grammar(GrammarOutput(["b", "a"], bitmask, **acceptable)))
     assert decoded.structured_output_request_ids == ["b", "a"]
-    assert decoded.num_acceptable_drafts == [0, 0]
+    assert vars(decoded).keys() - {"grammar_bitmask", "structured_output_request_ids"} == acceptable.keys()
+    assert all(getattr(decoded, name) == value for name, value in acceptable.items())
     assert decoded.grammar_bitmask.dtype == np.int32
     assert decoded.grammar_bitmask.flags.writeable, "vLLM hands it to torch"
     np.testing.assert_array_equal(decoded.grammar_bitmask, bitmask)
@@ -1734,7 +1783,8 @@ def test_runner_asks_for_a_drafter_that_only_the_last_stage_has() -> None:
     assert "if self.speculative_config and get_pp_group().is_last_rank:" in inspect.getsource(GPUModelRunner.__init__)
     # A class attribute would do; there is none.
     assert not hasattr(GPUModelRunner, "drafter")
-    assert 'getattr(self.drafter, "draft_attn_groups", [])' in inspect.getsource(GPUModelRunner)
+    if is_at_least(0, 32):
+        assert 'getattr(self.drafter, "draft_attn_groups", [])' in inspect.getsource(GPUModelRunner)
     runner = SimpleNamespace(speculative_config=None)
     prepare_runner(runner, is_tail=False)
     assert not hasattr(runner, "drafter")
@@ -1933,18 +1983,21 @@ def test_more_prompts_than_steps_can_hold_fill_each_step(scheduler: Any) -> None
     limit = scheduler.max_num_scheduled_tokens
     add_requests(scheduler, NUM_STAGES * limit // 100 + 1, num_prompt_tokens=100)
     assert scheduler.schedule().total_num_scheduled_tokens == min(limit, 100 * scheduler.max_num_running_reqs)
-    assert scheduler.max_num_active_reqs == scheduler.max_num_running_reqs, "the limit is vLLM's own again"
+    limit = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)  # vLLM 0.30 has one for both
+    assert limit == scheduler.max_num_running_reqs == scheduler.scheduler_config.max_num_seqs, (
+        "the limit is vLLM's own again"
+    )
 
 
 def test_vllm_counts_adapters_of_one_step_only(scheduler: Any) -> None:
-    """When this fails vLLM keeps to `max_loras` with steps in flight by itself, and we need not."""
+    """Since 0.33 it counts those of all running requests, and keeps to `max_loras` with steps in flight by itself."""
     scheduler.lora_config = SimpleNamespace(max_loras=2)
     scheduler._hold_back_adapters = lambda _: None
     add_requests(scheduler, 15, num_adapters=4)
     for schedule in [scheduler.schedule(), scheduler.schedule()]:
         answer(scheduler, schedule)
     scheduler._hold_back_surplus = lambda: None
-    with pytest.raises(AssertionError):
+    with contextlib.nullcontext() if is_at_least(0, 33) else pytest.raises(AssertionError):
         scheduler.schedule()
 
 
@@ -1962,7 +2015,9 @@ def test_no_step_has_more_adapters_than_fit(scheduler: Any) -> None:
         for req_id in schedule.num_scheduled_tokens:
             done[req_id] += 1
         in_flight.append(scheduler.schedule())
-    assert min(done.values()) > 5, "nobody waits for ever"
+    running = [request.request_id for request in scheduler.running]
+    assert len(running) == 9 if is_at_least(0, 33) else 15  # two of the four adapters, and the base model
+    assert min(done[req_id] for req_id in running) > 5, "nobody waits for ever"
 
 
 def test_histories_are_not_copied_and_new_tokens_are(scheduler: Any) -> None:
@@ -2244,4 +2299,4 @@ def test_default_loader_asks_the_methods_that_are_overridden() -> None:
     assert "self.get_all_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
     assert "self._prepare_weights(" in inspect.getsource(DefaultModelLoader._get_weights_iterator)
     fields = {field.name for field in dataclasses.fields(DefaultModelLoader.Source)}
-    assert {"model_or_path", "revision", "subfolder", "prefix", "is_unused_weight"} <= fields
+    assert {"model_or_path", "revision", "subfolder", "prefix", *since(0, 32, "is_unused_weight")} <= fields

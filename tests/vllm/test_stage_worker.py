@@ -96,6 +96,7 @@ def schedule(num_tokens: int, names: tuple[str, ...] = ("a", "b"), finished: tup
         scheduled_encoder_inputs={},
         finished_req_ids=set(finished),
         free_encoder_mm_hashes=[],
+        num_common_prefix_blocks=[0],
     )
 
 

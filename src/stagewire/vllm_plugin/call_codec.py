@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from stagewire.errors import ConfigError, ProtocolError
+from stagewire.vllm_plugin.compat import is_at_least
 from stagewire.wire.codec import Frame
 
 __all__ = ["CALLS", "CallSpec", "bind_call", "check_call", "decode_value", "encode_value"]
@@ -88,6 +89,17 @@ class CallSpec:
     is_once: bool = False
 
 
+# Arguments that calls have got in the course of vLLM's versions.
+_LAYOUT_ARGS: dict[str, Callable[[Any], bool]] = {"kv_cache_layout": _is_a(str)}
+if is_at_least(0, 33):
+    _LAYOUT_ARGS["cp_kv_cache_interleave_size"] = _is_a(int)
+_PROFILE_ARGS: dict[str, Callable[[Any], bool]] = {"is_start": _is_a(bool), "profile_prefix": _is_a(str, type(None))}
+_PROFILE_KEYWORDS: dict[str, Callable[[Any], bool]] = {}
+if is_at_least(0, 32):
+    _PROFILE_KEYWORDS |= {"delay_iterations": _is_optional_int, "max_iterations": _is_optional_int}
+if is_at_least(0, 33):
+    _PROFILE_KEYWORDS["profiler_kwargs"] = _is_nothing
+
 _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
 # Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile, allocate or write a trace, so it gets the start
@@ -95,7 +107,7 @@ _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 CALLS: dict[str, CallSpec] = {
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
     "get_supported_kv_cache_layouts": CallSpec({}, _is_layouts, is_slow=True),
-    "set_kv_cache_layout": CallSpec({"kv_cache_layout": _is_a(str)}, _is_nothing, **_START),
+    "set_kv_cache_layout": CallSpec(_LAYOUT_ARGS, _is_nothing, **_START),
     "determine_available_memory": CallSpec({}, _is_a(int), **_START),
     "update_max_model_len": CallSpec({"max_model_len": _is_a(int)}, _is_nothing, **_START),
     "initialize_from_config": CallSpec({"kv_cache_configs": _is_kv_configs}, _is_nothing, **_START),
@@ -117,15 +129,10 @@ CALLS: dict[str, CallSpec] = {
     "wake_up": CallSpec({"tags": _is_optional_texts}, _is_nothing, is_slow=True, is_kept=True),
     "discard": CallSpec({"tags": _is_texts}, _is_nothing, is_kept=True),
     "profile": CallSpec(
-        {
-            "is_start": _is_a(bool),
-            "profile_prefix": _is_a(str, type(None)),
-            "delay_iterations": _is_optional_int,
-            "max_iterations": _is_optional_int,
-        },
+        _PROFILE_ARGS | _PROFILE_KEYWORDS,
         _is_nothing,
         is_slow=True,
-        by_keyword=2,
+        by_keyword=len(_PROFILE_KEYWORDS),
     ),
     "compute_weight_checksums": CallSpec({}, _is_a(dict)),
     "get_model_inspection": CallSpec({}, _is_a(str)),

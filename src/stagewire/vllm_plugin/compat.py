@@ -20,7 +20,9 @@ __all__ = [
     "SUPPORTED",
     "add",
     "check_version",
+    "frontend_args",
     "install_flag_patches",
+    "is_at_least",
     "keep_generators_of_discarded_rows",
     "keep_logprobs_of_neighbours",
     "let_engine_say_goodbye",
@@ -28,7 +30,7 @@ __all__ = [
     "wrap",
 ]
 
-SUPPORTED = ((0, 32), (0, 33))  # from, below
+SUPPORTED = ((0, 30), (0, 33))  # from, below
 _MARK = "__stagewire_patch__"
 
 
@@ -133,7 +135,7 @@ PATCHES = (
             f"vllm.lora.{module}:{name}",
             "-1 stands for the base model and is used as an index, so requests to the base model get the last slot's "
             "adapter when their batch has adapters; only in a stage's process, without effect off the CPU",
-            "vLLM's torch operators of LoRA leave out rows of index -1 (vllm-project/vllm#48421)",
+            "vLLM 0.33 is the oldest that is supported: its torch operators leave out rows of index -1",
         )
         for module in _TORCH_LORA_MODULES
         for name in _TORCH_LORA_OPERATORS
@@ -145,12 +147,24 @@ PATCHES = (
 ENGINE_STOP_GRACE_S = 2.0
 
 
+def is_at_least(major: int, minor: int) -> bool:
+    """Whether the installed vLLM is this version or a later one; for what its versions name or take differently."""
+    from vllm.version import __version_tuple__
+
+    return tuple(__version_tuple__[:2]) >= (major, minor)
+
+
+def frontend_args() -> Any:
+    """The dataclass of the API server's own arguments."""
+    package = "common" if is_at_least(0, 33) else "launchers"
+    return importlib.import_module(f"vllm.entrypoints.{package}.cli_args").FrontendArgs
+
+
 def check_version() -> None:
     """Raises ConfigError naming the installed and the supported versions."""
-    from vllm.version import __version__, __version_tuple__
+    from vllm.version import __version__
 
-    installed = tuple(__version_tuple__[:2])
-    if not SUPPORTED[0] <= installed < SUPPORTED[1]:
+    if not is_at_least(*SUPPORTED[0]) or is_at_least(*SUPPORTED[1]):
         low, high = (".".join(str(part) for part in bound) for bound in SUPPORTED)
         raise ConfigError(
             f"vLLM {__version__} is installed, this Stagewire supports vllm>={low},<{high}: install a supported vLLM, "
@@ -285,6 +299,8 @@ def mend_lora() -> None:
         return _apply_adapters
 
     wrap(LRUCacheWorkerLoRAManager, "_apply_adapters", make)
+    if is_at_least(0, 33):
+        return  # it leaves those rows out
     for module in _TORCH_LORA_MODULES:
         owner = importlib.import_module(f"vllm.lora.{module}")
         for name in _TORCH_LORA_OPERATORS:

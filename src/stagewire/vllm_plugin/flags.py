@@ -319,10 +319,8 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
 
 
 def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
-    from vllm.entrypoints.launchers.cli_args import FrontendArgs
-
     ignored = []
-    for field in dataclasses.fields(FrontendArgs):
+    for field in dataclasses.fields(compat.frontend_args()):
         if field.name == "lora_modules":
             continue  # they say where this stage reads adapters
         default = field.default if field.default is not dataclasses.MISSING else None

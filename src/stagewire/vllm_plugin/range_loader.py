@@ -139,8 +139,9 @@ class RangeLoader(DefaultModelLoader):
         assert self._progress is not None
         index = read_files(folder, sorted(os.path.relpath(file, folder) for file in files))
         chosen = self._own.choose(index.tensors.values(), source.prefix)
-        if source.is_unused_weight is not None:
-            chosen = [tensor for tensor in chosen if not source.is_unused_weight(tensor.name)]
+        is_unused = getattr(source, "is_unused_weight", None)  # since vLLM 0.32
+        if is_unused is not None:
+            chosen = [tensor for tensor in chosen if not is_unused(tensor.name)]
         for tensor in chosen:
             _dtype_of(tensor, folder)
         reader = TensorReader(folder, chosen, _Memory(sum(tensor.num_bytes for tensor in chosen)).take)

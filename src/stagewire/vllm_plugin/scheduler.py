@@ -30,6 +30,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from stagewire.vllm_plugin.compat import is_at_least
 from stagewire.vllm_plugin.recovery import Suspicion, live_requests
 from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.speculation import DraftingOutput, only_of, with_accepted
@@ -39,6 +40,8 @@ __all__ = ["RingScheduler"]
 # A step of fewer tokens takes hardly less time: it reads the same weights. Prompts are not shared out below that.
 _LEAST_TOKENS_ON_CPU = 64
 _LEAST_TOKENS_ELSEWHERE = 512
+# What vLLM compares the number of running requests with before it admits one.
+_ADMISSION_LIMIT = "max_num_active_reqs" if is_at_least(0, 31) else "max_num_running_reqs"
 
 
 class _Everything(set[str]):
@@ -51,7 +54,6 @@ class _Everything(set[str]):
 class RingScheduler(Scheduler):
     """See the module. One micro-batch in flight per stage."""
 
-    max_num_active_reqs: int
     waiting: RequestQueue
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -85,12 +87,12 @@ class RingScheduler(Scheduler):
         if self.lora_config is not None:
             self._hold_back_adapters(self.lora_config.max_loras)
         self._hold_back_surplus()
-        limit = self.max_num_active_reqs
-        self.max_num_active_reqs = min(limit, self._active_with_share())
+        limit = getattr(self, _ADMISSION_LIMIT)
+        setattr(self, _ADMISSION_LIMIT, min(limit, self._active_with_share()))
         try:
             schedule = super().schedule(throttle_prefills)
         finally:
-            self.max_num_active_reqs = limit
+            setattr(self, _ADMISSION_LIMIT, limit)
         if self.lora_config is not None:
             self._last_steps.update(dict.fromkeys(schedule.num_scheduled_tokens, self.current_step))
         return schedule
@@ -148,7 +150,9 @@ class RingScheduler(Scheduler):
             return
         for loss in losses:
             # vLLM fails these alone, with the next output, as it does when a grammar cannot be compiled.
-            self.grammar_compile_error_reqs.update(self._suspicion.note(loss, self.requests))
+            failed = self._suspicion.note(loss, self.requests)
+            # Since vLLM 0.33 a dict, with the error that the client is to see.
+            self.grammar_compile_error_reqs.update(dict.fromkeys(failed) if is_at_least(0, 33) else failed)
         # Sessions between two inputs hold blocks, whether the next input has come or not.
         sessions = [
             r.request_id

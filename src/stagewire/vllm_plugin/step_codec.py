@@ -78,6 +78,7 @@ class _Schedule(_Struct):
     spec_token_ids: dict[str, list[int]]
     num_spec_tokens: int  # how many the tail may draft for the next step
     accepted_token_ids: list[list[int]] | None
+    num_common_prefix_blocks: list[int]  # of each KV cache group; what vLLM 0.30 and 0.31 choose cascade attention by
 
 
 class _Array(_Struct):
@@ -163,6 +164,7 @@ def encode_schedule(schedule: SchedulerOutput) -> bytes:
             spec_token_ids=schedule.scheduled_spec_decode_tokens,
             num_spec_tokens=schedule.num_spec_tokens_to_schedule,
             accepted_token_ids=cached.accepted_token_ids if isinstance(cached, SpeculativeRequestData) else None,
+            num_common_prefix_blocks=schedule.num_common_prefix_blocks,
         )
     )
 
@@ -208,6 +210,7 @@ def decode_schedule(data: Frame, adapters: Mapping[int, LoRARequest] | None = No
             None if wire.block_copies is None else [KVCacheBlockCopy(src, dst) for src, dst in wire.block_copies]
         ),
         num_spec_tokens_to_schedule=wire.num_spec_tokens,
+        num_common_prefix_blocks=wire.num_common_prefix_blocks,
     )
 
 
@@ -333,15 +336,19 @@ def _arrays(item: _Logprobs) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
 
 
 def encode_grammar(grammar: GrammarOutput) -> bytes:
+    num_acceptable_drafts = getattr(grammar, "num_acceptable_drafts", None)  # since vLLM 0.32
     return _ENCODER.encode(
-        _Grammar(grammar.structured_output_request_ids, _array(grammar.grammar_bitmask), grammar.num_acceptable_drafts)
+        _Grammar(grammar.structured_output_request_ids, _array(grammar.grammar_bitmask), num_acceptable_drafts)
     )
 
 
 def decode_grammar(data: Frame) -> GrammarOutput:
     """Raises ProtocolError for malformed bytes."""
     wire = _decode(_GRAMMAR_DECODER, data, "grammar")
-    return GrammarOutput(wire.req_ids, _numpy(wire.bitmask), wire.num_acceptable_drafts)
+    grammar = GrammarOutput(wire.req_ids, _numpy(wire.bitmask))
+    if hasattr(grammar, "num_acceptable_drafts"):
+        grammar.num_acceptable_drafts = wire.num_acceptable_drafts
+    return grammar
 
 
 # ---- helpers -------------------------------------------------------------------------------------------------------
