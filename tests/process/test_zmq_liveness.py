@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,14 +79,23 @@ def linked(security: str) -> Iterator[tuple[Peer, Peer]]:
         yield listener, caller
 
 
-def test_a_frozen_peer_is_lost_within_five_seconds(security: str) -> None:
-    with linked(security) as (listener, caller):
-        listener.signal(signal.SIGSTOP)
-        began_at = time.monotonic()
-        event = caller.line()
-        assert event is not None
-        assert event.startswith("Disconnected")
-        assert time.monotonic() - began_at < 5.0
+def test_a_frozen_peer_is_lost_within_two_seconds(security: str, say: Callable[[str], None]) -> None:
+    """The best of three, because a busy machine is slow to look; never above five."""
+    took_s = []
+    for _ in range(3):
+        with linked(security) as (listener, caller):
+            caller.write("settled")
+            assert caller.line() == "settled"
+            time.sleep(1.0)  # its probe is up, which nothing tells
+            listener.signal(signal.SIGSTOP)
+            began_at = time.monotonic()
+            event = caller.line()
+            assert event is not None
+            assert event.startswith("Disconnected")
+            took_s.append(time.monotonic() - began_at)
+    say(f"a frozen peer was lost after {', '.join(f'{each:.2f}' for each in sorted(took_s))} s")
+    assert min(took_s) < 2.0
+    assert max(took_s) < 5.0
 
 
 def test_a_killed_peer_is_lost_at_once(security: str) -> None:

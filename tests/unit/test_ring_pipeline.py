@@ -414,6 +414,43 @@ class TestStandby:
         assert standby.is_running
 
 
+class TestPatience:
+    @staticmethod
+    def lose_silently(ring: Ring, stage: Stage) -> None:
+        stage.transport._push(Disconnected(Side.PREDECESSOR, "no answer", is_silent=True))
+        ring.settle()
+
+    @pytest.mark.parametrize("index", [0, 2])
+    def test_who_was_only_slow_is_given_more_time(self, index: int) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        for expected in (2.0, 4.0):
+            self.lose_silently(ring, stages[index])
+            ring.wait_until(lambda: is_whole(stages))
+            assert [stage.transport.patience_s for stage in stages] == [
+                expected if stage is stages[index] else 1.0 for stage in stages
+            ]
+        assert f"stage {(index - 1) % 4} had only been slow" in stages[index].record.log
+
+    def test_who_was_dead_teaches_nothing(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stages[1].is_frozen = True
+        self.lose_silently(ring, stages[2])
+        ring.kill(stages[1])
+        stages[1] = ring.start(1)
+        ring.wait_until(lambda: is_whole(stages))
+        assert {stage.transport.patience_s for stage in stages} == {1.0}
+
+    def test_a_connection_that_ends_is_no_silence(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        stages[2].transport._push(Disconnected(Side.PREDECESSOR, "cut"))
+        ring.settle()
+        ring.wait_until(lambda: is_whole(stages))
+        assert {stage.transport.patience_s for stage in stages} == {1.0}
+
+
 class TestDeadlinesOfALoss:
     def test_before_serving_the_start_deadline_begins_anew(self) -> None:
         ring = Ring()

@@ -37,10 +37,14 @@ class Connected:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """The connection ended or could not be made; the transport does not retry by itself."""
+    """The connection ended or could not be made; the transport does not retry by itself.
+
+    ``is_silent``: it did not end, but the peer stopped answering. It may be frozen, or only slow.
+    """
 
     side: Side
     note: str
+    is_silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,9 @@ class Transport(Protocol):
     def wake(self) -> None:
         """Makes a `poll` that is waiting return; safe in a signal handler, harmless after `close`."""
 
+    def be_more_patient(self) -> float:
+        """A silent peer was only slow: from now on peers get more time to answer. Returns how much, in seconds."""
+
     def close(self, linger_s: float = 1.0) -> None:
         """Once or more often: ends all connections; frames already queued have ``linger_s`` to leave."""
 
@@ -126,6 +133,7 @@ class MemoryTransport:
         self._outgoing: dict[Side, tuple[MemoryTransport, bytes]] = {}
         self._incoming: dict[bytes, tuple[MemoryTransport, Side]] = {}
         self._woken = threading.Event()
+        self.patience_s = 1.0
         self.closed = False
 
     def __repr__(self) -> str:
@@ -174,6 +182,10 @@ class MemoryTransport:
 
     def wake(self) -> None:
         self._woken.set()
+
+    def be_more_patient(self) -> float:
+        self.patience_s *= 2
+        return self.patience_s
 
     def close(self, linger_s: float = 1.0) -> None:
         self.closed = True

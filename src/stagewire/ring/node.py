@@ -138,6 +138,8 @@ class RingNode:
         self._bind_host = bind_host
         self._started = False
         self._is_report_missing = False
+        self._predecessor = ""  # the process that was last in the ring, by its incarnation
+        self._silent = ""  # one that counts as lost because it did not answer
         self._replaced: set[Side] = set()  # within one turn: what its old connection still reported counts no more
 
     def __repr__(self) -> str:
@@ -187,7 +189,9 @@ class RingNode:
         match event:
             case Connected(side):
                 return self.state.connected(side, now)
-            case Disconnected(side, note):
+            case Disconnected(side, note, is_silent):
+                if is_silent and side is Side.PREDECESSOR:
+                    self._silent = self._predecessor
                 return self.state.disconnected(side, note, now)
             case BadHandshake(side, note):
                 return self.state.bad_handshake(side, now, note)
@@ -221,6 +225,7 @@ class RingNode:
             case Bind(public):
                 return self._bind(public)
             case SetOpen(epoch, identities):
+                self._meet_predecessor(identities[self.config.stage - 1])
                 self._observer.on_open(epoch, identities)
             case SetBroken(epoch, error):
                 self._observer.on_broken(epoch, error)
@@ -238,6 +243,15 @@ class RingNode:
                 self._observer.on_stopped(text)
                 self.inbox.put(None)
         return []
+
+    def _meet_predecessor(self, identity: StageIdentity) -> None:
+        """One that was lost because it was silent, and is the same process, was only slow: it will be again."""
+        self._predecessor = identity.incarnation
+        if self._silent == self._predecessor:
+            patience_s = self.transport.be_more_patient()
+            text = f"Stage {self.config.stage}: stage {identity.stage} had only been slow, and is given"
+            self._observer.on_log(f"{text} {patience_s:.1f} s more to answer from now on", True)
+        self._silent = ""
 
     def _bind(self, public: bool) -> list[Action]:
         try:

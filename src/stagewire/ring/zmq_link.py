@@ -58,15 +58,21 @@ __all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport", "local_host_towards", "secure_s
 HEARTBEAT_INTERVAL_MS = 500
 # Of links: long, see the module.
 HEARTBEAT_TIMEOUT_MS = 90_000
-# Of probes. A frozen peer is lost after 3.5 to 4.1 s, below the 5 s within which open requests must end.
-PROBE_HEARTBEAT_TIMEOUT_MS = 2000
+# Of probes. With the patience below, a frozen peer is lost within 2 s.
+PROBE_HEARTBEAT_INTERVAL_MS = 250
+PROBE_HEARTBEAT_TIMEOUT_MS = 700
+PROBE_HANDSHAKE_TIMEOUT_MS = 2000
 PROBE_RETRY_MS = 100
 PROBE_MAX_BYTES = 1024  # ZeroMQ's own commands; nothing else comes
 # For how long a probe may be down. Only time in which this thread ran counts: a stall of ours is not the peer's.
-# Virtual machines were seen that hold one core up for ten seconds; who has to live on one can ask for more.
+# Virtual machines were seen that hold one core up for ten seconds: each time that a peer was lost and had only been
+# slow, the patience doubles; who has to live on such a machine can ask for more from the beginning.
 PROBE_PATIENCE_ENV = "STAGEWIRE_PEER_PATIENCE_S"
-PROBE_PATIENCE_S = 1.5
+PROBE_PATIENCE_S = 0.6
+MAX_LEARNT_PATIENCE_S = 10.0
 MAX_PROBE_PATIENCE_S = 60.0
+# For a probe that was never up yet: with a key the peer's ring thread answers, which may be deep in imports.
+FIRST_PROBE_PATIENCE_S = 5.0
 MAX_COUNTED_TURN_S = 0.3
 # Looking at the probes costs as much as a small message: not at every one.
 LOOK_INTERVAL_S = 0.1
@@ -267,24 +273,27 @@ class _Probe(_Connection):
         self, context: zmq.Context[zmq.Socket[bytes]], target: str, key: RingKey | None, patience_s: float
     ) -> None:
         options = {
+            zmq.HEARTBEAT_IVL: PROBE_HEARTBEAT_INTERVAL_MS,
             zmq.HEARTBEAT_TIMEOUT: PROBE_HEARTBEAT_TIMEOUT_MS,
             zmq.RECONNECT_IVL: PROBE_RETRY_MS,
-            zmq.HANDSHAKE_IVL: PROBE_HEARTBEAT_TIMEOUT_MS,
+            zmq.HANDSHAKE_IVL: PROBE_HANDSHAKE_TIMEOUT_MS,
         }
         super().__init__(context, target, key, PROBE_MAX_BYTES, options, _PROBE_EVENTS)
         self._is_up = False
         self._down_s = 0.0
         self._patience_s = patience_s
+        self._was_up = False
         self._seen_at = time.monotonic()
 
     def is_unanswered(self, now: float) -> bool:
         """Call it a few times a second. Whether the peer's I/O thread has been silent for too long."""
         while self.monitor.poll(0):
             self._is_up = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._was_up |= self._is_up
         turn_s = min(now - self._seen_at, MAX_COUNTED_TURN_S)
         self._seen_at = now
         self._down_s = 0.0 if self._is_up else self._down_s + turn_s
-        return self._down_s >= self._patience_s
+        return self._down_s >= (self._patience_s if self._was_up else max(self._patience_s, FIRST_PROBE_PATIENCE_S))
 
 
 class _Dealer(_Connection):
@@ -478,6 +487,10 @@ class ZmqTransport:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_write(self._wake_fd, 1)
 
+    def be_more_patient(self) -> float:
+        self._patience_s = max(self._patience_s, min(2 * self._patience_s, MAX_LEARNT_PATIENCE_S))
+        return self._patience_s
+
     def close(self, linger_s: float = 1.0) -> None:
         with self._wake_lock:
             if self._closed:
@@ -528,13 +541,13 @@ class ZmqTransport:
         for side, dealer in list(self._dealers.items()):
             if dealer.is_up and dealer.is_lost(now):
                 self._read_frames(dealer.socket, side)  # what arrived before the end still counts
-                self._lose(side, "it has stopped answering")
+                self._lose(side, "it has stopped answering", is_silent=True)
             elif not dealer.is_up and now - dealer.began_at > limit_s:
                 self._lose(side, "no answer")
 
-    def _lose(self, side: Side, note: str) -> None:
+    def _lose(self, side: Side, note: str, *, is_silent: bool = False) -> None:
         self._drop(side, linger_ms=0)
-        self._events.append(Disconnected(side, note))
+        self._events.append(Disconnected(side, note, is_silent))
 
     def _drop(self, side: Side, linger_ms: int) -> None:
         self._pending.pop(side, None)
