@@ -24,7 +24,7 @@ def main() -> int:
 
     resources = [Resources({"FAKE_DIR": folder})] * len(specs)
     head, public = Api("127.0.0.1", int(head_port)), Api("127.0.0.1", int(public_port))
-    launch = Launch(specs, command, resources, head, Path("fake-model"), Path(folder), False, 60.0, 0, False)
+    launch = Launch(specs, command, resources, head, Path("fake-model"), Path(folder), False, 60.0, 0, False, 0.0)
     try:
         with listen("127.0.0.1", public.port) as sock, private_dir() as private:
             return run_in_loop(serve_launch(launch, public, sock, private))

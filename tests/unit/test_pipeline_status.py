@@ -118,6 +118,14 @@ class TestStates:
             "hop_us": 40.0,
         }
 
+    def test_a_stage_that_is_to_stop_is_named(self, channel: Channel) -> None:
+        channel.tell_open()
+        channel.tell_stages(*(make_report(n, state="draining" if n == 2 else "serving") for n in range(4)))
+        found = channel.describe(SERVING)
+        assert (found["state"], found["is_ready"]) == ("serving", True)
+        assert found["reason"] == "stage 2 is to stop: new requests wait for the one after it"
+        assert states(found) == ["serving", "serving", "draining", "serving"]
+
     def test_one_stage_that_says_nothing_of_itself_is_linked_all_the_same(self, channel: Channel) -> None:
         channel.tell_open()
         channel.tell_stages(*(make_report(n) for n in (0, 1, 3)))

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 RANGES = ("0-10", "10-20", "20-30")
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
-    *("--enforce-eager", "--kv-cache-memory-bytes", "200M", "--block-size", "32"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "200M", "--block-size", "32", "--shutdown-timeout", "90"),
 ]
 POISON = ("--logits-processors", "support.poison:Poison")
 TESTS = str(Path(__file__).parents[1])
@@ -129,6 +129,24 @@ def test_a_request_that_fails_its_step_twice_is_failed_alone(ring: Ring, undistu
     assert differences(found, undisturbed) == []
     assert [stage.popen.poll() for stage in ring.stages] == [None] * 3
     assert "stage 2 failed step" in ring.stages[2].text()
+
+
+def test_a_stage_that_is_told_to_stop_drains(ring: Ring, undisturbed: list[Stream], say: Callable[[str], None]) -> None:
+    """Who runs on it ends there; who waits is answered by the one after it; nobody is computed again."""
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    leaving = ring.stages[1]
+    os.kill(ring.worker_pid(1), signal.SIGTERM)
+    told_at = time.monotonic()
+    assert leaving.popen.wait(90) == 0
+    drained_s = time.monotonic() - told_at
+    assert "requests wait for the next one" not in leaving.text()
+    num_left = running.num_open
+    assert num_left > 0, "nobody waited: this shows nothing"
+    ring.restart_stage(1)
+    assert differences(running.finish(), undisturbed) == []
+    assert "all stages know the live requests again: 0" in ring.stages[0].text()
+    say(f"told to stop it left after {drained_s:.1f} s, without a request; {num_left} waited for the next one")
 
 
 def test_a_standby_takes_over(ring: Ring, undisturbed: list[Stream], say: Callable[[str], None]) -> None:

@@ -22,7 +22,7 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -1859,7 +1859,7 @@ class FakeRing:
     """The scheduler's `RingAccess`: whole, until a test breaks it."""
 
     def __init__(self) -> None:
-        self.epoch, self.is_whole = 1, True
+        self.epoch, self.is_whole, self.is_draining = 1, True, False
         self.restored: list[list[tuple[str, list[int]]]] = []
         self._losses: list[Loss] = []
 
@@ -1908,12 +1908,14 @@ def scheduler(external_config: Any) -> Any:
     return make_scheduler(external_config)
 
 
-def add_requests(scheduler: Any, count: int, num_prompt_tokens: int = 20, num_adapters: int = 0) -> None:
+def add_requests(
+    scheduler: Any, count: int, num_prompt_tokens: int = 20, num_adapters: int = 0, first: int = 0
+) -> None:
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
 
-    for index in range(count):
+    for index in range(first, first + count):
         params = SamplingParams(max_tokens=50, ignore_eos=True)
         number = index % (num_adapters + 1)
         adapter = LoRARequest(f"adapter {number}", number, "/path") if number else None
@@ -1927,6 +1929,14 @@ def answer(scheduler: Any, schedule: Any) -> None:
     ids = list(schedule.num_scheduled_tokens)
     output = ModelRunnerOutput(ids, {req_id: i for i, req_id in enumerate(ids)}, [[7] for _ in ids])
     scheduler.update_from_output(schedule, output)
+
+
+def fill_stages(scheduler: Any) -> set[str]:
+    """A step for every stage, and all their answers. Who took part."""
+    in_flight = [scheduler.schedule() for _ in range(NUM_STAGES)]
+    for schedule in in_flight:
+        answer(scheduler, schedule)
+    return {req_id for schedule in in_flight for req_id in schedule.num_scheduled_tokens}
 
 
 def answer_prompts(scheduler: Any) -> None:
@@ -2104,6 +2114,17 @@ def test_nothing_is_scheduled_while_the_ring_is_not_whole(scheduler: Any) -> Non
     assert is_nothing(scheduler.schedule())
     scheduler._ring.is_whole = True
     assert scheduler.schedule().num_scheduled_tokens
+
+
+def test_while_a_stage_drains_nobody_is_admitted_and_the_others_go_on(scheduler: Any) -> None:
+    add_requests(scheduler, 3)
+    answer_prompts(scheduler)
+    running = {request.request_id for request in scheduler.running}
+    add_requests(scheduler, 2, first=3)
+    scheduler._ring.is_draining = True
+    assert fill_stages(scheduler) == running == {"r0", "r1", "r2"}
+    scheduler._ring.is_draining = False
+    assert fill_stages(scheduler) | fill_stages(scheduler) == running | {"r3", "r4"}
 
 
 def test_after_a_loss_live_requests_are_restored_and_computed_again(scheduler: Any) -> None:
@@ -2286,6 +2307,15 @@ def test_our_load_format_gives_our_loader() -> None:
     assert given.load_format == LOAD_FORMAT, "the given one is not changed"
 
 
+def test_names_are_mapped_as_vllms_models_do() -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    mapper = WeightsMapper(orig_to_new_prefix={"visual.": "tower.", "gone.": None})
+    names = ["visual.a.weight", "gone.b", "model.c"]
+    assert [compat.mapped_name(mapper, name) for name in names] == ["tower.a.weight", None, "model.c"]
+    assert compat.mapped_name(None, "visual.a.weight") == "visual.a.weight"
+
+
 def test_default_loader_asks_the_methods_that_are_overridden() -> None:
     """Both hooks exist with these parameters, and loading goes through them."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -2295,6 +2325,8 @@ def test_default_loader_asks_the_methods_that_are_overridden() -> None:
     for name in ("load_weights", "_prepare_weights", "_get_weights_iterator"):
         ours, theirs = (inspect.signature(getattr(each, name)) for each in (RangeLoader, DefaultModelLoader))
         assert list(ours.parameters) == list(theirs.parameters), name
+    prepared = inspect.signature(DefaultModelLoader._prepare_weights).return_annotation
+    assert [each.__name__ for each in get_args(prepared)] == ["str", "list", "bool", *since(0, 31, "str")]
     assert "self._get_weights_iterator(" in inspect.getsource(DefaultModelLoader.get_all_weights)
     assert "self.get_all_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
     assert "self._prepare_weights(" in inspect.getsource(DefaultModelLoader._get_weights_iterator)

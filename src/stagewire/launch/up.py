@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
@@ -121,6 +121,7 @@ class Launch:
     start_timeout_s: float
     max_restarts: int
     has_standbys: bool
+    drain_s: float
 
     def usage(self, api: Api, model: str) -> str:
         """What to copy once it serves; ``api`` is where clients ask."""
@@ -131,6 +132,7 @@ class Launch:
         layers = ", ".join(str(spec.layers) for spec in self.specs)
         screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.log_dir}")
         timeouts = Timeouts(start=self.start_timeout_s)
+        timeouts = replace(timeouts, head_stop=timeouts.head_stop + self.drain_s)
         parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.log_dir, serving)
         return Supervisor(*parts, timeouts, max_restarts=self.max_restarts, has_standbys=self.has_standbys)
 
@@ -178,7 +180,7 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     log_dir = _make_log_dir(args.log_dir, len(specs))
     has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
     source = args.pipeline_dir or model_dir
-    limits = (args.start_timeout, args.restarts, args.standby)
+    limits = (args.start_timeout, args.restarts, args.standby, _drain_s(extra))
     return Launch(specs, command, resources, api, source, log_dir, has_template, *limits)
 
 
@@ -238,6 +240,12 @@ def _num_ranks(extra: Sequence[str]) -> int:
     """Tensor parallel ranks of each stage; what is no number is refused by vLLM, in its own words."""
     text = option_value(extra, "--tensor-parallel-size") or option_value(extra, "-tp") or "1"
     return int(text) if text.isdecimal() and int(text) else 1
+
+
+def _drain_s(extra: Sequence[str]) -> float:
+    """How long the head may take to answer what it has accepted; what is no number is refused by vLLM."""
+    text = option_value(extra, "--shutdown-timeout") or "0"
+    return float(text) if text.isdecimal() else 0.0
 
 
 def _make_log_dir(path: Path, num_stages: int) -> Path:

@@ -26,7 +26,9 @@ __all__ = [
     "keep_generators_of_discarded_rows",
     "keep_logprobs_of_neighbours",
     "let_engine_say_goodbye",
+    "mapped_name",
     "mend_lora",
+    "returns_routed_experts",
     "wrap",
 ]
 
@@ -158,6 +160,20 @@ def frontend_args() -> Any:
     """The dataclass of the API server's own arguments."""
     package = "common" if is_at_least(0, 33) else "launchers"
     return importlib.import_module(f"vllm.entrypoints.{package}.cli_args").FrontendArgs
+
+
+def mapped_name(mapper: Any, name: str) -> str | None:
+    """A tensor's name in vLLM's model, by the model's ``WeightsMapper`` if it has one; None: it is dropped."""
+    if mapper is None:
+        return name
+    mapped: str | None = mapper.map_name(name) if is_at_least(0, 31) else mapper._map_name(name)
+    return mapped
+
+
+def returns_routed_experts(vllm_config: Any) -> bool:
+    """Whether answers are to name the experts that each token went to."""
+    holder = vllm_config.aux_output_config if is_at_least(0, 31) else vllm_config.model_config
+    return bool(holder.enable_return_routed_experts)
 
 
 def check_version() -> None:

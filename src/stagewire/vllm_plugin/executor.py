@@ -263,6 +263,11 @@ class RingExecutor(Executor):
         if self._process.given_up is not None and not self._process.has_api:
             raise self._process.given_up  # nobody else is there to refuse requests
 
+    @property
+    def is_draining(self) -> bool:
+        """`RingAccess`."""
+        return self._process.is_draining
+
     def take_losses(self) -> list[Loss]:
         """`RingAccess`."""
         losses, self._losses = self._losses, []

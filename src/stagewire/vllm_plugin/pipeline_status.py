@@ -202,6 +202,9 @@ class PipelineStatus:
         ages = [now - heard.at for stage, heard in stages.items() if stage]
         if ages and min(ages) > LATE_REPORT_S:
             return "serving", f"no reports of the other stages for {min(ages):.0f} s: one of them is held up"
+        draining = [str(stage) for stage, heard in sorted(stages.items()) if heard.report.state == "draining"]
+        if draining:
+            return "serving", f"stage {', '.join(draining)} is to stop: new requests wait for the one after it"
         return "serving", ""
 
     def _row(

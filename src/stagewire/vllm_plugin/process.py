@@ -92,6 +92,8 @@ class RingProcess(Observer):
         self._ranks = ranks
         self._status = status
         self._exit_code: int | None = None
+        self._leaving: tuple[str, float] | None = None  # why, and until when at the latest
+        self.is_draining = False  # at the head: a stage is to leave, and has requests
         self._started_at = time.monotonic()
         self._state: StageState = "loading"
         self._address = ""
@@ -131,6 +133,19 @@ class RingProcess(Observer):
     def stop(self, text: str) -> None:
         """Ends the ring in order."""
         self.ring.stop(text)
+
+    def leave(self, text: str, timeout_s: float) -> None:
+        """Ends the ring in order once this stage has no requests, at the latest after ``timeout_s``; again: at once.
+
+        Safe in a signal handler. The head lets no more requests in, as soon as it has heard of it; the ring's thread
+        looks when the last one has ended.
+        """
+        if timeout_s and self._leaving is None and self._state == "serving":
+            self._leaving = (text, time.monotonic() + timeout_s)
+            self._state = "draining"
+            self.ring.node.transport.wake()
+        else:
+            self.ring.node.request_stop(text)
 
     def mark_loaded(self, count_requests: Callable[[], int]) -> None:
         """``count_requests``: how many the model's runner has in its cache; asked from the ring's thread."""
@@ -210,6 +225,8 @@ class RingProcess(Observer):
             self._tell(self._news)
         if self._broken is not None and self._config.is_head:
             self._mind_deadline(self._broken)
+        if self._leaving is not None:
+            self._mind_leaving(*self._leaving)
         problem = self._ranks.problem()
         if problem is not None:
             self.ring.node.request_fail(problem)
@@ -221,6 +238,14 @@ class RingProcess(Observer):
             self._prepare = None
             self.accuse(epoch, -1, "it has not caught up with the others")
         return self._reason_to_end()
+
+    def _mind_leaving(self, text: str, until: float) -> None:
+        num_left = self._count_requests()
+        if num_left and time.monotonic() < until:
+            return
+        self._leaving = None
+        left = f"; {num_left} requests wait for the next one" if num_left else ""
+        self.ring.node.request_stop(f"{text}{left}")
 
     def _mind_deadline(self, broken: StageLost) -> None:
         waited_s = time.monotonic() - self._broken_at
@@ -273,6 +298,7 @@ class RingProcess(Observer):
 
     def on_reports(self, reports: Sequence[StageReport]) -> None:
         self._last_steps = {report.stage: report.last_step for report in reports}
+        self.is_draining = any(report.state == "draining" for report in reports)
         if self._news is not None:
             self._news.tell_stages(reports, self.steps.per_stage())
 
@@ -332,6 +358,7 @@ class RingProcess(Observer):
 
     def on_broken(self, epoch: int, error: StageLost) -> None:
         self._prepare = None
+        self.is_draining = False
         if self._broken is None and not self._is_relapse():
             self._broken_at = time.monotonic()
         self._broken = error

@@ -33,6 +33,7 @@ from stagewire.checkpoint.reader import TensorReader
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.observe.status import Phase, StatusSender
+from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
 from stagewire.vllm_plugin.model_patches import heads_without_embedding, load_head
 from stagewire.vllm_plugin.presplit import drop_absent
@@ -98,16 +99,20 @@ class RangeLoader(DefaultModelLoader):
         revision: str | None,
         fall_back_to_pt: bool,
         allow_patterns_overrides: list[str] | None,
-    ) -> tuple[str, list[str], bool, str]:
-        """vLLM's own, but of a sharded checkpoint on a hub only the files that hold own tensors are downloaded."""
+    ) -> tuple[Any, ...]:
+        """vLLM's own, but of a sharded checkpoint on a hub only the files that hold own tensors are downloaded.
+
+        Folder, files, whether they are safetensors, and since vLLM 0.31 the name of their index.
+        """
         if self._own is not None and allow_patterns_overrides is None and not os.path.isdir(model_name_or_path):
             found = hub.download_own(
                 model_name_or_path, revision, subfolder, self.load_config.download_dir, self._own.choose_names
             )
             if found is not None:
                 folder, files = found
-                return str(folder), [str(folder / file) for file in files], True, hub.INDEX_NAME
-        prepared: tuple[str, list[str], bool, str] = super()._prepare_weights(
+                named = (hub.INDEX_NAME,) if compat.is_at_least(0, 31) else ()
+                return str(folder), [str(folder / file) for file in files], True, *named
+        prepared: tuple[Any, ...] = super()._prepare_weights(
             model_name_or_path, subfolder, revision, fall_back_to_pt, allow_patterns_overrides
         )
         return prepared
@@ -118,7 +123,7 @@ class RangeLoader(DefaultModelLoader):
         """``source``'s own tensors. A checkpoint without safetensors is read by vLLM, whole."""
         assert self._own is not None
         assert self._progress is not None
-        folder, files, is_safetensors, _ = self._prepare_weights(
+        folder, files, is_safetensors, *_ = self._prepare_weights(
             source.model_or_path,
             source.subfolder,
             source.revision,
@@ -166,7 +171,7 @@ def _drop_absent(stage: StageConfig, model: nn.Module, model_config: ModelConfig
     index = read_index(Path(model_config.model))
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     names = list(index.tensors) if index else []
-    mapped = names if mapper is None else [name for name in map(mapper.map_name, names) if name is not None]
+    mapped = [mapped for name in names if (mapped := compat.mapped_name(mapper, name)) is not None]
     num_layers = model_config.get_total_num_hidden_layers()
     drop_absent(model, stage, num_layers, is_tied=_is_tied(model_config), present=mapped)
 
@@ -200,7 +205,7 @@ class _Ownership:
         return layer_of(name) is None and self._is_built(name)
 
     def _is_built(self, name: str) -> bool:
-        mapped = name if self._mapper is None else self._mapper.map_name(name)
+        mapped = compat.mapped_name(self._mapper, name)
         if mapped is None:
             return False
         module = mapped.rpartition(".")[0]

@@ -122,6 +122,10 @@ class RingAccess(Protocol):
     epoch: int
     is_whole: bool
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether a stage is to leave when those that it knows have ended: no more are let in."""
+
     def poll(self) -> None:
         """Takes in what has happened since."""
 

@@ -101,8 +101,11 @@ class RingScheduler(Scheduler):
         """Active requests after this step, if a fair share of the prompts' tokens is admitted, to the nearest prompt.
 
         Prompts in flight count, or each share would be smaller than the one before. What fills all stages' steps
-        anyway is left to vLLM.
+        anyway is left to vLLM. While a stage drains nobody is admitted.
         """
+        num_active: int = len(self.running) + self.num_waiting_for_streaming_input
+        if self._ring.is_draining:
+            return num_active
         sizes: list[int] = []
         total = sum(request.num_prompt_tokens for request in self.running if not request.num_output_tokens)
         enough = self._num_stages * self.max_num_scheduled_tokens
@@ -116,7 +119,6 @@ class RingScheduler(Scheduler):
         while admitted < len(sizes) and (not admitted or tokens + sizes[admitted] / 2 <= share):
             tokens += sizes[admitted]
             admitted += 1
-        num_active: int = len(self.running) + self.num_waiting_for_streaming_input
         return num_active + max(admitted, 1)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:

@@ -35,7 +35,8 @@ def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> 
     """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
     ranks = StageRanks(config, vllm_config)
     process = RingProcess(config, vllm_config, ranks, status)
-    signal.signal(signal.SIGTERM, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was told to stop"))
+    drain_s = vllm_config.shutdown_timeout
+    signal.signal(signal.SIGTERM, lambda *_: process.leave(f"stage {config.stage} was told to stop", drain_s))
     signal.signal(signal.SIGINT, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was interrupted"))
     process.start()
     try:

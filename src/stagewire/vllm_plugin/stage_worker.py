@@ -63,8 +63,8 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
         raise ConfigError(f"{model.architecture} is an encoder-decoder model: its encoder would run on every stage")
     check_speculation(vllm_config)
     check_inputs(config, vllm_config)
-    if vllm_config.aux_output_config.enable_return_routed_experts:
-        raise ConfigError("--aux-output-config: routed experts are not carried between stages yet")
+    if compat.returns_routed_experts(vllm_config):
+        raise ConfigError("--enable-return-routed-experts: routed experts are not carried between stages yet")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if vllm_config.lora_config is not None and ranks > 1:
         raise ConfigError(

@@ -52,8 +52,9 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 # A report has one of these per stage: with the largest number of stages it still fits a header.
 ShortText = Annotated[str, msgspec.Meta(max_length=128)]
 
-# What a stage's model is doing, in the order in which it passes them.
-StageState = Literal["loading", "loaded", "kv_cache", "serving"]
+# What a stage's model is doing, in the order in which it passes them. One that is draining was told to stop, and leaves
+# when it has no requests any more.
+StageState = Literal["loading", "loaded", "kv_cache", "serving", "draining"]
 
 
 class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
