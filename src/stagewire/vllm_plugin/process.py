@@ -348,6 +348,7 @@ class RingProcess(Observer):
         return True
 
     def _set_whole(self, epoch: int) -> None:
+        self.is_draining = False  # not before: until the model's thread hears of the loss it admits nobody
         self.ring.node.inbox.put(Whole(epoch))
         if self._broken is not None:
             logger.info("Stage 0: the ring is whole again after %.1f s", time.monotonic() - self._broken_at)
@@ -358,7 +359,6 @@ class RingProcess(Observer):
 
     def on_broken(self, epoch: int, error: StageLost) -> None:
         self._prepare = None
-        self.is_draining = False
         if self._broken is None and not self._is_relapse():
             self._broken_at = time.monotonic()
         self._broken = error
