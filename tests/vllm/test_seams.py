@@ -724,7 +724,7 @@ OURS = {
 
 # What vLLM asks of workers by name and the ring does not carry; table C1 has the reasons.
 NOT_CARRIED = {
-    *("apply_model", "update_weights", "supports_draft_weight_updates"),
+    *("apply_model", "update_weights"),
     *since(0, 31, "reload_weights"),
     *since(0, 32, "reset_weights", "shutdown_weight_transfer_engine"),
     *since(0, 33, "get_simple_cpu_offload_num_cpu_blocks"),
@@ -742,6 +742,7 @@ ANSWERED_BY_HEAD = {
     "get_supported_tasks",
     "sample_tokens",
     "shutdown",
+    "supports_draft_weight_updates",
     "take_draft_token_ids",
 }
 # Asked by executors that external mode does not use.

@@ -299,6 +299,10 @@ class RingExecutor(Executor):
             except queue.Empty:
                 raise PeerError(f"the ring was not whole within {timeout_s:g} s") from None
 
+    def supports_draft_weight_updates(self) -> bool:
+        """No weights are updated while a ring runs. vLLM 0.30 asks in any case, and from another thread."""
+        return False
+
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Nothing: asked for here, drafts would be of another step than the scheduler's. They come with the result."""
         return None
