@@ -2326,8 +2326,8 @@ def test_default_loader_asks_the_methods_that_are_overridden() -> None:
     for name in ("load_weights", "_prepare_weights", "_get_weights_iterator"):
         ours, theirs = (inspect.signature(getattr(each, name)) for each in (RangeLoader, DefaultModelLoader))
         assert list(ours.parameters) == list(theirs.parameters), name
-    prepared = inspect.signature(DefaultModelLoader._prepare_weights).return_annotation
-    assert [each.__name__ for each in get_args(prepared)] == ["str", "list", "bool", *since(0, 31, "str")]
+    prepared = inspect.signature(DefaultModelLoader._prepare_weights, eval_str=True).return_annotation
+    assert get_args(prepared) == (str, list[str], bool, *([str] if is_at_least(0, 31) else []))
     assert "self._get_weights_iterator(" in inspect.getsource(DefaultModelLoader.get_all_weights)
     assert "self.get_all_weights(" in inspect.getsource(DefaultModelLoader.load_weights)
     assert "self._prepare_weights(" in inspect.getsource(DefaultModelLoader._get_weights_iterator)
