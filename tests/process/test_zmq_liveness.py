@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from stagewire.config import Address
 from stagewire.errors import ConfigError
+from stagewire.ring.actions import Side
+from stagewire.ring.link import Connected, Event
 from stagewire.ring.security import OPEN, make_key_file
 from stagewire.ring.zmq_link import ZmqTransport
 
@@ -120,6 +123,33 @@ def test_a_stall_is_no_loss(monkeypatch: pytest.MonkeyPatch, who: str, security:
         caller.write("after the stall")
         assert caller.line() == "after the stall"
         assert caller.line(3.0) is None
+
+
+def test_more_patience_is_for_the_link_in_use_too() -> None:
+    listener = Peer("open")
+    transport = ZmqTransport("127.0.0.1", 1 << 20, OPEN)
+
+    def events(seconds: float) -> list[Event]:
+        ends_at = time.monotonic() + seconds
+        found: list[Event] = []
+        while not found and time.monotonic() < ends_at:
+            found = transport.poll(0.1)
+        return found
+
+    try:
+        port = listener.line()
+        assert port is not None
+        transport.connect(Side.PREDECESSOR, Address("127.0.0.1", int(port)))
+        assert events(DEADLINE_S) == [Connected(Side.PREDECESSOR)]
+        assert events(1.0) == []  # its probe is up, which nothing tells
+        assert [round(transport.be_more_patient(), 1) for _ in range(6)] == [1.2, 2.4, 4.8, 9.6, 10.0, 10.0]
+        listener.signal(signal.SIGSTOP)
+        assert events(4.0) == []
+        listener.signal(signal.SIGCONT)
+        assert events(1.0) == []
+    finally:
+        transport.close()
+        listener.process.kill()
 
 
 def test_patience_is_set_in_the_environment(monkeypatch: pytest.MonkeyPatch, security: str) -> None:

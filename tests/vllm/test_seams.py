@@ -15,6 +15,7 @@ import inspect
 import json
 import pickle
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
@@ -872,6 +873,15 @@ def test_a_call_waits_for_the_steps_before_it() -> None:
         }
         executor._finish_steps()
         assert list(executor._steps) == left
+
+
+def test_a_profile_without_limits_is_as_every_vllm_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    executor: Any = RingExecutor.__new__(RingExecutor)
+    monkeypatch.setattr(RingExecutor, "collective_rpc", lambda _, *args, **kwargs: asked.append((args, kwargs)))
+    executor.profile(True, "prefix")
+    executor.profile(False)
+    assert [kwargs["args"] for _, kwargs in asked] == [(True, "prefix"), (False, None)]
 
 
 def test_a_callable_never_travels() -> None:
@@ -2121,6 +2131,8 @@ def test_while_a_stage_drains_nobody_is_admitted_and_the_others_go_on(scheduler:
     add_requests(scheduler, 3)
     answer_prompts(scheduler)
     running = {request.request_id for request in scheduler.running}
+    preempted = scheduler.running.pop(0)
+    scheduler._preempt_request(preempted, time.monotonic())  # its stages go on knowing it
     add_requests(scheduler, 2, first=3)
     scheduler._ring.is_draining = True
     assert fill_stages(scheduler) == running == {"r0", "r1", "r2"}

@@ -249,8 +249,8 @@ class RingNode:
         self._predecessor = identity.incarnation
         if self._silent == self._predecessor:
             patience_s = self.transport.be_more_patient()
-            text = f"Stage {self.config.stage}: stage {identity.stage} had only been slow, and is given"
-            self._observer.on_log(f"{text} {patience_s:.1f} s more to answer from now on", True)
+            text = f"Stage {self.config.stage}: stage {identity.stage} had only been slow: silence counts as a loss"
+            self._observer.on_log(f"{text} after {patience_s:.1f} s beyond the heartbeats from now on", True)
         self._silent = ""
 
     def _bind(self, public: bool) -> list[Action]:

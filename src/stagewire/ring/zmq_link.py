@@ -281,7 +281,7 @@ class _Probe(_Connection):
         super().__init__(context, target, key, PROBE_MAX_BYTES, options, _PROBE_EVENTS)
         self._is_up = False
         self._down_s = 0.0
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._was_up = False
         self._seen_at = time.monotonic()
 
@@ -293,7 +293,7 @@ class _Probe(_Connection):
         turn_s = min(now - self._seen_at, MAX_COUNTED_TURN_S)
         self._seen_at = now
         self._down_s = 0.0 if self._is_up else self._down_s + turn_s
-        return self._down_s >= (self._patience_s if self._was_up else max(self._patience_s, FIRST_PROBE_PATIENCE_S))
+        return self._down_s >= (self.patience_s if self._was_up else max(self.patience_s, FIRST_PROBE_PATIENCE_S))
 
 
 class _Dealer(_Connection):
@@ -489,6 +489,9 @@ class ZmqTransport:
 
     def be_more_patient(self) -> float:
         self._patience_s = max(self._patience_s, min(2 * self._patience_s, MAX_LEARNT_PATIENCE_S))
+        for dealer in self._dealers.values():
+            if dealer.probe is not None:
+                dealer.probe.patience_s = self._patience_s
         return self._patience_s
 
     def close(self, linger_s: float = 1.0) -> None:

@@ -464,17 +464,13 @@ class RingExecutor(Executor):
                     self._process.fail_from(error)
                     raise
 
-    def profile(
-        self,
-        is_start: bool = True,
-        profile_prefix: str | None = None,
-        *,
-        delay_iterations: int | None = None,
-        max_iterations: int | None = None,
-    ) -> None:
-        """vLLM's own; when one stage cannot start (it has no --profiler-config), the others stop again."""
+    def profile(self, is_start: bool = True, profile_prefix: str | None = None, **limits: Any) -> None:
+        """vLLM's own; when one stage cannot start (it has no --profiler-config), the others stop again.
+
+        ``limits``: how many iterations, which vLLM takes since 0.32.
+        """
         try:
-            super().profile(is_start, profile_prefix, delay_iterations=delay_iterations, max_iterations=max_iterations)
+            super().profile(is_start, profile_prefix, **limits)
         except RuntimeError:
             if is_start:
                 with contextlib.suppress(RuntimeError):

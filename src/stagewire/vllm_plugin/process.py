@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import secrets
@@ -190,7 +191,7 @@ class RingProcess(Observer):
         """For `StageHealth`."""
         state = self.ring.node.state
         failure = None if self.ring.error is None else str(self.ring.error)
-        return self._state == "serving", "" if state.is_open else state.waits_for(), failure
+        return self._state in ("serving", "draining"), "" if state.is_open else state.waits_for(), failure
 
     def open_health_port(self) -> EarlyServer | None:
         """Where the stage listens for its successor, if it was given a port.
@@ -241,8 +242,8 @@ class RingProcess(Observer):
 
     def _mind_leaving(self, text: str, until: float) -> None:
         num_left = self._count_requests()
-        if num_left and time.monotonic() < until:
-            return
+        if num_left and self._broken is None and time.monotonic() < until:
+            return  # in a broken ring nobody can finish: they are computed again in any case
         self._leaving = None
         left = f"; {num_left} requests wait for the next one" if num_left else ""
         self.ring.node.request_stop(f"{text}{left}")
@@ -393,6 +394,7 @@ class RingProcess(Observer):
     def on_ended(self) -> None:
         """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""
         self._ranks.kill()
+        self._awake.release_when_idle(math.inf)
         if self._exit_code is None or (self._config.is_head and not self._is_child):
             return
         with contextlib.suppress(OSError, ValueError):

@@ -101,11 +101,12 @@ class RingScheduler(Scheduler):
         """Active requests after this step, if a fair share of the prompts' tokens is admitted, to the nearest prompt.
 
         Prompts in flight count, or each share would be smaller than the one before. What fills all stages' steps
-        anyway is left to vLLM. While a stage drains nobody is admitted.
+        anyway is left to vLLM. While a stage drains only those are admitted that the stages know already: it waits for
+        their end.
         """
         num_active: int = len(self.running) + self.num_waiting_for_streaming_input
         if self._ring.is_draining:
-            return num_active
+            return num_active + sum(_is_known(request) for request in self.waiting)
         sizes: list[int] = []
         total = sum(request.num_prompt_tokens for request in self.running if not request.num_output_tokens)
         enough = self._num_stages * self.max_num_scheduled_tokens
@@ -159,8 +160,7 @@ class RingScheduler(Scheduler):
         sessions = [
             r.request_id
             for r in self.requests.values()
-            if r.status == RequestStatus.WAITING_FOR_STREAMING_REQ
-            or (r.status == RequestStatus.WAITING and r.num_computed_tokens)
+            if r.status == RequestStatus.WAITING_FOR_STREAMING_REQ or _is_session_with_input(r)
         ]
         self._ended += self.finish_requests(sessions, RequestStatus.FINISHED_ERROR)
         for request in self.requests.values():
@@ -252,6 +252,16 @@ class RingScheduler(Scheduler):
         finally:
             scheduler.prev_step_scheduled_req_ids = previous
         return with_accepted(cached, self.requests, self.num_spec_tokens) if self.num_spec_tokens else cached
+
+
+def _is_session_with_input(request: Request) -> bool:
+    """A session whose next input has come; its earlier ones are computed."""
+    return bool(request.status == RequestStatus.WAITING and request.num_computed_tokens)
+
+
+def _is_known(request: Request) -> bool:
+    """Whether the stages know this request, which waits."""
+    return request.status == RequestStatus.PREEMPTED or _is_session_with_input(request)
 
 
 def _adapter(request: Request) -> int:
