@@ -57,6 +57,7 @@ class Timeouts:
     start: float = 600.0
     root_cause: float = 1.0
     head_stop: float = 10.0
+    drain: float = 0.0  # more for a head that may have open requests
     stop: float = 5.0
     poll: float = 0.2
     back_off: float = 1.0
@@ -542,7 +543,8 @@ class Supervisor:
         if running:
             self._screen.say("stopping")
         if self._stages:
-            await self._terminate(self._stages[:1], self._timeouts.head_stop)
+            drain = self._timeouts.drain if self._stages[0].phase is Phase.READY else 0.0
+            await self._terminate(self._stages[:1], self._timeouts.head_stop + drain)
             await self._terminate([*self._stages[1:], *self._standbys.values()], self._timeouts.stop)
         self._kill_groups()
         for stage in (*self._stages, *self._standbys.values()):

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
@@ -131,8 +131,7 @@ class Launch:
     def supervisor(self, screen: Screen, private_dir: str, serving: Callable[[str], str]) -> Supervisor:
         layers = ", ".join(str(spec.layers) for spec in self.specs)
         screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.log_dir}")
-        timeouts = Timeouts(start=self.start_timeout_s)
-        timeouts = replace(timeouts, head_stop=timeouts.head_stop + self.drain_s)
+        timeouts = Timeouts(start=self.start_timeout_s, drain=self.drain_s)
         parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.log_dir, serving)
         return Supervisor(*parts, timeouts, max_restarts=self.max_restarts, has_standbys=self.has_standbys)
 
