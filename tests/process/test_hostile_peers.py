@@ -202,7 +202,7 @@ class LiveRing:
             assert node.turn(0.002), self.records
         for node in self.nodes:
             while not node.inbox.empty():
-                self._work(node, node.inbox.get())
+                self._work(node, node.take(0))
 
     def _work(self, node: RingNode, item: object) -> None:
         assert isinstance(item, Delivery), item
@@ -336,7 +336,7 @@ def frame(flags: int, size: int, body: bytes) -> bytes:
     return bytes([flags | 2]) + struct.pack(">Q", size) + body
 
 
-READY = bytes([4, 26]) + b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+READY = bytes([4, 28]) + b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
 
 
 @pytest.mark.parametrize("mechanism", [b"NULL", b"CURVE"])
@@ -349,6 +349,110 @@ def test_frames_that_claim_to_be_large(ring: LiveRing, mechanism: bytes, size: i
         throw(port, [greeting(mechanism), READY, frame(0, size, bytes(1 << 20))])
 
     under_fire(ring, attack)
+
+
+def pour(sock: socket.socket) -> int:
+    """Frames of one message that never ends, until the other side hangs up: how many bytes it let in."""
+    piece = frame(1, 1 << 19, bytes(1 << 19))
+    num_bytes = 0
+    ends_at = time.monotonic() + DEADLINE_S
+    with contextlib.suppress(OSError):
+        while time.monotonic() < ends_at:
+            num_bytes += sock.send(piece[num_bytes % len(piece) :])
+    assert time.monotonic() < ends_at, f"{num_bytes} bytes and still no end"
+    return num_bytes
+
+
+def test_a_caller_whose_message_does_not_end(socket_folder: Path) -> None:
+    ring = LiveRing(OPEN)
+
+    def attack(port: int) -> None:
+        with connect(port) as sock:
+            sock.sendall(greeting(b"NULL") + READY)
+            assert pour(sock) < 1 << 30
+
+    try:
+        ring.open()
+        under_fire(ring, attack)
+        assert any("more than a stage has to say" in line for record in ring.records for line in record.logs)
+    finally:
+        ring.close()
+
+
+def test_a_predecessor_whose_message_does_not_end() -> None:
+    ends = ZmqTransport(HOST, 1 << 20, OPEN)
+    poured: list[int] = []
+
+    def listen() -> None:
+        sock, _ = server.accept()
+        with sock:
+            sock.sendall(greeting(b"NULL") + READY.replace(b"DEALER", b"ROUTER"))
+            poured.append(pour(sock))
+
+    with socket.create_server((HOST, 0)) as server:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        before = resident_bytes()
+        ends.connect(P, Address(HOST, server.getsockname()[1]))
+        seen: list[Event] = []
+        most = 0
+        until = time.monotonic() + DEADLINE_S
+        while not any(isinstance(event, Disconnected) for event in seen):
+            seen += ends.poll(0.01)
+            most = max(most, resident_bytes() - before)
+            assert time.monotonic() < until
+        ends.close(0)
+        thread.join()
+    assert seen == [Connected(P), Disconnected(P, "it sends a message that does not end")]
+    assert poured[0] < 1 << 30
+    assert most < 1 << 30
+
+
+def test_many_large_messages_are_no_flood() -> None:
+    before, after = (ZmqTransport(HOST, 1 << 20, OPEN) for _ in range(2))
+    parts = [b"step", bytes(1 << 20), bytes(1 << 20), bytes(1 << 20)]
+    num_back = num_sent = 0
+    try:
+        after.connect(P, Address(HOST, before.bind(0)))
+        until = time.monotonic() + DEADLINE_S
+        peer = b""
+        while num_back < 100:
+            assert time.monotonic() < until
+            for event in after.poll(0.001):
+                assert not isinstance(event, Disconnected)
+                if isinstance(event, Connected):
+                    after.send(P, b"", [b"hello"])
+                else:
+                    num_back += 1
+            for event in before.poll(0.001):
+                assert isinstance(event, Received)
+                peer = event.peer
+            while peer and num_sent < 100 and num_sent - num_back < 4:
+                before.send(S, peer, parts)
+                num_sent += 1
+    finally:
+        before.close(0)
+        after.close(0)
+
+
+def test_steps_that_nobody_asked_for_end_the_stage_that_would_have_to_keep_them() -> None:
+    """Faster than the model's thread takes them, which here takes none."""
+    ring = LiveRing(OPEN)
+    ring.nodes[1] = RingNode(
+        ring.config(1), ring.nodes[1].state, ring.nodes[1].transport, time.monotonic_ns, ring.records[1], HOST, 1 << 20
+    )
+    try:
+        ring.open()
+        for _ in range(20):
+            ring.step()
+        until = time.monotonic() + DEADLINE_S
+        while not ring.records[1].errors:
+            assert time.monotonic() < until
+            for node in ring.nodes:
+                node.turn(0.002)
+        assert "stage 0 sends what no head asks for: 1 MB wait here" in str(ring.records[1].errors[0])
+    finally:
+        ring.close()
 
 
 def test_a_thousand_connections_that_never_speak(ring: LiveRing) -> None:

@@ -2,6 +2,7 @@
 
     python -m support.soak --minutes 10 --seed 1                    # from tests/; with chaos, every answer compared
     python -m support.soak --minutes 30 --quiet                     # load alone: does memory stay flat?
+    python -m support.soak --minutes 90 --only kill --times 100     # until a hundred stages were killed
 
 Every link runs through a TCP proxy (support/proxy.py). Each round of clients must end with the answers of the one that
 nobody disturbed. Prints what was done, what was in flight, and what was left behind at the end.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -55,13 +57,15 @@ class ProxiedRing(Ring):
 
 
 @contextlib.contextmanager
-def proxied(model: Path, num_stages: int) -> Any:
+def proxied(model: Path, num_stages: int, *, one_port: bool = False) -> Any:
     with ExitStack() as stack:
         # Without a key, stages of one machine speak over Unix sockets, which no proxy is on.
         key = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "ring.key"
         make_key_file(key)
         settings = [*SETTINGS, "--pipeline-key-file", str(key)]
         ring = ProxiedRing(model, RANGES[num_stages], settings, {"VLLM_SERVER_DEV_MODE": "1"})
+        if one_port:
+            ring.ports = ring.ports[:1] * num_stages
         ring.proxies = [stack.enter_context(Proxy(ring.ports[stage - 1])) for stage in range(num_stages)]
         yield stack.enter_context(ring)
 
@@ -166,17 +170,26 @@ class Footprint:
     rss_mb: int
     threads: int
     files: int
+    sockets: int  # among the files
 
     @classmethod
     def of(cls, pid: int) -> Footprint:
         status = Path(f"/proc/{pid}/status").read_text()
         values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        files = len(os.listdir(f"/proc/{pid}/fd"))
-        return cls(int(values["VmRSS"].split()[0]) // 1024, int(values["Threads"]), files)
+        files = []
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                files.append(os.readlink(descriptor))
+        sockets = sum(name.startswith("socket:") for name in files)
+        return cls(int(values["VmRSS"].split()[0]) // 1024, int(values["Threads"]), len(files), sockets)
 
 
 def footprints(ring: Ring) -> list[Footprint]:
     return [Footprint.of(ring.worker_pid(stage)) for stage in range(ring.num_stages)]
+
+
+def describe(each: Sequence[Footprint]) -> str:
+    return "; ".join(f"{f.rss_mb} MB, {f.threads} threads, {f.files} files, {f.sockets} sockets" for f in each)
 
 
 @dataclass
@@ -197,8 +210,9 @@ def soak(
     is_quiet: bool,
     say: Callable[[str], None],
     only: Sequence[str] = DISTURBANCES,
+    times: float = math.inf,
 ) -> Report:
-    """Rounds of clients until the time is over; every answer is compared with the first, undisturbed round's."""
+    """Rounds of clients until the time is over or enough was done; every answer is compared with the undisturbed."""
     bodies = mixed_bodies(CONCURRENCY + CONCURRENCY // 2, seed)
     report = Report()
 
@@ -223,11 +237,12 @@ def soak(
         report.problems += [f"round {report.rounds}: {each}" for each in problems]
         for problem in problems:
             say(f"WRONG: {problem}")
-        if time.monotonic() >= ends_at:
+        if time.monotonic() >= ends_at or chaos.done.total() >= times:
             break
         running = clients()
         if is_quiet and report.rounds % 20 == 0:
             report.footprints.append(footprints(ring))
+            say(f"after {report.rounds} rounds: {describe(report.footprints[-1])}")
     if not is_quiet:
         chaos.end()
         report.problems += [f"after it: {each}" for each in differences(clients().finish(900), expected)]
@@ -246,17 +261,21 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=sorted(set(DISTURBANCES)), default=DISTURBANCES, help="default: all"
     )
+    parser.add_argument("--one-port", action="store_true", help="all stages share one; whoever owns it is killed too")
+    parser.add_argument("--times", type=float, default=math.inf, help="end after so many disturbances")
     parser.add_argument("--quiet", action="store_true", help="no disturbance")
     args = parser.parse_args()
-    with proxied(args.model, args.stages) as ring:
+    with proxied(args.model, args.stages, one_port=args.one_port) as ring:
         say = partial(print, flush=True)
-        report = soak(ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=say, only=args.only)
+        report = soak(
+            ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=say, only=args.only, times=args.times
+        )
         print(json.dumps([{k: v for k, v in state.items() if k != "activations"} for state in states(ring)]))
     print(f"{report.rounds} rounds, {report.answers} answers, {len(report.problems)} wrong")
     print(f"disturbances: {dict(report.disturbances)}")
     print(f"requests in flight at each: {dict(sorted(report.in_flight.items()))}")
     for when, each in zip(("at first", "at the end"), (report.footprints[0], report.footprints[-1]), strict=True):
-        print(f"{when}: " + "; ".join(f"{f.rss_mb} MB, {f.threads} threads, {f.files} files" for f in each))
+        print(f"{when}: {describe(each)}")
     for problem in report.problems:
         print(problem)
     return 1 if report.problems else 0

@@ -139,7 +139,7 @@ class Stage:
         return [item.message for item in self._inbox() if isinstance(item, Delivery)]
 
     def _inbox(self) -> list[Item | StagewireError | None]:
-        return [self.node.inbox.get() for _ in range(self.node.inbox.qsize())]
+        return [self.node.take(0) for _ in range(self.node.inbox.qsize())]
 
     @property
     def error(self) -> str:

@@ -30,6 +30,7 @@ RING = [
     "runtime",
     "node",
     "zmq_link",
+    "intake",
     "security",
     "link",
     "state",

@@ -1,4 +1,4 @@
-"""The launcher with real stages: the quick start's script, a client, the ordered stop, a stage killed while serving."""
+"""The launcher with real stages: the quick start's script, a stage killed while serving, the ordered stop, a kill."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def script_environment(model: Path, api_port: int) -> dict[str, str]:
 
 
 def test_the_quick_starts_script(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:
+    """From start to end: a first answer, a stage that is lost, and a stop while a client still reads."""
     api_port, base_port = ports
-    up = Up(
-        ["bash", str(SCRIPT), "--base-port", str(base_port), *SETTINGS], tmp_path, script_environment(model, api_port)
-    )
+    options = ["--base-port", str(base_port), *SETTINGS, "--shutdown-timeout", "60"]
+    up = Up(["bash", str(SCRIPT), *options], tmp_path, script_environment(model, api_port))
+    is_told = False
     try:
         up.read_until("Ctrl-C stops everything", START_DEADLINE_S)
         assert f"http://localhost:{api_port}" in up.text
@@ -59,13 +60,40 @@ def test_the_quick_starts_script(model: Path, tmp_path: Path, ports: tuple[int, 
             assert f"Stage {stage}: Loading layers {layers}..." in log
             assert f"loading layers {layers} (0." in up.text.lower()
         served = stages_of(model)
-        assert sorted(words[words.index("--pipeline-stage-idx") + 1] for words in served.values()) == ["0", "1"]
-        client = openai.OpenAI(base_url=f"http://localhost:{api_port}/v1", api_key="none")
-        answer = client.completions.create(model=str(model), prompt="San Francisco is a", max_tokens=50, temperature=0)
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens > 0
-    finally:
+        by_index = {words[words.index("--pipeline-stage-idx") + 1]: pid for pid, words in served.items()}
+        assert sorted(by_index) == ["0", "1"]
+        client = openai.OpenAI(base_url=f"http://localhost:{api_port}/v1", api_key="none", max_retries=0)
+
+        def ask() -> str:
+            answer = client.completions.create(
+                model=str(model),
+                prompt="San Francisco is a",
+                max_tokens=50,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 50
+            return str(answer.choices[0].text)
+
+        before = ask()
+        os.kill(by_index["1"], signal.SIGKILL)
+        up.read_until("stage 1 is started again", START_DEADLINE_S)
+        assert "stage 1 was killed by SIGKILL" in up.text
+        assert ask() == before  # it waits
+        up.read_until("serving again", START_DEADLINE_S)
+
+        stream = client.completions.create(
+            model=str(model), prompt="Once", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
         up.popen.send_signal(signal.SIGTERM)
+        is_told = True
+        reasons = [event.choices[0].finish_reason for event in stream]
+        assert reasons[-1] == "length"
+    finally:
+        if not is_told:  # a second time would mean at once
+            up.popen.send_signal(signal.SIGTERM)
         code = up.wait()
     assert code == 0, up.text
     assert not stages_of(model), "nothing is left behind"
@@ -86,31 +114,3 @@ def test_stages_end_when_their_launcher_was_killed(model: Path, tmp_path: Path, 
     for descriptor in running:
         assert select.select([descriptor], [], [], 30)[0], f"left behind: {stages_of(model)}"
         os.close(descriptor)
-
-
-def test_a_stage_killed_while_serving_is_started_again(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:
-    api_port, base_port = ports
-    command = [str(Path(sys.executable).parent / "stagewire"), "up", "--model", str(model), "--num-stages", "3"]
-    up = Up([*command, "--port", str(api_port), "--base-port", str(base_port), *SETTINGS], tmp_path, {})
-    client = openai.OpenAI(base_url=f"http://localhost:{api_port}/v1", api_key="none", max_retries=0)
-
-    def ask() -> str:
-        answer = client.completions.create(model=str(model), prompt="San Francisco", max_tokens=9, temperature=0)
-        return str(answer.choices[0].text)
-
-    try:
-        up.read_until("Ctrl-C stops everything", START_DEADLINE_S)
-        before = ask()
-        (victim,) = [
-            pid for pid, words in stages_of(model).items() if words[words.index("--pipeline-stage-idx") + 1] == "1"
-        ]
-        os.kill(victim, signal.SIGKILL)
-        up.read_until("stage 1 is started again", START_DEADLINE_S)
-        assert ask() == before  # it waits
-        up.read_until("serving again", START_DEADLINE_S)
-        up.popen.send_signal(signal.SIGTERM)
-        assert up.wait() == 0, up.text
-    finally:
-        up.popen.kill()
-    assert "stage 1 was killed by SIGKILL" in up.text
-    assert not stages_of(model)

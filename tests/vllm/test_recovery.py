@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from support.disturbed import Clients, Stream, differences, mixed_bodies
 from support.inside import states, until_idle
+from support.memory import can_limit, out_of_memory
 from support.stages import Ring, process_tree
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -75,6 +77,31 @@ def test_a_killed_stage_loses_no_request(
     assert differences(running.finish(), undisturbed) == []
     until(ring, "/ready", 200)
     say(f"stage {stage} killed after {num_tokens} tokens: noticed {noticed_s:.2f} s, next token {back_s:.1f} s later")
+
+
+def test_a_killed_tail_loses_no_grammar(ring: Ring, undisturbed: list[Stream]) -> None:
+    """All requests that run are constrained: bitmasks are on their way, and one grammar more is being compiled."""
+    constrained = [index for index, body in enumerate(BODIES) if "structured_outputs" in body]
+    bodies = [BODIES[index] for index in constrained] * 4
+    running = Clients(ring.url, str(ring.model), bodies, len(bodies))
+    running.wait_for_tokens(len(bodies))
+    os.kill(ring.worker_pid(2), signal.SIGKILL)
+    late = Clients(ring.url, str(ring.model), [{**bodies[0], "structured_outputs": {"regex": r"[a-z ]{40,81}"}}], 1)
+    ring.restart_stage(2)
+    assert differences(running.finish(), [undisturbed[index] for index in constrained] * 4) == []
+    (answer,) = late.finish()
+    assert not answer.error
+    assert re.fullmatch(r"[a-z ]{40,81}", answer.text)
+
+
+@pytest.mark.skipif(not can_limit(), reason="needs the right to make a memory cgroup: root, or a delegated one")
+def test_a_stage_that_the_kernel_ends_for_its_memory(ring: Ring, undisturbed: list[Stream]) -> None:
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    with out_of_memory(ring.worker_pid(1)):
+        assert ring.stages[1].wait(60) == -signal.SIGKILL
+    ring.restart_stage(1)
+    assert differences(running.finish(), undisturbed) == []
 
 
 def test_a_loss_while_idle_leaves_no_cached_prefix_behind(ring: Ring, undisturbed: list[Stream]) -> None:

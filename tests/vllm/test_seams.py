@@ -32,6 +32,7 @@ import torch
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, ProtocolError, StageLost
+from stagewire.observe.deadlines import StepDeadlines
 from stagewire.plan.ranges import LayerRange, partition_counts, split_evenly
 from stagewire.vllm_plugin import compat, flags, model_patches
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
@@ -864,11 +865,11 @@ def test_a_call_waits_for_the_steps_before_it() -> None:
     def receive(*_: Any) -> None:
         executor._steps.pop(min(executor._steps)).future.set_result(None)
 
-    executor._stage, executor._receive = SimpleNamespace(step_timeout_s=1), receive
+    executor._deadlines, executor._receive = StepDeadlines(1), receive
     for current, left in (((3, None), [3]), (None, [])):
         executor._current = current
         executor._steps = {
-            step: SimpleNamespace(step=step, future=Future(), sent_at=0, req_ids=["a"], num_tokens=1)
+            step: SimpleNamespace(step=step, future=Future(), waited_s=0, req_ids=["a"], num_tokens=1)
             for step in (1, 2, 3)
         }
         executor._finish_steps()
@@ -1186,6 +1187,24 @@ def test_worker_is_built_with_these_arguments() -> None:
     ours = {"vllm_config", "local_rank", "rank", "distributed_init_method", "is_driver_worker"}
     assert set(parameters(CPUWorker)) == set(parameters(Worker)) == ours
     assert "global_rank" in WorkerWrapperBase.initialize_from_config.__code__.co_names
+
+
+def test_a_stage_plans_its_own_kv_cache_with_vllms_functions() -> None:
+    """What they make of it is in test_stage_worker."""
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MambaSpec
+
+    from stagewire.vllm_plugin import own_kv_cache
+
+    groups = "kv_cache_groups"
+    planned = parameters(kv_cache_utils.get_kv_cache_config_from_groups)
+    assert planned == ["vllm_config", groups, "available_memory"]
+    counted = ["vllm_config", groups] if is_at_least(0, 32) else [groups]
+    assert parameters(kv_cache_utils._pool_bytes_per_block) == counted
+    assert {groups, "kv_cache_tensors", "num_blocks"} <= {field.name for field in dataclasses.fields(KVCacheConfig)}
+    known = {field.name for cls in (FullAttentionSpec, MambaSpec) for field in dataclasses.fields(cls)}
+    assert {"num_kv_heads", "head_size", "dtype", "shapes", "dtypes", "page_size_padded"} <= known
+    assert {"num_kv_heads", "head_size", "dtype", "shapes", "dtypes"} <= set(own_kv_cache._DECIDED)
 
 
 def test_runner_keeps_the_state_that_is_read_and_set() -> None:

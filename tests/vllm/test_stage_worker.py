@@ -184,3 +184,71 @@ def test_tensors_that_are_not_the_plan_fail_the_step(worker: Any, specs: Any, fr
 def test_calls_outside_the_closed_list(worker: Any, method: str, args: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigError):
         worker.call(method, args)
+
+
+# ---- a KV cache of its own sizes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def specs(worker: Any) -> Any:
+    return worker.call("get_kv_cache_spec", ())
+
+
+def planned(worker: Any, specs: Any, num_bytes: int) -> Any:
+    """By vLLM, for one worker."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    return get_kv_cache_configs(worker.vllm_config, [specs], [num_bytes])[0]
+
+
+def test_a_stage_like_the_one_before_takes_the_heads_configuration(worker: Any, specs: Any) -> None:
+    from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
+
+    config, other = planned(worker, specs, 20_000_000), planned(worker, {"other": next(iter(specs.values()))}, 1 << 24)
+    assert own_kv_cache_config([other, config], 1, specs, worker.vllm_config) is config
+    assert own_kv_cache_config([other, config], 7, specs, worker.vllm_config) is config, "ranks were added before it"
+    assert own_kv_cache_config([config, other], 1, specs, worker.vllm_config) is config, "ranks were taken away"
+
+
+@pytest.mark.parametrize("changes", [{"num_kv_heads": 1}, {"dtype": "bfloat16"}, {"num_kv_heads": 1, "dtype": "int8"}])
+def test_another_size_of_kv_cache_is_planned_as_vllm_would(worker: Any, specs: Any, changes: dict[str, Any]) -> None:
+    """With as many blocks as the head has, whatever they take."""
+    from dataclasses import replace
+
+    import torch
+
+    from stagewire.vllm_plugin.compat import bytes_per_kv_block
+    from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
+
+    values = {name: getattr(torch, value) if name == "dtype" else value for name, value in changes.items()}
+    own = {name: replace(spec, **values) for name, spec in specs.items()}
+    config = planned(worker, specs, 20_000_000)
+    found = own_kv_cache_config([config], 0, own, worker.vllm_config)
+    num_bytes = config.num_blocks * bytes_per_kv_block(worker.vllm_config, found.kv_cache_groups)
+    assert num_bytes < 20_000_000
+    assert found == planned(worker, own, num_bytes)
+    assert found.num_blocks == config.num_blocks
+    assert found != config
+
+
+def test_a_kv_cache_of_other_layers_or_of_padded_pages_is_refused(worker: Any, specs: Any) -> None:
+    from dataclasses import replace
+
+    from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
+
+    config = planned(worker, specs, 20_000_000)
+    with pytest.raises(ConfigError, match="stage 0 has made no KV cache for 1 layers"):
+        own_kv_cache_config([config], 0, {"another": next(iter(specs.values()))}, worker.vllm_config)
+    padded = {name: replace(spec, page_size_padded=spec.page_size_bytes * 2) for name, spec in specs.items()}
+    own = {name: replace(spec, num_kv_heads=1) for name, spec in padded.items()}
+    with pytest.raises(ConfigError, match="num_kv_heads, and the pages of this model's kinds of layers are padded"):
+        own_kv_cache_config([planned(worker, padded, 20_000_000)], 0, own, worker.vllm_config)
+
+
+def test_a_kv_cache_larger_than_this_machines_memory_is_refused(worker: Any, specs: Any) -> None:
+    from dataclasses import replace
+
+    config = planned(worker, specs, 20_000_000)
+    with pytest.raises(ConfigError, match=r"KV blocks take \d+\.\d\d GB here and this machine has"):
+        worker.call("initialize_from_config", ([replace(config, num_blocks=1 << 40)],))
+    worker.call("initialize_from_config", ([config],))

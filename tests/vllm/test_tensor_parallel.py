@@ -6,19 +6,21 @@ ring's last test ends it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import select
 import signal
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from support.inside import states
 from support.models import make_llama
 from support.stages import Ring, SingleProcess, process_tree
 from support.workload import LOGPROB_TOLERANCE, Answer, compare, counter, license_text, requests, run
@@ -39,10 +41,11 @@ CHOICES = ["permissive", "copyleft"]
 class UnevenRing(Ring):
     """``sizes``: tensor parallel ranks of each stage."""
 
-    sizes: Sequence[int] = ()
+    sizes: list[int] = field(default_factory=list)
+    recovery_s: float = 6
 
     def command(self, stage: int) -> list[str]:
-        own = ("--tensor-parallel-size", str(self.sizes[stage]), "--pipeline-recovery-timeout", "6")
+        own = ("--tensor-parallel-size", str(self.sizes[stage]), "--pipeline-recovery-timeout", str(self.recovery_s))
         return [*super().command(stage), *own]
 
     def follower(self, stage: int, rank: int = 1) -> int:
@@ -111,7 +114,7 @@ def last_lines(ring: Ring, stage: int) -> str:
 
 @pytest.fixture(scope="module")
 def ring(model: Path) -> Iterator[UnevenRing]:
-    with UnevenRing(model, ("0-2", "2-4", "4-6"), SETTINGS, ENV, sizes=(2, 1, 2)) as running:
+    with UnevenRing(model, ("0-2", "2-4", "4-6"), SETTINGS, ENV, sizes=[2, 1, 2]) as running:
         yield running
 
 
@@ -135,13 +138,10 @@ def test_a_grammar_reaches_every_rank_of_the_tail(ring: UnevenRing) -> None:
 
 
 def test_every_rank_of_every_stage_answers_calls(ring: UnevenRing) -> None:
-    response = httpx.post(f"{ring.url}/collective_rpc", json={"method": "get_stage_state"}, trust_env=False)
-    states = [
-        json.loads(each.replace("'", '"')) if isinstance(each, str) else each for each in response.json()["results"]
-    ]
-    assert [(state["stage"], state["rank"]) for state in states] == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
-    assert {state["cached_requests"] for state in states} == {0}
-    assert len({state["num_kv_blocks"] for state in states}) == 1
+    found = states(ring)
+    assert [(state["stage"], state["rank"]) for state in found] == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
+    assert {state["cached_requests"] for state in found} == {0}
+    assert len({state["num_kv_blocks"] for state in found}) == 1
 
 
 def test_only_rank_0_says_what_was_loaded(ring: UnevenRing) -> None:
@@ -171,11 +171,29 @@ def test_a_killed_rank_is_its_stages_failure_and_the_stage_can_come_back(ring: U
     assert_same(ring, reference[0])
 
 
+def replace(ring: UnevenRing, stage: int, size: int) -> None:
+    """By a process with another number of ranks."""
+    ring.sizes[stage] = size
+    ring.stages[stage].popen.terminate()
+    again = ring.restart_stage(stage)
+    ring.wait_for(lambda: "catching up: compile_or_warm_up_model" in again.text(), 120)
+    ring.wait_for(lambda: httpx.get(f"{ring.url}/ready", trust_env=False).status_code == 200, 60)
+
+
+def test_a_stage_is_replaced_by_one_of_another_size(ring: UnevenRing, reference: Any) -> None:
+    """2, 1, 2 becomes 2, 2, 2: the KV cache of a rank is another one, its blocks are not."""
+    replace(ring, 1, 2)
+    assert_same(ring, reference[0])
+    found = states(ring)
+    assert [(state["stage"], state["rank"]) for state in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({state["num_kv_blocks"] for state in found}) == 1
+
+
 # ---- 2, 1: the head's own rank -------------------------------------------------------------------------------------
 
 
 def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
-    with UnevenRing(model, ("0-3", "3-6"), SETTINGS, ENV, sizes=(2, 1)) as ring:
+    with UnevenRing(model, ("0-3", "3-6"), SETTINGS, ENV, sizes=[2, 1]) as ring:
         assert_same(ring, reference[0])
         tree, response = lose(ring, 0, signal.SIGKILL)
         assert response.status_code == 503
@@ -187,6 +205,47 @@ def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
         assert ring.stages[0].wait(20) == 1
 
 
+# ---- stages of other settings while requests are open ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_stages_are_replaced_by_ones_of_other_sizes_under_load(model: Path, reference: Any) -> None:
+    """1, 2, 1 becomes 1, 1, 2, and no request notices."""
+    with UnevenRing(model, ("0-2", "2-4", "4-6"), SETTINGS, ENV, sizes=[1, 2, 1], recovery_s=300) as ring:
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(run, ring.url, model, WORK, 8)
+            ends_at = time.monotonic() + 60
+            while counter(ring.url, "generation_tokens") < 20:
+                assert time.monotonic() < ends_at
+            replace(ring, 1, 1)
+            replace(ring, 2, 2)
+            result = compare(answers.result(240), reference[0])
+        assert "all stages know the live requests again: 8" in ring.stages[0].text()
+        assert not result.wrong, "\n".join(result.wrong)
+        assert_same(ring, reference[0])
+
+
+@pytest.mark.slow
+def test_a_stage_is_replaced_by_one_with_another_kind_of_kv_cache(model: Path) -> None:
+    """It answers as if it had been so from the beginning, which is not as it was."""
+    kind = ("--kv-cache-dtype", "fp8_e5m2")
+
+    def answers(ring: UnevenRing) -> list[Answer]:
+        return run(ring.url, model, WORK, 1)
+
+    with UnevenRing(model, ("0-2", "2-4", "4-6"), SETTINGS, ENV, {1: kind}, sizes=[1, 1, 1]) as ring:
+        expected = answers(ring)
+    with UnevenRing(model, ("0-2", "2-4", "4-6"), SETTINGS, ENV, sizes=[1, 1, 1]) as ring:
+        before = answers(ring)
+        ring.own = {1: kind}
+        replace(ring, 1, 1)
+        same = compare(answers(ring), [expected])
+    assert not same.wrong, same.wrong
+    assert same.worst_logprob < 1e-4
+    other = compare(before, [expected])
+    assert other.wrong or other.worst_logprob > 1e-3
+
+
 # ---- 2, 2: drafts --------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +255,7 @@ def test_every_rank_knows_drafts_and_what_was_accepted(model: Path, reference: A
     """
     ngram = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 4}'
     settings = [*SETTINGS, "--speculative-config", ngram]
-    with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=(2, 2)) as ring:
+    with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=[2, 2]) as ring:
         assert_same(ring, reference[0])
         drafted, accepted = (counter(ring.url, f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
         assert 0 < accepted < drafted
@@ -210,7 +269,7 @@ def test_every_rank_knows_drafts_and_what_was_accepted(model: Path, reference: A
 @pytest.mark.slow
 def test_a_tail_of_two_ranks_of_which_one_hangs(model: Path, reference: Any) -> None:
     settings = [*SETTINGS, "--pipeline-step-timeout", "8"]
-    with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=(1, 2)) as ring:
+    with UnevenRing(model, ("0-3", "3-6"), settings, ENV, sizes=[1, 2]) as ring:
         assert_same(ring, reference[0])
         tree, response = lose(ring, 1, signal.SIGSTOP)
         assert response.status_code == 503

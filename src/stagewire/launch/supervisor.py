@@ -307,6 +307,7 @@ class Supervisor:
                 case _StartDue(spec, num_failures):
                     stage = await self._start(spec, self._resources[spec.index])
                     stage.num_failures = num_failures
+                    self._is_interrupted |= spec.is_head
                     if spec.stands_by:
                         self._standbys[spec.index] = stage
                     else:
@@ -333,7 +334,9 @@ class Supervisor:
                 self._screen.say(f"{event.text}: requests wait for it")
             case Phase.GIVEN_UP:
                 self._screen.say(f"{event.text}: requests are refused until it does")
-            case Phase.READY if self._is_interrupted and stage.spec.is_head and not stage.is_before(Phase.READY):
+            case Phase.READY if self._is_interrupted and stage.spec.is_head:
+                if stage.is_before(Phase.READY):  # a new one
+                    self._note(event)
                 self._is_interrupted = False
                 self._screen.say("serving again")
             case Phase.FAILED:

@@ -3,6 +3,7 @@
     runtime       gives a node its thread; what the rest of the package uses
     node          runs a state over a transport, one turn at a time
     zmq_link      the transport over ZeroMQ; the only file that imports zmq
+    intake        how much a connection has brought without a whole message, by the kernel's own count
     security      who may take part: the key file, local sockets, which address needs what; reads files, no socket
     link          what a transport must do, and the one that lives in memory
     state         the rules, as a pure state machine: events in, actions out; the ring as a whole

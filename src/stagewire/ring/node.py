@@ -7,13 +7,14 @@ to be tested: call `turn` with a memory transport and a fake clock. ring/runtime
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stagewire.config import Address, StageConfig
-from stagewire.errors import ProtocolError, StageLost, StagewireError
+from stagewire.errors import PeerError, ProtocolError, StageLost, StagewireError
 from stagewire.ring.actions import (
     Action,
     Bind,
@@ -55,6 +56,7 @@ class Delivery:
     message: Data
     payloads: Sequence[Frame]
     received_ns: int
+    num_bytes: int = 0  # about what it takes here
 
 
 class Observer:
@@ -116,6 +118,7 @@ class RingNode:
         clock_ns: monotonic, in nanoseconds.
         observer: told about the ring's life.
         bind_host: for messages only.
+        max_unread_bytes: of deliveries that the model's thread has not taken; more ends this stage.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class RingNode:
         clock_ns: Callable[[], int],
         observer: Observer,
         bind_host: str = "",
+        max_unread_bytes: float = math.inf,
     ) -> None:
         self.config = config
         self.state = state
@@ -136,6 +140,10 @@ class RingNode:
         self._clock_ns = clock_ns
         self._observer = observer
         self._bind_host = bind_host
+        self._max_unread_bytes = max_unread_bytes
+        self._message_bytes = 0  # of the message that is being handled
+        self._delivered_bytes = 0  # the ring's thread counts
+        self._taken_bytes = 0  # the model's thread counts
         self._started = False
         self._is_report_missing = False
         self._predecessor = ""  # the process that was last in the ring, by its incarnation
@@ -151,6 +159,13 @@ class RingNode:
         """To the successor, in order. One of an epoch that is over by the time it could leave is dropped."""
         self._outbox.append((message, payloads))
         self.transport.wake()
+
+    def take(self, timeout_s: float | None) -> Item | StagewireError | None:
+        """The next of the inbox, for the model's thread. Raises queue.Empty after ``timeout_s``."""
+        item = self.inbox.get(timeout=timeout_s)
+        if isinstance(item, Delivery):
+            self._taken_bytes += item.num_bytes
+        return item
 
     def request_stop(self, text: str) -> None:
         self._requests.append(lambda: self.state.stop(text))
@@ -196,6 +211,8 @@ class RingNode:
             case BadHandshake(side, note):
                 return self.state.bad_handshake(side, now, note)
             case Received(side, peer, frames):
+                # A header becomes objects, each frame is one.
+                self._message_bytes = sum(map(len, frames)) + 8 * len(frames[0]) + 1024 * len(frames) if frames else 0
                 try:
                     message, payloads = decode(frames)
                 except ProtocolError as error:
@@ -212,9 +229,7 @@ class RingNode:
             case Send(side, message, peer, payloads):
                 self._transmit(side, peer, encode(message, payloads))
             case Deliver(message, payloads):
-                delivery = Delivery(message, payloads, self._clock_ns())
-                if not self._observer.takes(delivery):
-                    self.inbox.put(delivery)
+                return self._deliver(Delivery(message, payloads, self._clock_ns(), self._message_bytes))
             case Connect(port):
                 target = self.config.predecessor
                 self._replaced.add(Side.PREDECESSOR)
@@ -242,6 +257,18 @@ class RingNode:
             case Stop(text):
                 self._observer.on_stopped(text)
                 self.inbox.put(None)
+        return []
+
+    def _deliver(self, delivery: Delivery) -> list[Action]:
+        if self._observer.takes(delivery):
+            return []
+        unread_bytes = self._delivered_bytes - self._taken_bytes + delivery.num_bytes
+        if unread_bytes > self._max_unread_bytes:
+            sender = self.config.predecessor_stage
+            text = f"stage {sender} sends what no head asks for: {unread_bytes / 1e6:.0f} MB wait here to be run"
+            return self.state.fail(PeerError(text))
+        self._delivered_bytes += delivery.num_bytes
+        self.inbox.put(delivery)
         return []
 
     def _meet_predecessor(self, identity: StageIdentity) -> None:

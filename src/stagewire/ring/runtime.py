@@ -6,6 +6,7 @@ blocked send delays no forward pass.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -40,6 +41,7 @@ class RingRuntime(Observer):
         observer: told about the ring's life, from the thread.
         bind_host: where the transport listens.
         watch: called a few times a second; what it returns (a reason) ends the ring, for instance a parent's death.
+        max_unread_bytes: see `RingNode`.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class RingRuntime(Observer):
         observer: Observer,
         bind_host: str,
         watch: Callable[[], str | None] = lambda: None,
+        max_unread_bytes: float = math.inf,
     ) -> None:
         first_epoch = secrets.randbelow(1 << 30) + 1
         state = RingState(config, identity, time.monotonic_ns() / 1e9, first_epoch)
-        self.node = RingNode(config, state, transport, time.monotonic_ns, self, bind_host)
+        self.node = RingNode(config, state, transport, time.monotonic_ns, self, bind_host, max_unread_bytes)
         self.identities: tuple[StageIdentity, ...] = ()
         self.error: StagewireError | None = None
         self._observer = observer
@@ -90,7 +93,7 @@ class RingRuntime(Observer):
             StagewireError: the ring has failed.
             queue.Empty: nothing came within ``timeout_s``.
         """
-        item = self.node.inbox.get(timeout=timeout_s)
+        item = self.node.take(timeout_s)
         if item is None or isinstance(item, StagewireError):
             self.node.inbox.put(item)  # for whoever asks next
             if item is not None:

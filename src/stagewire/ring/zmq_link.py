@@ -41,6 +41,7 @@ from zmq.utils.monitor import recv_monitor_message
 from stagewire.config import KEY_FILE_FLAG, Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.ring.actions import Side
+from stagewire.ring.intake import Intake
 from stagewire.ring.link import (
     BadHandshake,
     Connected,
@@ -87,6 +88,10 @@ GREETING_TIMEOUT_S = 0.3
 # Greetings, pings and refusals come from successors, nothing larger. Strangers get as far too, before they are known.
 MAX_BACKWARD_BYTES = MAX_HEADER_BYTES
 MAX_UNREAD_BACKWARD = 64
+# A caller says some kilobytes a second. This much at once besides, and more is no stage's.
+CALLER_BURST_BYTES = 4 * MAX_BACKWARD_BYTES
+CALLER_BYTES_PER_S = MAX_BACKWARD_BYTES / 4
+CALLERS_PER_LOOK = 50  # of many more, each is looked at less often
 ZAP_DOMAIN = b"stagewire"
 # Frames below this size are copied, which is cheaper than keeping a Python buffer alive across threads.
 COPY_THRESHOLD_BYTES = 65536
@@ -96,7 +101,10 @@ MAX_MESSAGES_PER_READ = 64
 _BAD_HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_CONNECT_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _BAD_HANDSHAKES | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_LISTEN_EVENTS = _BAD_HANDSHAKES | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+_CONNECT_EVENTS = (
+    zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _BAD_HANDSHAKES | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+)
 _KEY_HANDSHAKES = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _PROBE_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
@@ -313,6 +321,7 @@ class _Dealer(_Connection):
         self._key = security.key
         super().__init__(context, self._target, self._key, max_frame_bytes, options, _CONNECT_EVENTS)
         self.host, self.port = host, port
+        self.intake: Intake | None = None
         self.is_up = False
         self.began_at = time.monotonic()
         self.probe: _Probe | None = None
@@ -324,6 +333,9 @@ class _Dealer(_Connection):
 
     def is_lost(self, now: float) -> bool:
         return self.probe is not None and self.probe.is_unanswered(now)
+
+    def is_flooded(self, now: float) -> bool:
+        return self.intake is not None and self.intake.is_over(now)
 
     def close(self, linger_ms: int) -> None:
         if self.probe is not None:
@@ -364,12 +376,16 @@ class ZmqTransport:
         max_frame_bytes: larger frames from a predecessor end the connection before memory is taken for them; from a
             successor, those above `MAX_BACKWARD_BYTES`.
         security: how connections are protected.
+        max_message_bytes: the same of all frames of a message; default: four of the largest.
     """
 
-    def __init__(self, bind_host: str, max_frame_bytes: int, security: Security) -> None:
+    def __init__(
+        self, bind_host: str, max_frame_bytes: int, security: Security, max_message_bytes: int | None = None
+    ) -> None:
         self._bind_host = bind_host
         self._security = security
         self._max_frame_bytes = max_frame_bytes
+        self._max_message_bytes = max_message_bytes or 4 * max_frame_bytes
         self._patience_s = _read_patience()
         self._next_look_at = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -379,7 +395,9 @@ class ZmqTransport:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if ":" in bind_host:
             self._router.setsockopt(zmq.IPV6, 1)
-        self._router_monitor = self._router.get_monitor_socket(_BAD_HANDSHAKES)
+        self._router_monitor = self._router.get_monitor_socket(_LISTEN_EVENTS)
+        self._callers: dict[int, Intake] = {}  # by descriptor
+        self._next_look_at_callers = 0.0
         self._dealers: dict[Side, _Dealer] = {}
         self._pending: dict[Side, tuple[float, Address]] = {}  # connections to begin: when, where
         self._events: deque[Event] = deque()
@@ -503,6 +521,7 @@ class ZmqTransport:
         linger_ms = int(linger_s * 1000)
         for side in list(self._dealers):
             self._drop(side, linger_ms)
+        self._read_listener_monitor()
         self._router.disable_monitor()
         self._router_monitor.close(0)
         self._router.close(linger_ms)
@@ -545,8 +564,23 @@ class ZmqTransport:
             if dealer.is_up and dealer.is_lost(now):
                 self._read_frames(dealer.socket, side)  # what arrived before the end still counts
                 self._lose(side, "it has stopped answering", is_silent=True)
+            elif dealer.is_up and dealer.is_flooded(now):
+                self._lose(side, "it sends a message that does not end")
             elif not dealer.is_up and now - dealer.began_at > limit_s:
                 self._lose(side, "no answer")
+        if now >= self._next_look_at_callers:
+            self._next_look_at_callers = now + LOOK_INTERVAL_S * len(self._callers) / CALLERS_PER_LOOK
+            self._hang_up_on_floods(now)
+
+    def _hang_up_on_floods(self, now: float) -> None:
+        for descriptor, caller in list(self._callers.items()):
+            if caller.is_over(now):
+                caller.hang_up()
+                note = "a connection that sends more than a stage has to say"
+                self._events.append(BadHandshake(Side.SUCCESSOR, note))
+            elif not caller.is_gone:
+                continue
+            del self._callers[descriptor]
 
     def _lose(self, side: Side, note: str, *, is_silent: bool = False) -> None:
         self._drop(side, linger_ms=0)
@@ -568,8 +602,7 @@ class ZmqTransport:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         elif item is self._router_monitor:
-            event = recv_monitor_message(self._router_monitor)["event"]
-            self._events.append(BadHandshake(Side.SUCCESSOR, self._describe_caller(event)))
+            self._read_listener_monitor()
         elif self._authenticator is not None and item is self._authenticator.zap_socket:
             self._authenticator.answer()
         else:
@@ -578,6 +611,19 @@ class ZmqTransport:
                     self._read_frames(dealer.socket, side, MAX_MESSAGES_PER_READ)
                 elif item is dealer.monitor:
                     self._read_monitor(side, dealer)
+
+    def _read_listener_monitor(self) -> None:
+        """All of it: ZeroMQ's own thread waits for whoever does not read."""
+        while self._router_monitor.poll(0):
+            news = recv_monitor_message(self._router_monitor)
+            event, descriptor, where = news["event"], news["value"], news["endpoint"]
+            if event == zmq.EVENT_DISCONNECTED:
+                self._callers.pop(descriptor, None)
+            elif event != zmq.EVENT_ACCEPTED:
+                self._events.append(BadHandshake(Side.SUCCESSOR, self._describe_caller(event)))
+            elif where.startswith(b"tcp://"):
+                port = int(where.rpartition(b":")[2])
+                self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BURST_BYTES, CALLER_BYTES_PER_S)
 
     def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int | None = None) -> None:
         for _ in itertools.count() if most is None else range(most):
@@ -589,10 +635,17 @@ class ZmqTransport:
             peer = b""
             if side is Side.SUCCESSOR:
                 peer, buffers = bytes(buffers[0]), buffers[1:]
+            elif (intake := self._dealers[side].intake) is not None:
+                intake.took_message()
             self._events.append(Received(side, peer, buffers))
 
     def _read_monitor(self, side: Side, dealer: _Dealer) -> None:
-        event = recv_monitor_message(dealer.monitor)["event"]
+        news = recv_monitor_message(dealer.monitor)
+        event = news["event"]
+        if event == zmq.EVENT_CONNECTED:
+            if dealer.local_path is None:
+                dealer.intake = Intake(news["value"], (None, dealer.port), self._max_message_bytes)
+            return
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             dealer.came_up(self._patience_s)
             self._foreign_since.pop(side, None)

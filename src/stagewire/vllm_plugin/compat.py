@@ -19,6 +19,7 @@ __all__ = [
     "PATCHES",
     "SUPPORTED",
     "add",
+    "bytes_per_kv_block",
     "check_version",
     "frontend_args",
     "install_flag_patches",
@@ -154,6 +155,12 @@ def is_at_least(major: int, minor: int) -> bool:
     from vllm.version import __version_tuple__
 
     return tuple(__version_tuple__[:2]) >= (major, minor)
+
+
+def bytes_per_kv_block(vllm_config: Any, groups: Any) -> int:
+    """Bytes of one block of a worker's KV cache, all its layers together."""
+    count: Callable[..., int] = importlib.import_module("vllm.v1.core.kv_cache_utils")._pool_bytes_per_block
+    return count(vllm_config, groups) if is_at_least(0, 32) else count(groups)
 
 
 def frontend_args() -> Any:

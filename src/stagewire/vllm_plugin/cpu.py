@@ -22,6 +22,7 @@ __all__ = [
     "REEXECUTED_ENV",
     "apply_compiler",
     "apply_kv_budget",
+    "check_kv_memory",
     "reexec_with_libraries",
     "release_second_copies",
     "set_threads",
@@ -63,6 +64,22 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
         KV_SHARE * 100,
         config.num_stages,
     )
+
+
+def check_kv_memory(num_blocks: int, bytes_per_block: int) -> None:
+    """Before it is allocated: the kernel would grant more than there is, and end the process when it is used.
+
+    What is free is not looked at: the stage before this one may just be leaving, and others start at the same moment.
+
+    Raises:
+        ConfigError: it is more than all memory of this machine.
+    """
+    needed, total = num_blocks * bytes_per_block, psutil.virtual_memory().total + psutil.swap_memory().total
+    if needed > total:
+        raise ConfigError(
+            f"the ring's {num_blocks} KV blocks take {needed / 1e9:.2f} GB here and this machine has {total / 1e9:.2f} "
+            "GB: give all stages a smaller --kv-cache-memory-bytes, or this one another machine"
+        )
 
 
 def apply_compiler(engine_args: Any, config: StageConfig) -> None:

@@ -26,6 +26,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
 from stagewire.errors import ConfigError, InternalError, PeerError, StageLost, StagewireError
+from stagewire.observe.deadlines import StepDeadlines
 from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
 from stagewire.ring.node import Broken, Delivery, Whole
@@ -43,6 +44,10 @@ from stagewire.vllm_plugin.step_codec import (
 from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, StageTiming, Step
 
 __all__ = ["RingExecutor"]
+
+
+# A deadline passes in pieces, and none counts for more: a head that was held up has not waited.
+PATIENCE_PIECE_S = 1.0
 
 
 class _RingBroken(RuntimeError):
@@ -71,6 +76,7 @@ class _InFlight:
     req_ids: list[str]
     num_tokens: int
     waits_for_sample: bool
+    waited_s: float = 0.0  # since it was the next to come back
 
     @property
     def is_decode(self) -> bool:
@@ -100,6 +106,8 @@ class RingExecutor(Executor):
         self._is_pooling = self.vllm_config.model_config.runner_type == "pooling"
         self._adapters: dict[int, LoRARequest] = {}  # that every stage knows
         self._step_log = StepLog.from_environment()
+        self._deadlines = StepDeadlines(self._stage.step_timeout_s)
+        self._last_result_at = 0.0
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = RingProcess(self._stage, self.vllm_config, self._ranks, self._status)
         self._process.start()
@@ -199,19 +207,22 @@ class RingExecutor(Executor):
         return future if non_block else future.result()
 
     def _pump(self, awaited: Future[Any]) -> None:
-        """Takes messages from the ring until ``awaited`` is done, or its deadline ends the ring."""
+        """Takes messages from the ring until ``awaited`` is done, or a deadline ends the epoch."""
         while not awaited.done():
             oldest = next(iter(self._steps.values()), None)
             if oldest is None:
                 raise InternalError("a future that no step belongs to")
-            left = oldest.sent_at + self._stage.step_timeout_s - time.monotonic()
-            what = f"step {oldest.step} ({len(oldest.req_ids)} requests, {oldest.num_tokens} tokens)"
-            try:
-                self._receive(left)
-            except queue.Empty:
-                limit_s = self._stage.step_timeout_s
-                self._process.accuse(self.epoch, oldest.step, f"{what} did not come back within {limit_s:g} s")
+            limit_s = self._deadlines.limit_s(oldest.num_tokens)
+            piece_s = min(limit_s - oldest.waited_s, PATIENCE_PIECE_S)
+            if piece_s <= 0:
+                what = f"step {oldest.step} ({len(oldest.req_ids)} requests, {oldest.num_tokens} tokens)"
+                self._process.accuse(self.epoch, oldest.step, f"{what} did not come back within {limit_s:.3g} s")
                 self._receive(None)  # the end of the epoch
+                continue
+            try:
+                self._receive(piece_s)
+            except queue.Empty:
+                oldest.waited_s += piece_s
 
     def _receive(self, timeout_s: float | None) -> None:
         """Takes in one message or piece of news. Raises queue.Empty after ``timeout_s``."""
@@ -238,6 +249,9 @@ class RingExecutor(Executor):
             timings = [*message.timings, StageTiming(0, delivery.received_ns, 0, 0, 0, self._process.ring.hop_ns)]
             self._step_log.write(message.step, len(in_flight.req_ids), in_flight.num_tokens, timings)
             self._process.steps.add(len(in_flight.req_ids), in_flight.is_decode, timings)
+            received_at = delivery.received_ns / 1e9
+            self._deadlines.add(in_flight.num_tokens, received_at - max(in_flight.sent_at, self._last_result_at))
+            self._last_result_at = received_at
             in_flight.future.set_result(decode_output(delivery.payloads[0]))
         elif isinstance(message, Reply) and message.call_id in self._replies:
             self._replies[message.call_id] = message
@@ -250,6 +264,7 @@ class RingExecutor(Executor):
         self.is_whole = False
         lost = list(self._steps.values())
         self._steps.clear()
+        self._deadlines.forget()
         failed = next((each.req_ids for each in lost if each.step == error.step), [])
         self._losses.append(Loss(error, failed, [req_id for each in lost for req_id in each.req_ids]))
         for each in lost:

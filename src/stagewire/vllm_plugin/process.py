@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import set_ulimit
@@ -43,6 +44,10 @@ __all__ = ["RingProcess", "as_stagewire_error", "max_frame_bytes", "report"]
 
 MIN_FRAME_LIMIT_BYTES = 16 << 20
 MAX_FRAME_LIMIT_BYTES = 4 << 30
+# Of the largest size in one message (a step has several tensors), and of what else may wait to be run: calls, bitmasks.
+MAX_LARGE_FRAMES = 4
+# Of this machine's memory: the most that a predecessor can make a stage keep, whatever would be right.
+SHARE_FOR_PEERS = 0.25
 # A ring that was whole for less than this, and in vain, has not come back: the deadline of its recovery goes on.
 RELAPSE_S = 60.0
 
@@ -61,21 +66,24 @@ def report(stage: int, error: StagewireError) -> str:
     return f"Stage {stage}: {error}"
 
 
-def max_frame_bytes(vllm_config: Any) -> int:
+def max_frame_bytes(vllm_config: Any, *, is_head: bool) -> int:
     """Above the largest frame that can be right, in bytes, from the predecessor.
 
-    Activations of a full batch; a schedule full of long prompts; log-probabilities (id, value: 8 bytes, and a rank) of
-    whole prompts, which all arrive with a prompt's last chunk; a pooling model's vectors of all tokens, which do too.
+    Activations of a full batch; a schedule full of long prompts. At the head, from the tail: log-probabilities (id,
+    value: 8 bytes, and a rank) of whole prompts, which all arrive with a prompt's last chunk; a pooling model's vectors
+    of all tokens, which do too.
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     prompt_tokens = scheduler.max_num_seqs * model.max_model_len
-    num_logprobs = model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size()
-    activations = scheduler.max_num_batched_tokens * model.get_hidden_size() * 8
-    from_tail = prompt_tokens * (num_logprobs + 2) * 8
-    if model.runner_type == "pooling":
-        from_tail = prompt_tokens * max(model.get_hidden_size(), model.embedding_size) * 4
-    largest = max(activations, prompt_tokens * 5, from_tail, MIN_FRAME_LIMIT_BYTES)
-    return int(min(largest, MAX_FRAME_LIMIT_BYTES))
+    if not is_head:
+        activations = scheduler.max_num_batched_tokens * model.get_hidden_size() * 8
+        largest = max(activations, prompt_tokens * 5)
+    elif model.runner_type == "pooling":
+        largest = prompt_tokens * max(model.get_hidden_size(), model.embedding_size) * 4
+    else:
+        num_logprobs = model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size()
+        largest = prompt_tokens * (num_logprobs + 2) * 8
+    return int(min(max(largest, MIN_FRAME_LIMIT_BYTES), MAX_FRAME_LIMIT_BYTES))
 
 
 class RingProcess(Observer):
@@ -121,9 +129,14 @@ class RingProcess(Observer):
         for warning in warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
         set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
-        transport = ZmqTransport(self._bind_host, max_frame_bytes(vllm_config), security)
+        frame_bytes = max_frame_bytes(vllm_config, is_head=config.is_head)
+        most_bytes = int(psutil.virtual_memory().total * SHARE_FOR_PEERS)
+        message_bytes = min(MAX_LARGE_FRAMES * frame_bytes, most_bytes)
+        transport = ZmqTransport(self._bind_host, frame_bytes, security, message_bytes)
         identity = make_identity(config, vllm_config)
-        self.ring = RingRuntime(config, identity, transport, self, self._bind_host, self._watch)
+        # A step for each stage is in flight at most, and they seldom are at the same one.
+        unread_bytes = min((config.num_stages + MAX_LARGE_FRAMES) * frame_bytes, most_bytes)
+        self.ring = RingRuntime(config, identity, transport, self, self._bind_host, self._watch, unread_bytes)
 
     def __repr__(self) -> str:
         return f"RingProcess({self.ring!r})"

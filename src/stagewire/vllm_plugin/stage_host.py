@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from stagewire.config import StageConfig
-from stagewire.errors import InternalError, PeerError
+from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
@@ -208,7 +208,8 @@ class _StageHost:
             results, _ = self._call(call_id, method, args_bytes)
             failed = next((result for result in results if result.error_type), None)
             if failed is not None:
-                raise InternalError(f"cannot catch up with the others: {method}: {failed.error_text}")
+                kind = ConfigError if failed.error_type == ConfigError.__name__ else InternalError
+                raise kind(f"cannot catch up with the others: {method}: {failed.error_text}")
 
     def _meet_head(self) -> None:
         """A new head knows nothing of what this stage has done for the one before it."""

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -23,6 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, RankError
+from stagewire.observe.deadlines import StepDeadlines
 from stagewire.vllm_plugin.call_codec import CALLS, encode_value
 from stagewire.vllm_plugin.follower import run_follower
 from stagewire.vllm_plugin.local_link import Block, Follower, Followers, RunCall, RunSample, RunStep
@@ -71,6 +73,9 @@ class StageRanks:
         self._store = Path(self._folder.name) / f"stagewire-{secrets.token_hex(8)}"
         self._is_pooling = vllm_config.model_config.runner_type == "pooling"
         self._unsettled: list[int] = []
+        # As the head's, of less: it is this stage that says so, and which rank.
+        self._deadlines = StepDeadlines(config.step_timeout_s)
+        self._limit_s = config.step_timeout_s * SHARE_OF_TIMEOUT  # of the last step
         block = Block()
         self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
         if self.followers:
@@ -120,13 +125,17 @@ class StageRanks:
         Raises:
             RankError: also when a rank is gone, or its rows differ from rank 0's.
         """
-        with self.followers.work("a step", self.config.step_timeout_s * SHARE_OF_TIMEOUT):
+        num_tokens = schedule.total_num_scheduled_tokens
+        self._limit_s = self._deadlines.limit_s(num_tokens) * SHARE_OF_TIMEOUT
+        began = time.monotonic()
+        with self.followers.work("a step", self._limit_s):
             self.followers.send(RunStep(digest, list(specs)), [schedule_bytes, *frames])
             activations = self.own.execute(schedule, digest, specs, frames)
             if self.followers:
                 self._unsettled.append(self.own.digest(schedule))
-            if self._is_pooling or not self.config.is_tail or not schedule.total_num_scheduled_tokens:
+            if self._is_pooling or not self.config.is_tail or not num_tokens:
                 self._settle()
+        self._deadlines.add(num_tokens, time.monotonic() - began)
         return activations
 
     def answer(self, grammar: Frame | None) -> ModelRunnerOutput:
@@ -136,7 +145,7 @@ class StageRanks:
         """
         if self._is_pooling:
             return self.own.answer(None)
-        with self.followers.work("sampling", self.config.step_timeout_s * SHARE_OF_TIMEOUT):
+        with self.followers.work("sampling", self._limit_s):
             self.followers.send(RunSample(), [] if grammar is None else [grammar])
             output = self.own.answer(None if grammar is None else decode_grammar(grammar))
             if self.followers:

@@ -29,6 +29,7 @@ from stagewire.vllm_plugin import compat, cpu, model_patches, pipeline_group, ra
 from stagewire.vllm_plugin.adapters import Adapters
 from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
 from stagewire.vllm_plugin.inputs import check_inputs, drop_towers
+from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
 from stagewire.vllm_plugin.pipeline_group import RankPlace
 from stagewire.vllm_plugin.recovery import forget_requests, restore_requests
 from stagewire.vllm_plugin.speculation import check_speculation, prepare_runner, take_accepted
@@ -299,10 +300,16 @@ class StageWorker:
         return self.adapters.add(request)
 
     def _initialize(self, kv_cache_configs: list[Any]) -> None:
-        """vLLM's own; a new head's configuration may differ from the one before."""
+        """vLLM's own; a new head's configuration may differ from the one before, and this stage from its own."""
+        worker = self._wrapper.global_rank
+        specs = self._wrapper.get_kv_cache_spec()
+        config = own_kv_cache_config(kv_cache_configs, worker, specs, self.vllm_config)
         if self.runner.attn_groups:
             compat.release_kv_cache(self.runner)
-        self._wrapper.initialize_from_config(kv_cache_configs)
+        if current_platform.is_cpu() and config.kv_cache_groups:
+            per_block = compat.bytes_per_kv_block(self.vllm_config, config.kv_cache_groups)
+            cpu.check_kv_memory(config.num_blocks, per_block)
+        self._wrapper.initialize_from_config([*[None] * worker, config])  # it picks its own
 
     def _restore_requests(self, schedule_bytes: bytes, outputs: list[list[int]], is_first: bool) -> None:
         schedule, self.given = self.given or decode_schedule(schedule_bytes, self.adapters.known), None

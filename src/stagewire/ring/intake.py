@@ -1,0 +1,97 @@
+"""How much a TCP connection has brought without a whole message, by the kernel's own count.
+
+ZeroMQ bounds a frame, not how many of them a message has, hands a message out only when it is whole, and keeps what has
+come of it until then. Nothing but the kernel tells how much that is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+
+__all__ = ["Intake"]
+
+# tcpi_bytes_received in Linux's struct tcp_info (since 4.1): 64 bits at this place.
+_BYTES_RECEIVED = struct.Struct("=128xQ")
+
+
+class Intake:
+    """One connection, by its descriptor, which belongs to somebody else and may end at any time.
+
+    Args:
+        descriptor: of the connection.
+        ports: its own and its peer's, None where it does not matter: another one may have the descriptor by now.
+        limit_bytes: how much may come between two whole messages.
+        allowed_per_s: bytes that may come besides, for a peer whose messages are not told (`took_message`).
+    """
+
+    def __init__(
+        self, descriptor: int, ports: tuple[int | None, int | None], limit_bytes: int, allowed_per_s: float = 0.0
+    ) -> None:
+        self.descriptor = descriptor
+        self.is_gone = False
+        self._ports = ports
+        self._limit_bytes = limit_bytes
+        self._allowed_per_s = allowed_per_s
+        self._begin = 0
+        self._looked_at: float | None = None
+        self._has_taken = False
+
+    def __repr__(self) -> str:
+        return f"Intake(descriptor={self.descriptor}, at most {self._limit_bytes} bytes)"
+
+    def took_message(self) -> None:
+        """A whole message was taken from it: what had come before it counts no more."""
+        self._has_taken = True
+
+    def is_over(self, now: float) -> bool:
+        """Call it several times a second, after everything was taken that could be. Whether too much has come."""
+        received = self._bytes_received()
+        if received is None:
+            self.is_gone = True
+            return False
+        if self._looked_at is not None:
+            self._begin += int(self._allowed_per_s * (now - self._looked_at))
+        self._looked_at = now
+        self._begin = received if self._has_taken else min(self._begin, received)
+        self._has_taken = False
+        return received - self._begin > self._limit_bytes
+
+    def hang_up(self) -> None:
+        """Whoever owns the connection finds it closed by its peer."""
+        with contextlib.suppress(OSError), self._borrow() as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def _bytes_received(self) -> int | None:
+        """None: the connection is gone."""
+        try:
+            with self._borrow() as sock:
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+        except OSError:
+            return None
+        return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else None
+
+    def _borrow(self) -> socket.socket:
+        """The connection under a descriptor of our own, for a moment.
+
+        Raises:
+            OSError: it is gone, or another one has its descriptor.
+        """
+        own = os.dup(self.descriptor)
+        try:
+            sock = socket.socket(fileno=own)
+        except BaseException:
+            os.close(own)
+            raise
+        try:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                raise OSError("not a TCP connection")
+            for wanted, name in zip(self._ports, (sock.getsockname(), sock.getpeername()), strict=True):
+                if wanted not in (None, name[1]):
+                    raise OSError("another connection")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
