@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -74,6 +75,15 @@ class Launcher:
         assert self.process.stdout is not None
         self.lines += self.process.stdout.read().splitlines()
         return self.process.wait(DEADLINE_S)
+
+    def strays(self) -> list[str]:
+        """Command lines of what still runs in this launcher's folder."""
+        mark, found = f"FAKE_DIR={self.folder}".encode(), []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_text().replace("\0", " "))
+        return found
 
     def error(self) -> str:
         assert self.process.stderr is not None
@@ -203,6 +213,7 @@ def test_a_stage_that_fails_at_start_is_named_with_its_own_reason(
     error = launcher.error()
     assert re.search(reason, error), error
     assert "stage_1.log" in error
+    assert launcher.strays() == [], "the other stages are stopped"
 
 
 def test_a_stage_killed_while_serving_is_started_again(launch: Launch) -> None:
@@ -239,6 +250,8 @@ def test_it_gives_up_a_stage_that_ends_again_and_again(launch: Launch) -> None:
             launcher.wait_for("stage 1  ready")
     assert launcher.end() == 1
     error = launcher.error()
+    again = [line for line in launcher.lines if "stage 1 is started again" in line]
+    assert ["in 0.01 s" in line for line in again] == [False, True], "the pause grows"
     assert "stage 1 was killed by SIGKILL" in error
     assert "3 times in a row" in error
 

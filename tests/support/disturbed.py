@@ -163,9 +163,15 @@ def differences(found: Sequence[Stream], expected: Sequence[Stream], tolerance: 
             problems.append(f"{index}: text or reason: {mine.finish_reason} and {theirs.finish_reason}")
         elif not _close(mine.logprobs, theirs.logprobs, tolerance):
             problems.append(f"{index}: log-probabilities {mine.logprobs} and {theirs.logprobs}")
-        elif [len(each) for each in mine.prompt_logprobs] != [len(each) for each in theirs.prompt_logprobs]:
-            problems.append(f"{index}: another number of prompt log-probabilities")
+        elif not _close(_prompt_values(mine), _prompt_values(theirs), tolerance):
+            problems.append(f"{index}: other prompt log-probabilities")
     return problems
+
+
+def _prompt_values(stream: Stream) -> list[float]:
+    """Of each prompt token that has any, its own value: vLLM lists it first. The first token has none."""
+    positions = [position for each in stream.prompt_logprobs for position in each if position]
+    return [next(iter(position.values()))["logprob"] for position in positions]
 
 
 def _close(some: Sequence[float], others: Sequence[float], tolerance: float) -> bool:

@@ -39,6 +39,9 @@ def _group() -> Iterator[tuple[Path, Path]]:
 def out_of_memory(pid: int) -> Iterator[None]:
     """What the process asks for from now on is more than it may have; it must have ended before the block does."""
     with _group() as (group, limit):
-        (group / "cgroup.procs").write_text(str(pid))
         limit.write_text(str(os.sysconf("SC_PAGE_SIZE") * 16))
+        swap = group / "memory.swappiness"
+        if swap.exists():
+            swap.write_text("0")
+        (group / "cgroup.procs").write_text(str(pid))  # what it holds stays where it was counted
         yield

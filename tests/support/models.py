@@ -40,6 +40,45 @@ def copy_tokenizer(tokenizer_of: Path, folder: Path) -> None:
             shutil.copy(tokenizer_of / name, folder / name)
 
 
+def make_int8_llama(folder: Path, tokenizer_of: Path, num_layers: int = 6) -> Path:
+    """A random Llama whose linear layers are 8 bits, in the format of compressed-tensors: a scale for each row."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    config = LlamaConfig(**_text_settings(num_layers))
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in _spread(LlamaForCausalLM(config)).state_dict().items():
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().amax(dim=1, keepdim=True) / 127  # [rows, 1]
+            weights[name] = (tensor / scale).round().to(torch.int8)
+            weights[f"{name}_scale"] = scale.float()
+        else:
+            weights[name] = tensor.contiguous()
+    save_file(weights, folder / "model.safetensors")
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+    }
+    _write(
+        folder / "config.json",
+        config.to_dict() | {"architectures": ["LlamaForCausalLM"], "quantization_config": quantization},
+    )
+    copy_tokenizer(tokenizer_of, folder)
+    return folder
+
+
 IMAGE_TOKENS = ("<image>", "<|image_pad|>")
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 

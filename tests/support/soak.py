@@ -165,7 +165,7 @@ class Chaos:
 
 @dataclass
 class Footprint:
-    """Of one stage's process tree."""
+    """Of the process that runs a stage's layers."""
 
     rss_mb: int
     threads: int
@@ -249,7 +249,22 @@ def soak(
     report.disturbances, report.in_flight = chaos.done, chaos.histogram
     until_idle(ring)
     report.footprints.append(footprints(ring))
+    report.problems += leaks(report.footprints)
     return report
+
+
+def leaks(seen: Sequence[Sequence[Footprint]]) -> list[str]:
+    """What a stage holds at the end beyond what it held at first, in words. Also of a process that is new since."""
+    problems = []
+    for stage, (first, last) in enumerate(zip(seen[0], seen[-1], strict=True)):
+        for name, slack in (("threads", 2), ("files", 8), ("sockets", 4)):
+            before, after = getattr(first, name), getattr(last, name)
+            if after > before + slack:
+                problems.append(f"stage {stage} has {after} {name}, at first {before}")
+        # The first round has not touched every page of the KV cache and of the allocators' pools.
+        if last.rss_mb > first.rss_mb * 1.15 + 100:
+            problems.append(f"stage {stage} has {last.rss_mb} MB, at first {first.rss_mb}")
+    return problems
 
 
 def main() -> int:

@@ -131,8 +131,8 @@ def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -
         answers: of the ring.
         references: the same requests on one process, at several batch sizes; the first is the one to equal.
 
-    An id may differ only where the references themselves differ at that token after equal tokens before it; from there
-    on the two texts are different ones and are not compared further.
+    An id may differ only where the references themselves differ at that token after equal tokens before it, and must be
+    one of theirs; from there on the two texts are different ones and are not compared further.
     """
     ties: list[str] = []
     wrong: list[str] = []
@@ -151,7 +151,7 @@ def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -
             rivals = {r.token_ids[at] for r in own if r.token_ids[:at] == answer.token_ids[:at]}
             logits = f"{_logit(expected, at, wanted)} / {_logit(answer, at, found)}"
             line = f"request {index} token {at}: {found}, expected {wanted}; log-probabilities {logits}"
-            (ties if len(rivals) > 1 else wrong).append(line)
+            (ties if len(rivals) > 1 and found in rivals else wrong).append(line)
             break
     return Comparison(num_tokens, ties, wrong, worst)
 

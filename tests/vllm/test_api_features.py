@@ -264,16 +264,16 @@ def constraint(index: int) -> dict[str, Any]:
 
 
 def test_structured_output_among_free_requests(pair: Pair) -> None:
-    """32 at once: bitmasks meet their rows at the tail, and the rows without one are left alone."""
-    bodies = [{"prompt": f"{index}: The answer is", "temperature": 0, **constraint(index)} for index in range(32)]
+    """32 at once, and 32 others: bitmasks meet their rows at the tail, and the rows without one are left alone."""
+    bodies = [{"prompt": f"{index}: The answer is", "temperature": 0, **constraint(index)} for index in range(64)]
 
     def everything(api: Api) -> list[str]:
-        with ThreadPoolExecutor(32) as pool:
+        with ThreadPoolExecutor(64) as pool:
             given = list(pool.map(lambda body: api.completion(**body), bodies))
         return [answer["choices"][0]["text"] for answer in given]
 
     found = pair.same(everything)
-    for index in range(0, 32, 8):
+    for index in range(0, 64, 8):
         as_json, by_regex, by_choice, by_grammar = found[index : index + 8 : 2]
         assert json.loads(as_json).keys() == {"name", "age"}
         assert re.fullmatch("[A-Z][a-z]{3,8} [0-9]{4}", by_regex)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.models import make_llama
 from support.stages import VLLM, Ring, SingleProcess, child_environment
 from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run
 
@@ -95,18 +96,21 @@ def test_llm_in_python_is_the_head(model_dir: Path, tmp_path: Path) -> None:
     assert first != second
 
 
-def test_compiled_stages_equal_a_compiled_process(model_dir: Path, say: Callable[[str], None]) -> None:
-    """Without --enforce-eager, all stages compile in parallel. (Without a C++ compiler both sides cannot.)"""
+def test_compiled_stages_equal_a_compiled_process(tmp_path: Path, model_dir: Path, say: Callable[[str], None]) -> None:
+    """Without --enforce-eager, all stages compile in parallel. (Without a C++ compiler both sides cannot.) A small
+    random model: to compile the real one takes minutes (test_settings.py, slow).
+    """
     import os
     import shutil
 
     if shutil.which(os.environ.get("CXX") or "g++") is None:
         pytest.skip("stock vLLM on CPU needs a C++ compiler to compile; stages then run eagerly (test_refusals.py)")
+    model = make_llama(tmp_path / "llama8", model_dir, num_layers=8, initializer_range=0.1)
     work = requests(8, seed=5, text=license_text(), longest_words=200)
-    with SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
-        references = [run(single.url, model_dir, work, size) for size in (8, 1)]
-    with Ring(model_dir, ("0-10", "10-30"), SETTINGS) as ring:
-        result = compare(run(ring.url, model_dir, work, 8), references)
+    with SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
+        references = [run(single.url, model, work, size) for size in (8, 1)]
+    with Ring(model, ("0-3", "3-8"), SETTINGS) as ring:
+        result = compare(run(ring.url, model, work, 8), references)
     say(
         f"compiled, 2 stages: {result.num_tokens} tokens equal but for {len(result.ties)} ties, "
         f"log-probabilities within {result.worst_logprob:.1e}"

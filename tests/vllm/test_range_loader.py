@@ -20,7 +20,7 @@ from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
 from support.hub_server import HubServer
-from support.models import copy_tokenizer, make_llama
+from support.models import copy_tokenizer, make_int8_llama, make_llama
 from support.stages import Ring
 
 pytestmark = pytest.mark.vllm
@@ -189,6 +189,7 @@ MODELS: list[Callable[[Path, Path], Path]] = [
     gpt2,
     experts,
     gemma,
+    make_int8_llama,
 ]
 
 
@@ -271,6 +272,23 @@ def test_a_pre_split_stage_holds_the_same(
     if make is llama_untied:
         stock_format(monkeypatch)
         load(tmp_path / "out" / "stage_1", 1, "safetensors")
+
+
+def test_no_checkpoint_is_prefetched_from_a_network(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own loader reads all of it ahead where it finds NFS or Lustre."""
+    from vllm.model_executor.model_loader import weight_utils
+
+    asked: list[Any] = []
+    monkeypatch.setattr(weight_utils, "_get_fs_type", lambda files: "nfs")
+    monkeypatch.setattr(weight_utils, "_prefetch_all_checkpoints", lambda *args, **options: asked.append(args))
+    model = llama_untied(tmp_path / "model", model_dir)
+    load(model, 1, "auto")
+    assert not asked
+    stock_format(monkeypatch)
+    load(model, 1, "safetensors")
+    assert asked, "this shows nothing"
 
 
 def test_a_type_that_torch_lacks_is_refused_before_anything_is_read(tmp_path: Path, model_dir: Path) -> None:

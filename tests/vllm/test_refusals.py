@@ -6,6 +6,7 @@ tests/unit/test_ring_*.py (all of it, in memory) and tests/vllm/test_bad_rings.p
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
 from stagewire.checkpoint.manifest import MANIFEST_NAME, encode_unfinished, stage_folder
 from stagewire.plan.ranges import split_evenly
-from support.models import make_blip2, make_llama
+from support.models import copy_tokenizer, make_blip2, make_llama
 
 pytestmark = pytest.mark.vllm
 
@@ -195,6 +196,44 @@ def test_refused(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert expected in line, line
     assert line.startswith(("Stage ", "Stagewire: ")), line
+
+
+def test_a_model_without_pipeline_support(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Mamba2Config
+
+    config = Mamba2Config(num_hidden_layers=32, hidden_size=64, num_heads=4, head_dim=32, vocab_size=49152)
+    config.architectures = ["Mamba2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    copy_tokenizer(model_dir, tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        serve(monkeypatch, tmp_path, HEAD)
+    assert exit_info.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Pipeline parallelism is not supported for this model" in line, line
+
+
+def test_on_a_gpu_it_is_said_what_is_off(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm.platforms import current_platform
+
+    from stagewire.vllm_plugin import flags
+
+    resolve = flags._resolve
+
+    def resolve_as_on_a_gpu(args: argparse.Namespace) -> object:
+        resolved = resolve(args)
+        monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+        return resolved
+
+    monkeypatch.setattr(flags, "_resolve", resolve_as_on_a_gpu)
+    for index, flag_set in enumerate((HEAD, WORKER)):
+        with pytest.raises(StartedError):
+            serve(monkeypatch, model, flag_set)
+        text = f"Stage {index}: async scheduling and the V2 model runner are off in external mode"
+        assert capsys.readouterr().out.count(text) == 1
 
 
 @pytest.fixture(scope="module")

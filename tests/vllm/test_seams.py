@@ -40,6 +40,7 @@ from stagewire.vllm_plugin.compat import is_at_least
 from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
 from stagewire.vllm_plugin.executor import RingExecutor
 from stagewire.vllm_plugin.pipeline_group import PipelineGroup, RankPlace
+from stagewire.vllm_plugin.process import max_frame_bytes
 from stagewire.vllm_plugin.recovery import Loss, Restored
 from stagewire.vllm_plugin.scheduler import RingScheduler
 from stagewire.vllm_plugin.settings import KEY, RingSettings
@@ -1187,6 +1188,23 @@ def test_worker_is_built_with_these_arguments() -> None:
     ours = {"vllm_config", "local_rank", "rank", "distributed_init_method", "is_driver_worker"}
     assert set(parameters(CPUWorker)) == set(parameters(Worker)) == ours
     assert "global_rank" in WorkerWrapperBase.initialize_from_config.__code__.co_names
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "hidden", "seqs", "drafts", "largest"),
+    [(151_936, 1024, 256, 4, 256 * 5 * 4748 * 4), (262_144, 640, 1024, 0, 1024 * 8192 * 4), (49_152, 576, 16, 0, 0)],
+)
+def test_a_grammars_bitmask_fits_a_frame(vocabulary: int, hidden: int, seqs: int, drafts: int, largest: int) -> None:
+    """One row of bits of the vocabulary for each request and each of its drafts: more than a small model's batch."""
+    model = SimpleNamespace(
+        max_model_len=2048, get_hidden_size=lambda: hidden, get_vocab_size=lambda: vocabulary, runner_type="generate"
+    )
+    settings = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=seqs, max_num_batched_tokens=2048),
+        model_config=model,
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts) if drafts else None,
+    )
+    assert max_frame_bytes(settings, is_head=False) > max(largest, 2048 * hidden * 8, 16 << 20)
 
 
 def test_a_stage_plans_its_own_kv_cache_with_vllms_functions() -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ import pytest
 
 from stagewire.vllm_plugin.awake import LATENCY_FILE, AwakeCores
 from support.inside import states, until_idle
-from support.stages import Ring, process_tree
+from support.stages import Ring, free_ports, process_tree
 from support.workload import Request, complete, license_text, requests, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -39,10 +42,18 @@ def trace_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ring(model_dir: Path, trace_path: Path) -> Iterator[Ring]:
+def health_port() -> int:
+    """Of stage 2."""
+    (port,) = free_ports(1)
+    return port
+
+
+@pytest.fixture(scope="module")
+def ring(model_dir: Path, trace_path: Path, health_port: int) -> Iterator[Ring]:
     # The development mode of vLLM's API opens /collective_rpc, through which the tests ask stages for their state.
     env = {"VLLM_SERVER_DEV_MODE": "1", "STAGEWIRE_STEP_TRACE": str(trace_path)}
-    with Ring(model_dir, RANGES, SETTINGS, env) as running:
+    own = {2: ("--pipeline-health-port", str(health_port))}
+    with Ring(model_dir, RANGES, SETTINGS, env, own) as running:
         yield running
 
 
@@ -59,6 +70,7 @@ async def lines(ring: Ring, prompt: str, max_tokens: int) -> AsyncIterator[str]:
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "return_token_ids": True,
     }
     async with client(ring) as http, http.stream("POST", "/v1/completions", json=body) as response:
         async for line in response.aiter_lines():
@@ -69,6 +81,22 @@ async def lines(ring: Ring, prompt: str, max_tokens: int) -> AsyncIterator[str]:
 def test_health_and_model_are_served(ring: Ring) -> None:
     for path in ("/live", "/health", "/ready", "/v1/models", "/metrics"):
         assert httpx.get(ring.url + path, trust_env=False).status_code == 200, path
+
+
+def test_every_stage_is_seen_by_ps_status_and_its_own_health_port(ring: Ring, health_port: int) -> None:
+    """As somebody sees it who has started the stages by hand."""
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # of pytest: ps would cut lines
+    words = ["sh", "-c", "ps aux | grep vllm"]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True, env=env).stdout
+    pids = {int(line.split()[1]) for line in listed.splitlines()}
+    assert {stage.pid for stage in ring.stages} <= pids
+    command = [str(Path(sys.executable).parent / "stagewire"), "status", "--url", ring.url]
+    status = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    for stage, layers in enumerate(RANGES):
+        assert re.search(rf"^ *{stage} +{layers} +serving", status, re.MULTILINE), status
+    for path in ("/live", "/health", "/ready"):
+        answer = httpx.get(f"http://127.0.0.1:{health_port}{path}", trust_env=False)
+        assert answer.status_code == 200, (path, answer.text)
 
 
 def test_every_stage_has_the_same_number_of_kv_blocks(ring: Ring) -> None:
@@ -122,22 +150,41 @@ def test_cores_are_kept_awake_while_steps_go_round_and_no_longer(ring: Ring) -> 
 
 
 def test_200_requests_leave_nothing_behind(ring: Ring, say: Callable[[str], None]) -> None:
+    """One after another; every fifth is followed by one that its client leaves after a token."""
     work = requests(200, seed=3, text=license_text(), longest_words=60)
-    answers = run(ring.url, ring.model, work, 8)
-    assert [len(answer.token_ids) for answer in answers] == [request.max_tokens for request in work]
-    say(f"state of the stages: {until_idle(ring)}")
+    before = until_idle(ring)
+
+    async def everything() -> list[int]:
+        counts = []
+        async with client(ring) as http:
+            for index, request in enumerate(work):
+                answer = await complete(http, str(ring.model), Request(request.prompt, 1 + index % 4))
+                counts.append(len(answer.token_ids))
+                if index % 5 == 4:
+                    await hang_up_after(ring, request.prompt, 1)
+        return counts
+
+    assert asyncio.run(everything()) == [1 + index % 4 for index in range(200)]
+    after = until_idle(ring)
+    for one, other in zip(before, after, strict=True):
+        assert {name: one[name] for name in NUMBERS} == {name: other[name] for name in NUMBERS}
+    say(f"state of the stages: {after}")
+
+
+NUMBERS = ("stage", "rank", "cached_requests", "rows", "num_kv_blocks")
+
+
+async def hang_up_after(ring: Ring, prompt: str, num_events: int) -> None:
+    seen = 0
+    async for _ in lines(ring, prompt, 200):
+        seen += 1
+        if seen >= num_events:
+            return
 
 
 def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:
     """Clients that hang up while queued, in prefill and in decode, among others that stay."""
     long_prompt = " ".join(license_text().split()[:400])
-
-    async def hang_up_after(prompt: str, num_events: int) -> None:
-        seen = 0
-        async for _ in lines(ring, prompt, 200):
-            seen += 1
-            if seen >= num_events:
-                return
 
     async def hang_up_at_once(prompt: str) -> None:
         body = {"model": str(ring.model), "prompt": prompt, "max_tokens": 200, "ignore_eos": True}
@@ -148,7 +195,7 @@ def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:
     async def everything() -> list[int]:
         async with client(ring) as http:
             stay = [complete(http, str(ring.model), Request(f"Story {i}:", 24)) for i in range(8)]
-            leave = [hang_up_after(f"{i} {long_prompt}", i % 4 + 1) for i in range(24)]
+            leave = [hang_up_after(ring, f"{i} {long_prompt}", i % 4 + 1) for i in range(24)]
             vanish = [hang_up_at_once(f"{i} {long_prompt}") for i in range(24)]
             answers = await asyncio.gather(*stay, *leave, *vanish)
             return [len(answer.token_ids) for answer in answers if answer is not None]
@@ -212,19 +259,21 @@ def test_a_stopped_stage_stops_the_tokens(ring: Ring, stage: int) -> None:
     async def watch() -> tuple[int, list[float]]:
         times: list[float] = []
         pid = ring.worker_pid(stage)
-        stopped_at = 0.0
-        async for _ in lines(ring, "A long story begins", 150):
+        stopped_at, count = 0.0, 0
+        async for line in lines(ring, "A long story begins", 150):
             times.append(time.monotonic())
+            # A slow API server puts several tokens into one event.
+            count += len(json.loads(line)["choices"][0]["token_ids"]) if line != "[DONE]" else 0
             if len(times) == 20:
                 os.kill(pid, signal.SIGSTOP)
                 stopped_at = time.monotonic()
                 asyncio.get_running_loop().call_later(0.8, os.kill, pid, signal.SIGCONT)
-        return len(times), [at - stopped_at for at in times if at > stopped_at > 0]
+        return count, [at - stopped_at for at in times if at > stopped_at > 0]
 
     count, after = asyncio.run(watch())
     in_between = [at for at in after if 0.25 < at < 0.75]
     assert not in_between, f"tokens came while stage {stage} was stopped: {in_between}"
-    assert count == 150 + 1  # and [DONE]
+    assert count == 150
 
 
 def test_a_call_outside_the_closed_list_is_refused(ring: Ring) -> None:

@@ -18,6 +18,3 @@ def test_nothing_is_lost_and_nothing_left_behind(model_dir: Path, say: Callable[
     say(f"{report.answers} answers, {dict(report.disturbances)}, in flight {dict(report.in_flight)}")
     assert report.problems == []
     assert report.disturbances.total() >= 5
-    first, last = report.footprints[0], report.footprints[-1]
-    assert last[0].threads <= first[0].threads + 2
-    assert last[0].files <= first[0].files + 8

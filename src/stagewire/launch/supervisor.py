@@ -217,6 +217,7 @@ class Supervisor:
         self._stages: list[_Stage] = []
         self._asked: int | None = None
         self._is_interrupted = False  # a lost stage is waited for
+        self._announcing: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     def __repr__(self) -> str:
@@ -335,10 +336,11 @@ class Supervisor:
             case Phase.GIVEN_UP:
                 self._screen.say(f"{event.text}: requests are refused until it does")
             case Phase.READY if self._is_interrupted and stage.spec.is_head:
-                if stage.is_before(Phase.READY):  # a new one
+                if stage.is_before(Phase.READY):  # a new one, whose API is not up yet
                     self._note(event)
                 self._is_interrupted = False
-                self._screen.say("serving again")
+                if self._announcing is None or self._announcing.done():
+                    self._announcing = asyncio.create_task(self._say_when_serving())
             case Phase.FAILED:
                 stage.failure = stage.failure or event
             case _:
@@ -470,6 +472,11 @@ class Supervisor:
         except StagewireError as error:
             self._queue.put_nowait(_Answered("", error))
 
+    async def _say_when_serving(self) -> None:
+        while not await asyncio.to_thread(self._api.is_ready):
+            await asyncio.sleep(self._timeouts.poll)
+        self._screen.say("serving again")
+
     async def _next(self) -> _Event:
         """The next event that is not a stage's failure.
 
@@ -539,7 +546,7 @@ class Supervisor:
     async def _stop(self) -> None:
         """The head first: it closes the API and tells the ring, so that the workers end by themselves."""
         self._is_stopping = True
-        for task in list(self._restarts):
+        for task in [*self._restarts, *filter(None, [self._announcing])]:
             task.cancel()
         self._screen.finish()
         running = [stage for stage in self._stages if stage.process.returncode is None]

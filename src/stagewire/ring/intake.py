@@ -6,7 +6,7 @@ come of it until then. Nothing but the kernel tells how much that is.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import socket
 import struct
@@ -15,6 +15,7 @@ __all__ = ["Intake"]
 
 # tcpi_bytes_received in Linux's struct tcp_info (since 4.1): 64 bits at this place.
 _BYTES_RECEIVED = struct.Struct("=128xQ")
+_GONE = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
 
 
 class Intake:
@@ -47,29 +48,39 @@ class Intake:
         self._has_taken = True
 
     def is_over(self, now: float) -> bool:
-        """Call it several times a second, after everything was taken that could be. Whether too much has come."""
+        """Whether too much has come."""
+        return self.look(now) > self._limit_bytes
+
+    def look(self, now: float) -> int:
+        """How many bytes have come that count; 0 where that cannot be told. Call it several times a second, after
+        everything was taken that could be.
+        """
         received = self._bytes_received()
         if received is None:
-            self.is_gone = True
-            return False
+            return 0
         if self._looked_at is not None:
             self._begin += int(self._allowed_per_s * (now - self._looked_at))
         self._looked_at = now
         self._begin = received if self._has_taken else min(self._begin, received)
         self._has_taken = False
-        return received - self._begin > self._limit_bytes
+        return received - self._begin
 
-    def hang_up(self) -> None:
-        """Whoever owns the connection finds it closed by its peer."""
-        with contextlib.suppress(OSError), self._borrow() as sock:
-            sock.shutdown(socket.SHUT_RDWR)
+    def hang_up(self) -> bool:
+        """Whoever owns the connection finds it closed by its peer. False: it could not be done now."""
+        try:
+            with self._borrow() as sock:
+                sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            return error.errno in _GONE
+        return True
 
     def _bytes_received(self) -> int | None:
-        """None: the connection is gone."""
+        """None: it cannot be told now, or the connection is gone."""
         try:
             with self._borrow() as sock:
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
-        except OSError:
+        except OSError as error:
+            self.is_gone = error.errno in _GONE
             return None
         return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else None
 
@@ -87,10 +98,10 @@ class Intake:
             raise
         try:
             if sock.family not in (socket.AF_INET, socket.AF_INET6):
-                raise OSError("not a TCP connection")
+                raise OSError(errno.ENOTCONN, "not a TCP connection")
             for wanted, name in zip(self._ports, (sock.getsockname(), sock.getpeername()), strict=True):
                 if wanted not in (None, name[1]):
-                    raise OSError("another connection")
+                    raise OSError(errno.ENOTCONN, "another connection")
         except BaseException:
             sock.close()
             raise

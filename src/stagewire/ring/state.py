@@ -336,7 +336,8 @@ class RingState:
         if self.is_over:
             return []
         if side is Side.SUCCESSOR:
-            return self.bad_message(side, b"", ProtocolError(note or "a connection that does not speak ZeroMQ"), now)
+            text = note or "a connection that does not speak ZeroMQ"
+            return self.bad_message(side, text.encode(), ProtocolError(text), now)
         if side is Side.OWNER:
             return self._settle(self._rendezvous.bad_handshake(self._is_settled, note))
         return self._settle(self._predecessor.bad_handshake(note))

@@ -91,7 +91,10 @@ MAX_UNREAD_BACKWARD = 64
 # A caller says some kilobytes a second. This much at once besides, and more is no stage's.
 CALLER_BURST_BYTES = 4 * MAX_BACKWARD_BYTES
 CALLER_BYTES_PER_S = MAX_BACKWARD_BYTES / 4
-CALLERS_PER_LOOK = 50  # of many more, each is looked at less often
+CALLERS_BURST_BYTES = 16 * CALLER_BURST_BYTES  # of all together
+# Of the ring's thread's time. Many connections are looked at less often.
+MAX_SHARE_OF_LOOKS = 0.1
+MAX_EVENTS_PER_READ = 256
 ZAP_DOMAIN = b"stagewire"
 # Frames below this size are copied, which is cheaper than keeping a Python buffer alive across threads.
 COPY_THRESHOLD_BYTES = 65536
@@ -343,6 +346,16 @@ class _Dealer(_Connection):
         super().close(linger_ms)
 
 
+def _watch_listener(context: zmq.Context[zmq.Socket[bytes]], listener: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """Its monitor, whose queue has no end: ZeroMQ's own thread would wait for who does not read, and answer nobody."""
+    address = f"inproc://stagewire-monitor-{id(listener)}"
+    listener.monitor(address, _LISTEN_EVENTS)
+    monitor = context.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.RCVHWM, 0)
+    monitor.connect(address)
+    return monitor
+
+
 def _set_common(sock: zmq.Socket[bytes], max_frame_bytes: int) -> None:
     sock.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
     sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
@@ -395,7 +408,7 @@ class ZmqTransport:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if ":" in bind_host:
             self._router.setsockopt(zmq.IPV6, 1)
-        self._router_monitor = self._router.get_monitor_socket(_LISTEN_EVENTS)
+        self._router_monitor = _watch_listener(self._context, self._router)
         self._callers: dict[int, Intake] = {}  # by descriptor
         self._next_look_at_callers = 0.0
         self._dealers: dict[Side, _Dealer] = {}
@@ -521,7 +534,6 @@ class ZmqTransport:
         linger_ms = int(linger_s * 1000)
         for side in list(self._dealers):
             self._drop(side, linger_ms)
-        self._read_listener_monitor()
         self._router.disable_monitor()
         self._router_monitor.close(0)
         self._router.close(linger_ms)
@@ -565,22 +577,29 @@ class ZmqTransport:
                 self._read_frames(dealer.socket, side)  # what arrived before the end still counts
                 self._lose(side, "it has stopped answering", is_silent=True)
             elif dealer.is_up and dealer.is_flooded(now):
-                self._lose(side, "it sends a message that does not end")
+                if not self._read_frames(dealer.socket, side):
+                    self._lose(side, "it sends a message that does not end")
             elif not dealer.is_up and now - dealer.began_at > limit_s:
                 self._lose(side, "no answer")
         if now >= self._next_look_at_callers:
-            self._next_look_at_callers = now + LOOK_INTERVAL_S * len(self._callers) / CALLERS_PER_LOOK
+            began_s = time.thread_time()
             self._hang_up_on_floods(now)
+            self._next_look_at_callers = now + (time.thread_time() - began_s) / MAX_SHARE_OF_LOOKS
 
     def _hang_up_on_floods(self, now: float) -> None:
-        for descriptor, caller in list(self._callers.items()):
-            if caller.is_over(now):
-                caller.hang_up()
+        """On whoever sends too much alone, and, while all of them do together, on whoever sends the most."""
+        brought = sorted(((caller.look(now), caller) for caller in self._callers.values()), key=lambda pair: -pair[0])
+        total = sum(num_bytes for num_bytes, _ in brought)
+        for num_bytes, caller in brought:
+            if num_bytes > CALLER_BURST_BYTES or total > CALLERS_BURST_BYTES:
+                if not caller.hang_up():
+                    continue
+                total -= num_bytes
                 note = "a connection that sends more than a stage has to say"
                 self._events.append(BadHandshake(Side.SUCCESSOR, note))
             elif not caller.is_gone:
                 continue
-            del self._callers[descriptor]
+            self._callers.pop(caller.descriptor, None)
 
     def _lose(self, side: Side, note: str, *, is_silent: bool = False) -> None:
         self._drop(side, linger_ms=0)
@@ -613,8 +632,9 @@ class ZmqTransport:
                     self._read_monitor(side, dealer)
 
     def _read_listener_monitor(self) -> None:
-        """All of it: ZeroMQ's own thread waits for whoever does not read."""
-        while self._router_monitor.poll(0):
+        for _ in range(MAX_EVENTS_PER_READ):
+            if not self._router_monitor.poll(0):
+                return
             news = recv_monitor_message(self._router_monitor)
             event, descriptor, where = news["event"], news["value"], news["endpoint"]
             if event == zmq.EVENT_DISCONNECTED:
@@ -625,12 +645,14 @@ class ZmqTransport:
                 port = int(where.rpartition(b":")[2])
                 self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BURST_BYTES, CALLER_BYTES_PER_S)
 
-    def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int | None = None) -> None:
-        for _ in itertools.count() if most is None else range(most):
+    def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int | None = None) -> int:
+        """How many messages there were."""
+        num_read = 0
+        for num_read in itertools.count() if most is None else range(most):
             try:
                 frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
+                return num_read
             buffers: list[Frame] = [frame.buffer for frame in frames]
             peer = b""
             if side is Side.SUCCESSOR:
@@ -638,6 +660,7 @@ class ZmqTransport:
             elif (intake := self._dealers[side].intake) is not None:
                 intake.took_message()
             self._events.append(Received(side, peer, buffers))
+        return num_read + 1
 
     def _read_monitor(self, side: Side, dealer: _Dealer) -> None:
         news = recv_monitor_message(dealer.monitor)

@@ -7,10 +7,12 @@ the process that a person started.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +25,7 @@ __all__ = [
     "apply_compiler",
     "apply_kv_budget",
     "check_kv_memory",
+    "memory_bytes",
     "reexec_with_libraries",
     "release_second_copies",
     "set_threads",
@@ -31,6 +34,7 @@ __all__ = [
 # Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
 KV_SHARE = 0.25
 MAX_KV_BYTES = 8 << 30
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 REEXECUTED_ENV = "STAGEWIRE_REEXECUTED"
 
 
@@ -66,15 +70,24 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
     )
 
 
+def memory_bytes() -> int:
+    """Of this machine, swap included, or of the container that this process runs in."""
+    limits: list[int] = [psutil.virtual_memory().total + psutil.swap_memory().total]
+    for path in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
 def check_kv_memory(num_blocks: int, bytes_per_block: int) -> None:
-    """Before it is allocated: the kernel would grant more than there is, and end the process when it is used.
+    """Of all ranks of a stage, before it is allocated: the kernel grants more than there is, and ends who uses it.
 
     What is free is not looked at: the stage before this one may just be leaving, and others start at the same moment.
 
     Raises:
         ConfigError: it is more than all memory of this machine.
     """
-    needed, total = num_blocks * bytes_per_block, psutil.virtual_memory().total + psutil.swap_memory().total
+    needed, total = num_blocks * bytes_per_block, memory_bytes()
     if needed > total:
         raise ConfigError(
             f"the ring's {num_blocks} KV blocks take {needed / 1e9:.2f} GB here and this machine has {total / 1e9:.2f} "

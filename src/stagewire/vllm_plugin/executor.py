@@ -219,10 +219,10 @@ class RingExecutor(Executor):
                 self._process.accuse(self.epoch, oldest.step, f"{what} did not come back within {limit_s:.3g} s")
                 self._receive(None)  # the end of the epoch
                 continue
-            try:
+            began = time.monotonic()
+            with contextlib.suppress(queue.Empty):
                 self._receive(piece_s)
-            except queue.Empty:
-                oldest.waited_s += piece_s
+            oldest.waited_s += min(time.monotonic() - began, piece_s)
 
     def _receive(self, timeout_s: float | None) -> None:
         """Takes in one message or piece of news. Raises queue.Empty after ``timeout_s``."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import set_ulimit
@@ -31,6 +30,7 @@ from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.zmq_link import ZmqTransport, secure_stage
+from stagewire.vllm_plugin import cpu
 from stagewire.vllm_plugin.awake import AwakeCores
 from stagewire.vllm_plugin.call_codec import encode_value
 from stagewire.vllm_plugin.fingerprint import make_identity
@@ -69,21 +69,24 @@ def report(stage: int, error: StagewireError) -> str:
 def max_frame_bytes(vllm_config: Any, *, is_head: bool) -> int:
     """Above the largest frame that can be right, in bytes, from the predecessor.
 
-    Activations of a full batch; a schedule full of long prompts. At the head, from the tail: log-probabilities (id,
-    value: 8 bytes, and a rank) of whole prompts, which all arrive with a prompt's last chunk; a pooling model's vectors
-    of all tokens, which do too.
+    Activations of a full batch; a schedule full of long prompts, and their blocks; a grammar's bitmask. At the head,
+    from the tail: log-probabilities (id, value: 8 bytes, and a rank) of whole prompts, which all arrive with a prompt's
+    last chunk; a pooling model's vectors of all tokens, which do too.
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     prompt_tokens = scheduler.max_num_seqs * model.max_model_len
     if not is_head:
         activations = scheduler.max_num_batched_tokens * model.get_hidden_size() * 8
-        largest = max(activations, prompt_tokens * 5)
+        drafts = vllm_config.speculative_config
+        rows = scheduler.max_num_seqs * (1 + (drafts.num_speculative_tokens if drafts else 0))
+        bitmask = rows * (model.get_vocab_size() // 8 + 4)
+        largest = max(activations, prompt_tokens * 8, bitmask)
     elif model.runner_type == "pooling":
         largest = prompt_tokens * max(model.get_hidden_size(), model.embedding_size) * 4
     else:
         num_logprobs = model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size()
         largest = prompt_tokens * (num_logprobs + 2) * 8
-    return int(min(max(largest, MIN_FRAME_LIMIT_BYTES), MAX_FRAME_LIMIT_BYTES))
+    return int(min(largest + MIN_FRAME_LIMIT_BYTES, MAX_FRAME_LIMIT_BYTES))
 
 
 class RingProcess(Observer):
@@ -130,7 +133,7 @@ class RingProcess(Observer):
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
         set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
         frame_bytes = max_frame_bytes(vllm_config, is_head=config.is_head)
-        most_bytes = int(psutil.virtual_memory().total * SHARE_FOR_PEERS)
+        most_bytes = int(cpu.memory_bytes() * SHARE_FOR_PEERS)
         message_bytes = min(MAX_LARGE_FRAMES * frame_bytes, most_bytes)
         transport = ZmqTransport(self._bind_host, frame_bytes, security, message_bytes)
         identity = make_identity(config, vllm_config)

@@ -76,6 +76,7 @@ class StageRanks:
         # As the head's, of less: it is this stage that says so, and which rank.
         self._deadlines = StepDeadlines(config.step_timeout_s)
         self._limit_s = config.step_timeout_s * SHARE_OF_TIMEOUT  # of the last step
+        self._last = 0, 0.0  # its tokens, and how long it took
         block = Block()
         self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
         if self.followers:
@@ -126,7 +127,10 @@ class StageRanks:
             RankError: also when a rank is gone, or its rows differ from rank 0's.
         """
         num_tokens = schedule.total_num_scheduled_tokens
-        self._limit_s = self._deadlines.limit_s(num_tokens) * SHARE_OF_TIMEOUT
+        # Images are computed before, on the head: nothing in the number of tokens says how long that takes.
+        has_images = bool(schedule.scheduled_encoder_inputs)
+        limit_s = self.config.step_timeout_s if has_images else self._deadlines.limit_s(num_tokens)
+        self._limit_s = limit_s * SHARE_OF_TIMEOUT
         began = time.monotonic()
         with self.followers.work("a step", self._limit_s):
             self.followers.send(RunStep(digest, list(specs)), [schedule_bytes, *frames])
@@ -135,7 +139,9 @@ class StageRanks:
                 self._unsettled.append(self.own.digest(schedule))
             if self._is_pooling or not self.config.is_tail or not num_tokens:
                 self._settle()
-        self._deadlines.add(num_tokens, time.monotonic() - began)
+        self._last = num_tokens, time.monotonic() - began
+        if not has_images:
+            self._deadlines.add(*self._last)
         return activations
 
     def answer(self, grammar: Frame | None) -> ModelRunnerOutput:
@@ -145,12 +151,15 @@ class StageRanks:
         """
         if self._is_pooling:
             return self.own.answer(None)
+        began = time.monotonic()
         with self.followers.work("sampling", self._limit_s):
             self.followers.send(RunSample(), [] if grammar is None else [grammar])
             output = self.own.answer(None if grammar is None else decode_grammar(grammar))
             if self.followers:
                 self._unsettled.append(token_digest(output))
             self._settle()
+        num_tokens, spent_s = self._last
+        self._deadlines.add(num_tokens, spent_s + time.monotonic() - began)
         return output
 
     def _settle(self) -> None:

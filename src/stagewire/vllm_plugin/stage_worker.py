@@ -304,11 +304,11 @@ class StageWorker:
         worker = self._wrapper.global_rank
         specs = self._wrapper.get_kv_cache_spec()
         config = own_kv_cache_config(kv_cache_configs, worker, specs, self.vllm_config)
-        if self.runner.attn_groups:
-            compat.release_kv_cache(self.runner)
         if current_platform.is_cpu() and config.kv_cache_groups:
             per_block = compat.bytes_per_kv_block(self.vllm_config, config.kv_cache_groups)
-            cpu.check_kv_memory(config.num_blocks, per_block)
+            cpu.check_kv_memory(config.num_blocks, per_block * self.place.size)
+        if self.runner.attn_groups:
+            compat.release_kv_cache(self.runner)
         self._wrapper.initialize_from_config([*[None] * worker, config])  # it picks its own
 
     def _restore_requests(self, schedule_bytes: bytes, outputs: list[list[int]], is_first: bool) -> None:
