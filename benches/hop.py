@@ -134,6 +134,8 @@ def _our_echo(port: Any, security: Security) -> None:
         for event in transport.poll(DEADLINE_S):
             if isinstance(event, Received):
                 message, payloads = decode(event.frames)
+                if isinstance(message, Bye):
+                    return
                 transport.send(Side.SUCCESSOR, event.peer, encode(message, payloads))
 
 

@@ -238,6 +238,7 @@ def test_a_head_killed_while_serving_is_started_again_and_its_engine_is_not_left
     engine = launcher.number("engine", 0)
     os.kill(launcher.number("pid", 0), signal.SIGKILL)
     launcher.wait_for("stage 0  ready")
+    launcher.wait_for("serving again")
     assert_gone(engine)
 
 
