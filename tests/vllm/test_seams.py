@@ -1209,16 +1209,22 @@ def test_a_grammars_bitmask_fits_a_frame(vocabulary: int, hidden: int, seqs: int
 
 def test_a_stage_plans_its_own_kv_cache_with_vllms_functions() -> None:
     """What they make of it is in test_stage_worker."""
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1 import core
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MambaSpec
 
     from stagewire.vllm_plugin import own_kv_cache
 
     groups = "kv_cache_groups"
-    planned = parameters(kv_cache_utils.get_kv_cache_config_from_groups)
-    assert planned == ["vllm_config", groups, "available_memory"]
+    modules = ("kv_cache_config_builder", "kv_cache_planning") if is_at_least(0, 33) else ("kv_cache_utils",) * 2
+    planner, counter = (importlib.import_module(f"{core.__name__}.{name}") for name in modules)
+    if is_at_least(0, 33):
+        assert parameters(planner.get_kv_cache_config_builder) == ["vllm_config"]
+        planned = parameters(planner.KVCacheConfigBuilder.get_kv_cache_config_from_groups)
+        assert planned == ["self", "vllm_config", groups, "num_blocks"]
+    else:
+        assert parameters(planner.get_kv_cache_config_from_groups) == ["vllm_config", groups, "available_memory"]
     counted = ["vllm_config", groups] if is_at_least(0, 32) else [groups]
-    assert parameters(kv_cache_utils._pool_bytes_per_block) == counted
+    assert parameters(counter._pool_bytes_per_block) == counted
     assert {groups, "kv_cache_tensors", "num_blocks"} <= {field.name for field in dataclasses.fields(KVCacheConfig)}
     known = {field.name for cls in (FullAttentionSpec, MambaSpec) for field in dataclasses.fields(cls)}
     assert {"num_kv_heads", "head_size", "dtype", "shapes", "dtypes", "page_size_padded"} <= known

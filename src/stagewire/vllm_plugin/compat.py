@@ -29,6 +29,7 @@ __all__ = [
     "let_engine_say_goodbye",
     "mapped_name",
     "mend_lora",
+    "plan_kv_cache",
     "returns_routed_experts",
     "wrap",
 ]
@@ -159,8 +160,21 @@ def is_at_least(major: int, minor: int) -> bool:
 
 def bytes_per_kv_block(vllm_config: Any, groups: Any) -> int:
     """Bytes of one block of a worker's KV cache, all its layers together."""
-    count: Callable[..., int] = importlib.import_module("vllm.v1.core.kv_cache_utils")._pool_bytes_per_block
+    module = "kv_cache_planning" if is_at_least(0, 33) else "kv_cache_utils"
+    count: Callable[..., int] = importlib.import_module(f"vllm.v1.core.{module}")._pool_bytes_per_block
     return count(vllm_config, groups) if is_at_least(0, 32) else count(groups)
+
+
+def plan_kv_cache(vllm_config: Any, groups: Any, num_blocks: int) -> Any:
+    """vLLM's own KV cache configuration of these groups of layers. It may have another number of blocks, by a flag."""
+    if is_at_least(0, 33):
+        builder = importlib.import_module("vllm.v1.core.kv_cache_config_builder")
+        return builder.get_kv_cache_config_builder(vllm_config).get_kv_cache_config_from_groups(
+            vllm_config, groups, num_blocks
+        )
+    utils = importlib.import_module("vllm.v1.core.kv_cache_utils")
+    num_bytes = num_blocks * bytes_per_kv_block(vllm_config, groups)
+    return utils.get_kv_cache_config_from_groups(vllm_config, groups, num_bytes)
 
 
 def frontend_args() -> Any:

@@ -12,11 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, UniformTypeKVCacheSpecs
 
 from stagewire.errors import ConfigError
-from stagewire.vllm_plugin.compat import bytes_per_kv_block
+from stagewire.vllm_plugin.compat import plan_kv_cache
 
 __all__ = ["own_kv_cache_config"]
 
@@ -44,9 +43,7 @@ def own_kv_cache_config(
     groups = [_with_own_sizes(group, specs) for group in config.kv_cache_groups]
     if groups == config.kv_cache_groups:
         return config
-    planned = get_kv_cache_config_from_groups(
-        vllm_config, groups, config.num_blocks * bytes_per_kv_block(vllm_config, groups)
-    )
+    planned = plan_kv_cache(vllm_config, groups, config.num_blocks)
     if planned.num_blocks != config.num_blocks:
         raise ConfigError(
             f"this stage plans {planned.num_blocks} KV blocks and the ring has {config.num_blocks}: start it without "
