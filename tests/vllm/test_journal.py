@@ -136,7 +136,12 @@ class TestSuspicion:
         assert self.note(suspicion, -1, ["a", "b"], tokens) == []
         assert suspicion.next_suspect(self.requests(tokens)) == "a"
         assert self.note(suspicion, -1, ["a"], tokens) == []
+        assert self.note(suspicion, -1, ["a"], tokens) == []
         assert self.note(suspicion, -1, ["a"], tokens) == ["a"]
+
+    def test_also_when_it_was_alone_from_the_beginning(self, suspicion: Any) -> None:
+        for condemned in ([], [], [], ["a"]):
+            assert self.note(suspicion, -1, ["a"], {"a": 0}) == condemned
 
     def test_it_forgets_with_the_request(self, suspicion: Any) -> None:
         assert self.note(suspicion, 5, ["a"], {"a": 0}) == []

@@ -149,9 +149,11 @@ def live_requests(requests: dict[str, Request], num_groups: int) -> list[Restore
 
 # ---- who is to blame -----------------------------------------------------------------------------------------------
 
-# Of a request alone in the step that failed, or in flight when a stage died: a stage does not say what it died of.
+# Of a request alone in the step that failed, or in flight when a stage died: a stage does not say what it died of, and
+# may have been killed by somebody else. A launcher gives up a stage at the sixth death in a row.
 MAX_FAILED_STEPS = 2
 MAX_DEATHS = 4
+MAX_DEATHS_ALONE = 3
 # A stage may die for any reason; that a request was in flight twice, without a token in between, is suspicious.
 SUSPICIOUS_DEATHS = 2
 
@@ -161,6 +163,7 @@ class _Record:
     num_tokens: int  # that it had at the last loss
     failed: int = 0
     deaths: int = 0
+    deaths_alone: int = 0  # of those, with no other request in flight
 
 
 @dataclass
@@ -185,14 +188,16 @@ class Suspicion:
             num_tokens = requests[req_id].num_output_tokens
             record = self._records.setdefault(req_id, _Record(num_tokens))
             if record.num_tokens != num_tokens:
-                record.num_tokens, record.deaths = num_tokens, 0
+                record.num_tokens, record.deaths, record.deaths_alone = num_tokens, 0, 0
             if loss.failed:
                 record.failed += 1
             else:
                 record.deaths += 1
+                record.deaths_alone += len(present) == 1
             if record.failed or record.deaths >= SUSPICIOUS_DEATHS:
                 self._suspects[req_id] = None
-            if len(present) == 1 and (record.failed >= MAX_FAILED_STEPS or record.deaths >= MAX_DEATHS):
+            has_killed = record.deaths >= MAX_DEATHS and record.deaths_alone >= MAX_DEATHS_ALONE
+            if len(present) == 1 and (record.failed >= MAX_FAILED_STEPS or has_killed):
                 condemned.append(req_id)
         return condemned
 
