@@ -96,7 +96,7 @@ class Clients:
     async def _run(self) -> None:
         gate = asyncio.Semaphore(self._concurrency)
         limits = httpx.Limits(max_connections=self._concurrency + 4)
-        async with httpx.AsyncClient(base_url=self._url, timeout=600, limits=limits, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=self._url, timeout=3600, limits=limits, trust_env=False) as http:
 
             async def one(body: Body, stream: Stream) -> None:
                 async with gate:
