@@ -337,8 +337,8 @@ def test_a_standby_that_cannot_load_ends_nothing(launch: Launch) -> None:
 
 
 def test_take_overs_count_and_a_standby_is_healthy_only_from_its_own_on(launch: Launch) -> None:
-    launcher = launch("serve", "serve", "serve+2", standby=1, restarts=1, healthy=1.0)
-    # The standby of stage 1 has loaded long before that of stage 2, which takes 2 s.
+    launcher = launch("serve", "serve", "serve+6", standby=1, restarts=1, healthy=4.0)
+    # The standby of stage 1 has loaded long before that of stage 2, which takes 6 s.
     launcher.wait_for("stage 2  a standby has loaded")
     launcher.kill_serving(1)
     launcher.wait_for("stage 1: its standby takes over")
