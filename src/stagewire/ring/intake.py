@@ -24,36 +24,29 @@ class Intake:
     Args:
         descriptor: of the connection.
         ports: its own and its peer's, None where it does not matter: another one may have the descriptor by now.
-        limit_bytes: how much may come between two whole messages.
         allowed_per_s: bytes that may come besides, for a peer whose messages are not told (`took_message`).
     """
 
-    def __init__(
-        self, descriptor: int, ports: tuple[int | None, int | None], limit_bytes: int, allowed_per_s: float = 0.0
-    ) -> None:
+    def __init__(self, descriptor: int, ports: tuple[int | None, int | None], allowed_per_s: float = 0.0) -> None:
         self.descriptor = descriptor
         self.is_gone = False
         self._ports = ports
-        self._limit_bytes = limit_bytes
         self._allowed_per_s = allowed_per_s
         self._begin = 0
         self._looked_at: float | None = None
         self._has_taken = False
 
     def __repr__(self) -> str:
-        return f"Intake(descriptor={self.descriptor}, at most {self._limit_bytes} bytes)"
+        return f"Intake(descriptor={self.descriptor}, ports={self._ports})"
 
     def took_message(self) -> None:
         """A whole message was taken from it: what had come before it counts no more."""
         self._has_taken = True
 
-    def is_over(self, now: float) -> bool:
-        """Whether too much has come."""
-        return self.look(now) > self._limit_bytes
-
     def look(self, now: float) -> int:
-        """How many bytes have come that count; 0 where that cannot be told. Call it several times a second, after
-        everything was taken that could be.
+        """How many bytes have come since the last whole message, beyond what is allowed; 0 where that cannot be told.
+
+        Call it several times a second, after everything was taken that could be.
         """
         received = self._bytes_received()
         if received is None:

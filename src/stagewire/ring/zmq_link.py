@@ -337,8 +337,9 @@ class _Dealer(_Connection):
     def is_lost(self, now: float) -> bool:
         return self.probe is not None and self.probe.is_unanswered(now)
 
-    def is_flooded(self, now: float) -> bool:
-        return self.intake is not None and self.intake.is_over(now)
+    def unfinished_bytes(self, now: float) -> int:
+        """Of a message that is not whole yet, about; 0 over a Unix socket, where nobody counts."""
+        return 0 if self.intake is None else self.intake.look(now)
 
     def close(self, linger_ms: int) -> None:
         if self.probe is not None:
@@ -576,7 +577,7 @@ class ZmqTransport:
             if dealer.is_up and dealer.is_lost(now):
                 self._read_frames(dealer.socket, side)  # what arrived before the end still counts
                 self._lose(side, "it has stopped answering", is_silent=True)
-            elif dealer.is_up and dealer.is_flooded(now):
+            elif dealer.is_up and dealer.unfinished_bytes(now) > self._max_message_bytes:
                 if not self._read_frames(dealer.socket, side):
                     self._lose(side, "it sends a message that does not end")
             elif not dealer.is_up and now - dealer.began_at > limit_s:
@@ -643,7 +644,7 @@ class ZmqTransport:
                 self._events.append(BadHandshake(Side.SUCCESSOR, self._describe_caller(event)))
             elif where.startswith(b"tcp://"):
                 port = int(where.rpartition(b":")[2])
-                self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BURST_BYTES, CALLER_BYTES_PER_S)
+                self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BYTES_PER_S)
 
     def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int | None = None) -> int:
         """How many messages there were."""
@@ -667,7 +668,7 @@ class ZmqTransport:
         event = news["event"]
         if event == zmq.EVENT_CONNECTED:
             if dealer.local_path is None:
-                dealer.intake = Intake(news["value"], (None, dealer.port), self._max_message_bytes)
+                dealer.intake = Intake(news["value"], (None, dealer.port))
             return
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             dealer.came_up(self._patience_s)
