@@ -261,8 +261,8 @@ def leaks(seen: Sequence[Sequence[Footprint]]) -> list[str]:
             before, after = getattr(first, name), getattr(last, name)
             if after > before + slack:
                 problems.append(f"stage {stage} has {after} {name}, at first {before}")
-        # oneDNN keeps code for every number of rows that it has seen, and recoveries bring new ones. Stock vLLM grows
-        # as much when its clients do (1.84 to 2.13 GB in eight rounds), so this finds what is large only.
+        # Stock vLLM grows as much in one process (1.84 to 2.13 GB in eight rounds), probably by what oneDNN keeps for
+        # each number of rows, of which recoveries bring new ones. So this finds what is large only.
         if last.rss_mb > first.rss_mb * 1.5 + 100:
             problems.append(f"stage {stage} has {last.rss_mb} MB, at first {first.rss_mb}")
     return problems
