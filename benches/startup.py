@@ -149,6 +149,11 @@ def warm(model: Path) -> None:
                 pass
 
 
+def as_launched() -> dict[str, str]:
+    """What `stagewire up` puts into a stage's environment; without it a stage starts over when it knows its needs."""
+    return {"LD_PRELOAD": preload_libraries(os.environ.get("LD_PRELOAD", ""))}
+
+
 def measure_ready(options: argparse.Namespace) -> None:
     model: Path = options.model
     ranges = even_ranges(model, options.stages)
@@ -164,7 +169,8 @@ def measure_ready(options: argparse.Namespace) -> None:
             began_at = time.monotonic()
             if side == "ring":
                 # A stage holds its share of the layers, so a share of the bytes gives it as many blocks.
-                with PinnedRing(model, ranges, settings(options.dtype, kv_bytes // options.stages)) as ring:
+                own = settings(options.dtype, kv_bytes // options.stages)
+                with PinnedRing(model, ranges, own, as_launched()) as ring:
                     took[side] = time.monotonic() - began_at
                     drive(ring.url, model, prompts(1, 24, index), 8)
                     stages = [Memory.of_tree(stage.pid) for stage in ring.stages]
@@ -269,7 +275,7 @@ def measure_law(options: argparse.Namespace) -> None:
         assert index is not None
         checkpoint = index.total_bytes
         ranges = even_ranges(model, options.stages)
-        with PinnedRing(model, ranges, settings("bfloat16", kv_bytes)) as ring:
+        with PinnedRing(model, ranges, settings("bfloat16", kv_bytes), as_launched()) as ring:
             drive(ring.url, model, prompts(1, 24, 0), 2)
             found = {f"stage {i} ({ranges[i]})": _processes(stage.pid) for i, stage in enumerate(ring.stages)}
         with SingleProcess(model, settings("bfloat16", kv_bytes * options.stages)) as single:
