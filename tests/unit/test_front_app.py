@@ -493,6 +493,20 @@ class TestReady:
 
         run(test())
 
+    def test_it_is_no_proof_for_the_next_head(self) -> None:
+        async def test() -> None:
+            head = Head(_never)
+            head.status["api_server"] = {"pid": 7}
+            async with running(head) as world:
+                world.front.is_proven = True
+                assert (await ready(world))[0] == 200
+                head.status["api_server"] = {"pid": 8}
+                assert (await ready(world))[0] == 503
+                head.status["steps"] = {"num_answered": 1}
+                assert (await ready(world))[0] == 200
+
+        run(test())
+
 
 class TestStatus:
     def test_the_heads_word_counts(self) -> None:

@@ -246,7 +246,7 @@ class TestHttp:
 
     @pytest.fixture
     def health(self, channel: Channel) -> HeadHealth:
-        health = HeadHealth()
+        health = HeadHealth(lambda: channel.now)
         health.pipeline = channel.status
         return health
 
@@ -339,6 +339,39 @@ class TestHttp:
         asyncio.run(RingMiddleware(inside, health)({"type": "http", "path": "/v1/completions"}, receive, send))
         assert seen == ["http.request", "http.disconnect"]
         assert [message.get("status") for message in sent] == [503, None]
+        assert b"stage 3 did not come back" in sent[1]["body"]
+
+    def test_the_ring_is_whole_when_its_news_say_so_for_long_enough(self, health: HeadHealth, channel: Channel) -> None:
+        """The word that it is was lost: this process was held up."""
+        health.is_serving = True
+        health.update(StatusEvent(0, Phase.RECOVERING, "stage 3 is lost"))
+        health.update(StatusEvent(0, Phase.GIVEN_UP, "stage 3 did not come back"))
+        channel.tell_open()  # late: from before the loss
+        assert self._ask(health, "/v1/models")[0]["status"] == 503
+        channel.now += 4
+        channel.tell_open(lost_stage=3)
+        assert self._ask(health, "/v1/models")[0]["status"] == 503
+        channel.tell_open()
+        assert health.refusal is None
+        assert self._ask(health, "/ready")[0]["status"] == 200
+
+    def test_an_ended_request_is_told_why_also_if_it_is_over_by_then(self, health: HeadHealth) -> None:
+        health.is_serving = True
+        sent: list[MutableMapping[str, Any]] = []
+
+        async def inside(scope: Any, receive: Any, send: Any) -> None:
+            health.update(StatusEvent(0, Phase.GIVEN_UP, "stage 3 did not come back"))
+            health.update(StatusEvent(0, Phase.READY, ""))
+            assert (await receive())["type"] == "http.disconnect"
+
+        async def receive() -> MutableMapping[str, Any]:
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        asyncio.run(RingMiddleware(inside, health)({"type": "http", "path": "/v1/completions"}, receive, send))
         assert b"stage 3 did not come back" in sent[1]["body"]
 
     def test_ready_does_not_vouch_for_a_silent_engine(self, health: HeadHealth, channel: Channel) -> None:

@@ -91,6 +91,17 @@ class TestHeadless:
         ring.wait(1.1 * stages[1].node.config.recovery_timeout_s)
         assert all(stages[index].is_running for index in (0, 1, 3))
 
+    def test_not_for_a_head_that_is_replaced_late_in_an_outage(self) -> None:
+        ring = Ring()
+        stages = ring.start_serving()
+        ring.kill(stages[2])
+        ring.wait(1.5 * stages[1].node.config.recovery_timeout_s, step_s=2)
+        ring.kill(stages[0])
+        ring.wait(5)
+        stages[0], stages[2] = ring.start(make_config(0)), ring.start(make_config(2))
+        ring.wait(30)
+        assert_whole(stages)
+
     @pytest.mark.parametrize("lost", [2, 3])
     def test_when_the_head_dies_while_a_stage_is_lost(self, lost: int) -> None:
         ring = Ring()

@@ -119,6 +119,11 @@ class TestSuspicion:
         del tokens["b"]
         assert suspicion.next_suspect(self.requests(tokens)) is None
 
+    def test_a_failed_step_is_forgotten_with_the_next_token(self, suspicion: Any) -> None:
+        assert self.note(suspicion, 5, ["a"], {"a": 2}) == []
+        assert self.note(suspicion, 905, ["a"], {"a": 900}) == []
+        assert self.note(suspicion, 906, ["a"], {"a": 900}) == ["a"]
+
     def test_neighbours_are_not_condemned(self, suspicion: Any) -> None:
         tokens = {"a": 2, "b": 2}
         for step in (5, 6, 7):

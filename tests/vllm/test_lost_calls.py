@@ -139,6 +139,82 @@ def test_a_result_with_the_timings_of_other_stages_is_refused(executor: Any, sta
         executor._take(Delivery(Result(1, 5, timings), [b""], 1))
 
 
+def test_a_result_that_does_not_decode_ends_its_epoch(executor: Any) -> None:
+    from stagewire.ring.node import Delivery
+    from stagewire.wire.messages import Result, StageTiming
+
+    in_flight = Mock(req_ids=["a"])
+    executor._steps, executor.epoch = {5: in_flight}, 3
+    executor._stage = SimpleNamespace(num_stages=2)
+    timings = [StageTiming(stage, 0, 0, 0, 0, 0) for stage in range(2)]
+    executor._take(Delivery(Result(3, 5, timings), [b"no result"], 1))
+    executor._process.end_epoch.assert_called_once()
+    assert executor._process.end_epoch.call_args.args[:2] == (3, 5)
+    assert executor._steps == {5: in_flight}  # until the ring's thread says that the epoch is over
+
+
+@pytest.mark.parametrize(
+    ("end", "is_child", "is_in_order"),
+    [(AssertionError, True, False), (SystemExit, True, True), (ValueError, False, True)],
+    ids=["EngineCore failed", "asked to stop", "an error of somebody's own Python"],
+)
+def test_only_an_end_in_order_takes_the_stages_along(
+    executor: Any, end: type[BaseException], is_child: bool, is_in_order: bool
+) -> None:
+    executor._process.is_child = is_child
+
+    def run_engine_core() -> None:
+        try:
+            raise end("why")
+        finally:
+            executor.shutdown()
+
+    with pytest.raises(end):
+        run_engine_core()
+    assert executor._process.stop.called == is_in_order
+    assert executor._process.fail_from.called != is_in_order
+
+
+@pytest.mark.parametrize("is_head", [True, False])
+def test_a_stage_of_one_rank_ends_itself_when_it_hangs_in_a_step(is_head: bool) -> None:
+    """The head may have forgotten the step, with the ring. Its own layers it runs in the thread that would look."""
+    from stagewire.vllm_plugin.stage_ranks import StageRanks
+
+    now, seen = [0.0], []
+    config: Any = SimpleNamespace(stage=1, is_head=is_head, is_tail=False, step_timeout_s=300)
+    vllm_config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1), model_config=SimpleNamespace(runner_type="generate")
+    )
+    ranks = StageRanks(config, vllm_config)
+    ranks.followers._clock = lambda: now[0]
+    ranks.own = Mock()
+
+    def hang(*_: Any) -> None:
+        for now[0] in (599.0, 601.0):
+            seen.append(ranks.problem())
+
+    ranks.own.execute.side_effect = hang
+    schedule: Any = SimpleNamespace(total_num_scheduled_tokens=1, scheduled_encoder_inputs={})
+    ranks.execute(schedule, b"", 0, (), ())
+    assert seen[0] is None
+    assert (seen[1] is None) == is_head
+
+
+def test_a_start_up_call_that_failed_is_not_answered_from_memory() -> None:
+    """A new head's, of another KV cache, for which the old one had gone; then the old one's again."""
+    from stagewire.vllm_plugin.stage_host import _StageHost
+    from stagewire.wire.messages import CallResult
+
+    fine, failed = CallResult(1, 0, "", ""), CallResult(1, 0, "MemoryError", "")
+    ranks = Mock()
+    ranks.call.side_effect = [([fine], [b"1"]), ([failed], [b""]), ([fine], [b"2"])]
+    process = Mock()
+    process.ring.identities = []
+    host = _StageHost(process, ranks)
+    calls = [host._call(number, "initialize_from_config", value) for number, value in enumerate((b"x", b"y", b"x"))]
+    assert [payloads for _, payloads in calls] == [[b"1"], [b""], [b"2"]]
+
+
 class TestDeadlineOfTheRecovery:
     @pytest.fixture
     def process(self, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -210,6 +210,24 @@ def test_a_stage_that_is_told_to_stop_drains(ring: Ring, undisturbed: list[Strea
     say(f"told to stop it left after {drained_s:.1f} s, without a request; {num_left} waited for the next one")
 
 
+def test_a_drain_that_runs_out_loses_no_request(ring: Ring, undisturbed: list[Stream]) -> None:
+    """Who has not ended by then is computed again by the next one."""
+    ring.own = {1: ("--shutdown-timeout", "1")}
+    ring.stages[1].popen.kill()
+    ring.restart_stage(1)
+    until(ring, "/ready", 503)
+    until(ring, "/ready", 200)
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    leaving = ring.stages[1]
+    os.kill(ring.worker_pid(1), signal.SIGTERM)
+    assert leaving.wait() == 0
+    assert re.search(r"[1-9]\d* requests wait for the next one", leaving.text())
+    ring.own = {}
+    ring.restart_stage(1)
+    assert differences(running.finish(), undisturbed) == []
+
+
 def test_a_standby_takes_over(ring: Ring, undisturbed: list[Stream], say: Callable[[str], None]) -> None:
     standby = ring.start_stage(2, [*ring.command(2), "--pipeline-standby"])
     ring.wait_for(lambda: "Stage 2: loaded layers" in standby.text(), 120)
@@ -242,8 +260,21 @@ def test_a_new_head_finds_its_stages_waiting(ring: Ring, undisturbed: list[Strea
     for pid in process_tree(ring.stages[0].pid):
         os.kill(pid, signal.SIGKILL)
     assert all(stream.error or stream.finish_reason for stream in running.finish())
+    ring.own = {0: ("--shutdown-timeout", "0")}
     ring.restart_stage(0)
     ring.wait_for(lambda: "Application startup complete" in ring.stages[0].text(), 120)
     assert [ring.stages[stage].pid for stage in (1, 2)] == workers
     assert all(ring.stages[stage].popen.poll() is None for stage in (1, 2))
     assert differences(clients(ring).finish(), undisturbed) == []
+
+
+def test_a_head_that_is_told_to_stop_while_a_stage_is_lost_takes_the_others_along(ring: Ring) -> None:
+    """Last in this file: the ring is gone afterwards."""
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    ring.stages[2].popen.kill()
+    until(ring, "/ready", 503)
+    os.kill(ring.stages[0].pid, signal.SIGTERM)
+    assert ring.stages[0].wait() == 0
+    assert ring.stages[1].wait() == 0
+    assert all(stream.error or stream.finish_reason for stream in running.finish())

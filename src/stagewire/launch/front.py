@@ -78,6 +78,7 @@ class Front:
 
     def __init__(self, head: str, api_key: str | None = None, stages: Callable[[], Sequence[Progress]] = tuple) -> None:
         self.is_proven = False  # a token has gone round the ring, as somebody else saw
+        self._proven_head: int | None = None  # whose ring that was: its process
         self._head = head
         self._api_key = api_key
         self._stages = stages
@@ -229,7 +230,11 @@ class Front:
             return False, found
         if not found.get("is_ready"):
             return False, f"the pipeline is {found.get('state')}: {found.get('reason')}"
-        if self.is_proven or (found.get("steps") or {}).get("num_answered"):
+        head = (found.get("api_server") or {}).get("pid")
+        if self._proven_head is None:
+            self._proven_head = head
+        is_proven = self.is_proven and head == self._proven_head
+        if is_proven or (found.get("steps") or {}).get("num_answered"):
             return True, "the whole ring answers"
         self._ask_for_first_token()
         return (

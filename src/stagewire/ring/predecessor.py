@@ -47,6 +47,7 @@ class PredecessorLink:
     hop_ns: int = 0
 
     _heard_at: float = 0.0
+    _unlinked_at: float = 0.0
     _is_redirected: bool = False
     _was_linked: bool = False
     _bad_handshakes: int = 0
@@ -65,6 +66,10 @@ class PredecessorLink:
     def is_linked(self) -> bool:
         return self.state is Link.LINKED
 
+    def unlinked_s(self, now: float) -> float:
+        """For how long it has not been linked."""
+        return 0.0 if self.is_linked else now - self._unlinked_at
+
     def is_mute(self, now: float) -> bool:
         """Whether what is connected there has had time to answer like a stage, and has not, nor ever did."""
         return self.is_greeting and not self._was_linked and now - self._heard_at >= MUTE_PEER_S
@@ -82,7 +87,9 @@ class PredecessorLink:
         self._next_send_at = now
         return self.tick(now)
 
-    def disconnected(self, note: str) -> None:
+    def disconnected(self, note: str, now: float) -> None:
+        if self.is_linked:
+            self._unlinked_at = now
         self.state = Link.IDLE
         self.note = note
         self._is_redirected = False

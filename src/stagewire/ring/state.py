@@ -289,8 +289,10 @@ class RingState:
         is_headless = self._lost is not None and self._lost.stage == 0 and self._lost.step < 0
         # The head greets and pings the tail, and so on backwards: who hears nobody has nobody to wait for.
         is_quiet = self._successor.silent_s(now) >= self.config.recovery_timeout_s
-        is_headless |= is_quiet and (self.config.is_tail or not self._predecessor.is_linked)
-        is_headless |= self.config.predecessor_stage == 0 and not self._predecessor.is_linked
+        # From when it went: by then the ring may have been broken for long, by the loss of another stage.
+        is_gone = self._predecessor.unlinked_s(now) >= self.config.recovery_timeout_s
+        is_headless |= is_quiet and (self.config.is_tail or is_gone)
+        is_headless |= is_gone and self.config.predecessor_stage == 0
         return self.config.recovery_timeout_s if is_headless and not self.config.is_head else None
 
     @property
@@ -324,7 +326,7 @@ class RingState:
             return []
         if side is Side.OWNER:
             return self._rendezvous.disconnected(now)
-        self._predecessor.disconnected(note)
+        self._predecessor.disconnected(note, now)
         if not self.config.is_head:
             self._roll = None
         stage = self.config.predecessor_stage

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 
-from stagewire.errors import ConfigError, InternalError, PeerError, StageLost, StagewireError
+from stagewire.errors import ConfigError, InternalError, PeerError, ProtocolError, StageLost, StagewireError
 from stagewire.observe.deadlines import StepDeadlines
 from stagewire.observe.status import StatusSender
 from stagewire.observe.timings import StepLog
@@ -240,19 +241,24 @@ class RingExecutor(Executor):
     def _take(self, delivery: Delivery) -> None:
         message = delivery.message
         if isinstance(message, Result):
-            in_flight = self._steps.pop(message.step, None)
-            if in_flight is None:
+            if message.step not in self._steps:
                 raise PeerError(f"a result for step {message.step}, which is not in flight")
             timed = [timing.stage for timing in message.timings]
             if timed != list(range(self._stage.num_stages)):
                 raise PeerError(f"step {message.step} came back with the timings of stages {timed}")
+            try:
+                output = decode_output(delivery.payloads[0])
+            except ProtocolError as error:
+                self._process.end_epoch(self.epoch, message.step, error)
+                return
+            in_flight = self._steps.pop(message.step)
             timings = [*message.timings, StageTiming(0, delivery.received_ns, 0, 0, 0, self._process.ring.hop_ns)]
             self._step_log.write(message.step, len(in_flight.req_ids), in_flight.num_tokens, timings)
             self._process.steps.add(len(in_flight.req_ids), in_flight.is_decode, timings)
             received_at = delivery.received_ns / 1e9
             self._deadlines.add(in_flight.num_tokens, received_at - max(in_flight.sent_at, self._last_result_at))
             self._last_result_at = received_at
-            in_flight.future.set_result(decode_output(delivery.payloads[0]))
+            in_flight.future.set_result(output)
         elif isinstance(message, Reply) and message.call_id in self._replies:
             self._replies[message.call_id] = message
             self._reply_payloads[message.call_id] = list(delivery.payloads)
@@ -525,7 +531,14 @@ class RingExecutor(Executor):
             raise self._process.ring.error
 
     def shutdown(self) -> None:
-        self._process.stop("stage 0 is stopping")
+        """Also what vLLM's EngineCore does last, when it ends by an error of its own: the stages then wait for the next
+        head, and clients hear why.
+        """
+        error = sys.exc_info()[1]
+        if self._process.is_child and isinstance(error, Exception):
+            self._process.fail_from(error)
+        else:
+            self._process.stop("stage 0 is stopping")
         self._ranks.shutdown()
 
     @classmethod

@@ -22,6 +22,7 @@ import http.server
 import json
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -47,13 +48,15 @@ class HeadHealth:
     ``refusal``: why requests are refused, None while they are not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.phase = Phase.IMPORTING
         self.news = ""
         self.is_serving = False
         self.failure: str | None = None
-        self.outage: str | None = None
         self.exit_code = 0
+        self._outage: str | None = None
+        self._outage_at = 0.0
         self._is_given_up = False
         self.pipeline: PipelineStatus | None = None
         self._failed = threading.Event()
@@ -68,21 +71,27 @@ class HeadHealth:
                 self.failure, self.exit_code = event.text, event.exit_code
                 self._failed.set()
                 self._refuse()
-            case Phase.GIVEN_UP:
-                self.outage, self._is_given_up = event.text, True
-                self._refuse()
-                return
-            case Phase.RECOVERING:
-                self.outage = event.text
+            case Phase.GIVEN_UP | Phase.RECOVERING:
+                self._outage, self._outage_at = event.text, self._clock()
+                if event.phase is Phase.GIVEN_UP:
+                    self._is_given_up = True
+                    self._refuse()
                 return
             case Phase.READY:
-                self.outage, self._is_given_up = None, False
+                self._outage, self._is_given_up = None, False
         self.phase = event.phase
         self.news = event.text
 
     def _refuse(self) -> None:
         for listener in list(self._listeners):
             listener()
+
+    @property
+    def outage(self) -> str | None:
+        # Word that it is over is lost if this process was held up; news of the ring come all the time.
+        if self.pipeline is not None and self.pipeline.is_whole_after(self._outage_at):
+            return None
+        return self._outage
 
     @property
     def refusal(self) -> str | None:
@@ -244,12 +253,14 @@ class _Guarded:
         self._started = False
         self._is_stream = False
         self._finished = False
+        self._refusal = "the pipeline failed"
 
     async def run(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         refused = asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def listener() -> None:
+            self._refusal = self._health.refusal or self._refusal  # it may be over before we are asked
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
                 loop.call_soon_threadsafe(refused.set)
 
@@ -289,7 +300,7 @@ class _Guarded:
             self._finished = True
 
     async def _end(self, send: _Send) -> None:
-        text = self._health.refusal or "the pipeline failed"
+        text = self._health.refusal or self._refusal
         if self._finished:
             return
         if not self._started:

@@ -241,7 +241,7 @@ class Followers:
     def work(self, what: str, limit_s: float | None, *, counts_alone: bool = False) -> Iterator[None]:
         """While the ranks work on ``what``; for longer than ``limit_s`` it is a problem. None: as long as it takes.
 
-        ``counts_alone``: without followers too. Of steps the head knows who has them; of calls it does not.
+        ``counts_alone``: without followers too.
         """
         if self._followers or counts_alone:
             self._busy = (what, self._clock(), limit_s)

@@ -26,6 +26,8 @@ from stagewire.wire.messages import StageReport
 __all__ = ["Health", "NewsSender", "PipelineStatus", "RingNews", "StageNews", "resident_bytes"]
 
 NEWS_INTERVAL_S = 1.0
+# They come through another socket than a stage's words, and are read by another thread.
+LATE_NEWS_S = 3.0
 # Reports come once a second; a peer that stops answering ends the ring after 4 s.
 LATE_REPORT_S = 3.0
 # Above the heartbeats' patience, because a forward pass may hold the interpreter for a while.
@@ -154,6 +156,17 @@ class PipelineStatus:
             for report, times in news.stages:
                 if report.stage < self._config.num_stages:
                     self._stages[report.stage] = _Heard(report, times, now)
+
+    def is_whole_after(self, moment: float) -> bool:
+        """Whether the news say that the ring is whole, and have for longer than they come late behind a loss.
+
+        Args:
+            moment: of the last word of a loss, by `clock`.
+        """
+        with self._lock:
+            ring = self._ring
+            is_whole = ring is not None and ring.lost_stage is None and not ring.waits_for
+            return is_whole and self._ring_at - moment > LATE_NEWS_S
 
     @property
     def silence_s(self) -> float:

@@ -127,7 +127,7 @@ class RingProcess(Observer):
         self._parent = os.getppid()
         self._launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
         # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
-        self._is_child = multiprocessing.parent_process() is not None
+        self.is_child = multiprocessing.parent_process() is not None
         self._bind_host, security, warnings = secure_stage(config)
         for warning in warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
@@ -247,7 +247,7 @@ class RingProcess(Observer):
         problem = self._ranks.problem()
         if problem is not None:
             self.ring.node.request_fail(problem)
-        if self._is_child and os.getppid() != self._parent:
+        if self.is_child and os.getppid() != self._parent:
             # Not a stop: nobody told the API server to end, so the other stages wait for the next head.
             self.ring.node.request_fail(PeerError("its API server is gone"))
         if self._prepare is not None and time.monotonic() >= self._prepare_until:
@@ -411,7 +411,7 @@ class RingProcess(Observer):
         """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""
         self._ranks.kill()
         self._awake.release_when_idle(math.inf)
-        if self._exit_code is None or (self._config.is_head and not self._is_child):
+        if self._exit_code is None or (self._config.is_head and not self.is_child):
             return
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -188,7 +188,7 @@ class Suspicion:
             num_tokens = requests[req_id].num_output_tokens
             record = self._records.setdefault(req_id, _Record(num_tokens))
             if record.num_tokens != num_tokens:
-                record.num_tokens, record.deaths, record.deaths_alone = num_tokens, 0, 0
+                self._records[req_id] = record = _Record(num_tokens)
             if loss.failed:
                 record.failed += 1
             else:

@@ -55,6 +55,7 @@ class RingScheduler(Scheduler):
     """See the module. One micro-batch in flight per stage."""
 
     waiting: RequestQueue
+    finished_req_ids: set[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,6 +74,7 @@ class RingScheduler(Scheduler):
         self._ring.poll()
         self._note_losses()
         if not self._is_restored():
+            self.finished_req_ids = set()  # the stages forget all requests; vLLM would wait to tell them of these
             return SchedulerOutput.make_empty()
         suspect = self._suspicion.next_suspect(self.requests)
         if suspect is None:

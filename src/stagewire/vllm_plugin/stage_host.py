@@ -179,6 +179,7 @@ class _StageHost:
             if before == args_bytes:
                 self._ran.add(call_id)
                 return results, payloads
+            del self._answered[method]  # even if it fails: what was there before may be gone
             if method == "initialize_from_config":  # by a new head: another KV cache, and warm for it
                 self._answered.pop("compile_or_warm_up_model", None)
         first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)

@@ -38,6 +38,8 @@ __all__ = ["StageRanks", "call_limit_s", "is_step_failure"]
 
 # A stage whose ranks hang says so before the head's own deadline for the step, which cannot know which stage it is.
 SHARE_OF_TIMEOUT = 0.9
+# A stage of one rank is watched by the head, unless that has lost the step with the ring while the stage hangs in it.
+TIMES_TIMEOUT_ALONE = 2
 
 
 def call_limit_s(config: StageConfig, method: str) -> float:
@@ -75,10 +77,11 @@ class StageRanks:
         self._unsettled: list[int] = []
         # As the head's, of less: it is this stage that says so, and which rank.
         self._deadlines = StepDeadlines(config.step_timeout_s)
-        self._limit_s = config.step_timeout_s * SHARE_OF_TIMEOUT  # of the last step
-        self._last = 0, 0.0  # its tokens, and how long it took
+        self._last = 0, 0.0  # tokens of the last step, and how long it took
         block = Block()
         self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
+        share = SHARE_OF_TIMEOUT if self.followers else TIMES_TIMEOUT_ALONE
+        self._limit_s = config.step_timeout_s * share  # of the last step
         if self.followers:
             # multiprocessing waits for its children at exit, whatever ends this process; these must have ended by then.
             Finalize(self, self.followers.kill, exitpriority=100)
@@ -130,9 +133,10 @@ class StageRanks:
         # Images are computed before, on the head: nothing in the number of tokens says how long that takes.
         has_images = bool(schedule.scheduled_encoder_inputs)
         limit_s = self.config.step_timeout_s if has_images else self._deadlines.limit_s(num_tokens)
-        self._limit_s = limit_s * SHARE_OF_TIMEOUT
+        if self.followers:
+            self._limit_s = limit_s * SHARE_OF_TIMEOUT
         began = time.monotonic()
-        with self.followers.work("a step", self._limit_s):
+        with self.followers.work("a step", self._limit_s, counts_alone=not self.config.is_head):
             self.followers.send(RunStep(digest, list(specs)), [schedule_bytes, *frames])
             activations = self.own.execute(schedule, digest, specs, frames)
             if self.followers:
@@ -152,7 +156,7 @@ class StageRanks:
         if self._is_pooling:
             return self.own.answer(None)
         began = time.monotonic()
-        with self.followers.work("sampling", self._limit_s):
+        with self.followers.work("sampling", self._limit_s, counts_alone=not self.config.is_head):
             self.followers.send(RunSample(), [] if grammar is None else [grammar])
             output = self.own.answer(None if grammar is None else decode_grammar(grammar))
             if self.followers:
