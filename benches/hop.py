@@ -68,7 +68,9 @@ from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Bye, StageTiming, Step, TensorSpec
 
 HOST = "127.0.0.1"
-zmq_link.MAX_BACKWARD_BYTES = 1 << 30  # an echo sends backward what a ring only sends forward
+# An echo sends backward what a ring only sends forward.
+zmq_link.MAX_BACKWARD_BYTES = 1 << 30
+zmq_link.CALLER_BURST_BYTES = zmq_link.CALLERS_BURST_BYTES = 1 << 40
 SIZES = {"64 KiB": 64 << 10, "1 MiB": 1 << 20, "8 MiB": 8 << 20}
 AFTER_PAUSE = "decode step, after a pause"
 DEADLINE_S = 20.0
