@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from support import stages
+from support.forkserver import ForkServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="minutes long: run with --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    with contextlib.closing(ForkServer(stages.VLLM)) as stages.fork_server:
+        yield
 
 
 @pytest.fixture

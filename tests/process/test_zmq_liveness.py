@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,11 @@ DEADLINE_S = 10.0
 
 
 class Peer:
-    def __init__(self, *arguments: str) -> None:
+    """``prefix``: before the command; it may start the process elsewhere."""
+
+    def __init__(self, *arguments: str, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [*prefix, sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         assert self.process.stdout is not None
         self._selector = selectors.DefaultSelector()
@@ -68,13 +71,15 @@ def security(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @contextlib.contextmanager
-def linked(security: str) -> Iterator[tuple[Peer, Peer]]:
+def linked(security: str, hosts: Sequence[str] = ()) -> Iterator[tuple[Peer, Peer]]:
+    """``hosts``: network namespaces of the listener and of the caller."""
+    where: list[Sequence[str]] = [("ip", "netns", "exec", host) for host in hosts] or [(), ()]
     with contextlib.ExitStack() as stack:
-        listener = Peer(security)
+        listener = Peer(security, prefix=where[0])
         stack.callback(listener.process.kill)
         port = listener.line()
         assert port is not None
-        caller = Peer(security, port)
+        caller = Peer(security, port, prefix=where[1])
         stack.callback(caller.process.kill)
         assert caller.line() == "connected"
         caller.write("hello")
@@ -99,6 +104,53 @@ def test_a_frozen_peer_is_lost_within_two_seconds(security: str, say: Callable[[
     say(f"a frozen peer was lost after {', '.join(f'{each:.2f}' for each in sorted(took_s))} s")
     assert min(took_s) < 2.0
     assert max(took_s) < 5.0
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them, 10.78.0.1 and 10.78.0.2."""
+    names = [f"swa{os.getpid()}", f"swb{os.getpid()}"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add e0 netns {names[0]} type veth peer name e0 netns {names[1]}")
+    for number, name in enumerate(names, 1):
+        commands += [f"ip -n {name} addr add 10.78.0.{number}/24 dev e0", f"ip -n {name} link set e0 up"]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True, capture_output=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
+@pytest.mark.parametrize("mute", [(0,), (1,), (0, 1)], ids=["listener", "caller", "both"])
+@pytest.mark.parametrize("is_busy", [True, False], ids=["busy", "idle"])
+def test_a_cut_cable_is_noticed_within_two_seconds(
+    hosts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    say: Callable[[str], None],
+    mute: tuple[int, ...],
+    is_busy: bool,
+) -> None:
+    """In one direction too: nothing that ``mute`` hosts send arrives, not even TCP's acknowledgements."""
+    monkeypatch.setenv("ZMQ_PEER_HOST", "10.78.0.1")
+    make_key_file(tmp_path / "ring.key")
+    with linked(str(tmp_path / "ring.key"), hosts) as (_, caller):
+        time.sleep(1.0)  # its probe is up, which nothing tells
+        for host in mute:
+            other = f"10.78.0.{2 - host}"
+            subprocess.run(["ip", "-n", hosts[host], "route", "add", "blackhole", other], check=True)
+        began_at = time.monotonic()
+        if is_busy:
+            caller.write("x" * 500)
+        event = caller.line(5.0)
+        took_s = time.monotonic() - began_at
+        assert event is not None
+        assert event.startswith("Disconnected")
+        say(f"noticed after {took_s:.2f} s")
+        assert took_s < 2.5  # a busy machine is slow to look
 
 
 def test_a_killed_peer_is_lost_at_once(security: str) -> None:

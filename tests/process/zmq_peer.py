@@ -3,7 +3,8 @@
     python zmq_peer.py SECURITY            listens
     python zmq_peer.py SECURITY PORT       connects there
 
-SECURITY is "local" (in the user's folder for sockets), "open", or the path of a key file.
+SECURITY is "local" (in the user's folder for sockets), "open", or the path of a key file. Both are on loopback, or at
+what `ZMQ_PEER_HOST` says.
 
 A line on standard input is sent as a message; the listening end answers with the same frames.
 """
@@ -21,7 +22,7 @@ from stagewire.ring.link import Connected, Received
 from stagewire.ring.security import OPEN, Security, read_key_file, runtime_folder
 from stagewire.ring.zmq_link import ZmqTransport
 
-HOST = "127.0.0.1"
+HOST = os.environ.get("ZMQ_PEER_HOST", "127.0.0.1")
 
 
 def say(text: str) -> None:

@@ -27,10 +27,13 @@ from typing import Self
 
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from support.forkserver import ForkedProcess, ForkServer
 
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_DEADLINE_S = 480.0
 STOP_DEADLINE_S = 30.0
+# Only in pytest (conftest.py): benchmarks measure, and soak runs, what a person starts.
+fork_server: ForkServer | None = None
 
 
 def free_ports(count: int) -> list[int]:
@@ -83,7 +86,7 @@ class Process:
     """One started process; its output goes to a file."""
 
     name: str
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | ForkedProcess
     log: Path
 
     @property
@@ -103,13 +106,15 @@ class Process:
 
 
 def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Process:
+    environ = child_environment(env)
     with log.open("wb") as output:
-        popen = subprocess.Popen(
+        forked = fork_server.fork(command, environ, output) if fork_server else None
+        popen = forked or subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=child_environment(env),
+            env=environ,
             start_new_session=True,
         )
     return Process(name, popen, log)

@@ -65,7 +65,7 @@ def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
     """Of three requests one is text, one the same text's embeddings, one vectors that no token has."""
     generator = torch.Generator().manual_seed(0)
     made: Work = []
-    for request in requests(12, seed=5, text=license_text(), longest_words=300):
+    for request in requests(8, seed=5, text=license_text(), longest_words=300):
         vectors = embedding[encode(request.prompt)].float()
         noise = torch.randn(vectors.shape, generator=generator) * vectors.std() * 0.3
         made += [(request, {}), (request, as_option(vectors)), (request, as_option(vectors + noise))]
@@ -86,8 +86,8 @@ def ring(pair: tuple[Ring, SingleProcess]) -> Ring:
 
 @pytest.fixture(scope="module")
 def references(pair: tuple[Ring, SingleProcess], model_dir: Path, work: Work) -> list[list[Answer]]:
-    """One process at the ring's concurrency, and at two others."""
-    return [run_each(pair[1].url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1, 4)]
+    """One process at the ring's concurrency, and one request after another."""
+    return [run_each(pair[1].url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1)]
 
 
 def test_embedded_prompts_give_the_tokens_of_one_process(
@@ -95,7 +95,7 @@ def test_embedded_prompts_give_the_tokens_of_one_process(
 ) -> None:
     for concurrency in (1, CONCURRENCY):
         answers = run_each(ring.url, ring.model, work, concurrency)
-        ordered = references if concurrency == CONCURRENCY else [references[1], references[0], references[2]]
+        ordered = references if concurrency == CONCURRENCY else references[::-1]
         result = compare(answers, ordered)
         say(
             f"{concurrency} concurrent: {result.num_tokens} tokens equal but for {len(result.ties)} ties, "

@@ -74,7 +74,6 @@ class RingScheduler(Scheduler):
         self._ring.poll()
         self._note_losses()
         if not self._is_restored():
-            self.finished_req_ids = set()  # the stages forget all requests; vLLM would wait to tell them of these
             return SchedulerOutput.make_empty()
         suspect = self._suspicion.next_suspect(self.requests)
         if suspect is None:
@@ -123,6 +122,15 @@ class RingScheduler(Scheduler):
             tokens += sizes[admitted]
             admitted += 1
         return num_active + max(admitted, 1)
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
+        """vLLM's own. When all are ended in a broken ring, its stages need not be told: they forget everything anyway.
+        A head that is told to stop would wait for it.
+        """
+        finished = super().finish_requests(request_ids, finished_status)
+        if request_ids is None and not self._ring.is_whole:
+            self.finished_req_ids = set()
+        return finished
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """vLLM's own, then the drafts for the next step of the same requests.

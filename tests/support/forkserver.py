@@ -1,0 +1,226 @@
+"""Forks `vllm serve` processes from one that has done vLLM's imports, which take seven seconds of each start.
+
+The parent stops where `vllm`'s own ``main`` is about to read its arguments, before it loads a plugin; a child goes on
+from there with a command line and an environment of its own. So what is imported, and in which order, is as in a
+process that was started from nothing. Whoever starts stages otherwise, the launcher and the README's commands, has
+that in the tests too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_REQUEST_BYTES = 1 << 17
+# Variables that nothing reads before the arguments are read; a process in which others differ is started from nothing.
+FREE_VARIABLES = re.compile(
+    r"STAGEWIRE_\w+|LD_PRELOAD|PYTHONPATH|VLLM_SERVER_DEV_MODE|VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+    # Not pytest's own, which has the running test's name in it.
+    r"|PYTEST_\w+"
+)
+# Threads would keep locks that a child has copies of.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class ForkServer:
+    """Started with the first process that it can fork.
+
+    Args:
+        script: the `vllm` command of this environment.
+    """
+
+    def __init__(self, script: str) -> None:
+        self._script = script
+        self._lock = threading.Lock()
+        self._environ: Mapping[str, str] = {}
+        self._control: socket.socket | None = None
+        self._parent: subprocess.Popen[bytes] | None = None
+
+    def close(self) -> None:
+        with self._lock:
+            if self._control is not None and self._parent is not None:
+                self._control.close()
+                self._parent.wait(30)
+
+    def fork(self, command: Sequence[str], env: Mapping[str, str], log: BinaryIO) -> ForkedProcess | None:
+        """Runs ``command`` as the leader of its own session; None if only a process from nothing would be the same."""
+        if list(command[:2]) != [self._script, "serve"]:
+            return None
+        with self._lock:
+            if self._control is None:
+                self._start(env)
+            assert self._control is not None
+            free = FREE_VARIABLES
+            changed = [name for name in {**self._environ, **env} if self._environ.get(name) != env.get(name)]
+            # The threads of a stage's own process are those of the parent; other processes compute in a child.
+            if any(
+                not free.fullmatch(name) and not (name == "OMP_NUM_THREADS" and "--external-pp-worker" not in command)
+                for name in changed
+            ):
+                return None
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            request = json.dumps({"command": list(command), "environ": dict(env)}).encode()
+            assert len(request) < MAX_REQUEST_BYTES, len(request)
+            with theirs:
+                socket.send_fds(self._control, [request], [theirs.fileno(), log.fileno()])
+        return ForkedProcess(command, ours)
+
+    def _start(self, env: Mapping[str, str]) -> None:
+        from stagewire.launch.spec import preload_libraries
+
+        self._environ = dict(env)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        tests = str(Path(__file__).parents[1])
+        paths = os.pathsep.join(filter(None, (tests, env.get("PYTHONPATH"))))
+        own = {"LD_PRELOAD": preload_libraries(env.get("LD_PRELOAD", "")), "PYTHONPATH": paths}
+        with theirs:
+            self._parent = subprocess.Popen(
+                [sys.executable, "-m", "support.forkserver", str(theirs.fileno())],
+                env={**env, **ONE_THREAD, **own},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
+class ForkedProcess:
+    """What the tests use of `subprocess.Popen`, for a child of the fork server, which tells how it ended."""
+
+    def __init__(self, command: Sequence[str], news: socket.socket) -> None:
+        self.args = command
+        self.returncode: int | None = None
+        self._news = news
+        self._lock = threading.Lock()
+        told = news.recv(64)
+        if not told:
+            raise ChildProcessError("the fork server has ended; its last words are on stderr")
+        self.pid = int(told)
+
+    def poll(self) -> int | None:
+        with self._lock:
+            if self.returncode is None:
+                with contextlib.suppress(BlockingIOError):
+                    told = self._news.recv(64, socket.MSG_DONTWAIT)
+                    if not told:
+                        raise ChildProcessError(f"the fork server has ended before its child {self.pid}")
+                    self.returncode = int(told)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.poll() is None:
+            select.select([self._news], [], [], timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+# ---- in the parent ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Child:
+    pid: int
+    news: socket.socket
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    import setproctitle
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    setproctitle.getproctitle()  # finds the room for titles, which an environment that is exchanged would hide
+
+    # What it imports before it makes its parser.
+    for module in re.findall(r"^\s+import (vllm\.\S+)", inspect.getsource(vllm_main), re.MULTILINE):
+        importlib.import_module(module)
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1, f"{threads} threads after importing: a fork would copy their locks"
+    request = _fork_for_each_request(control)
+    if request is None:
+        os._exit(0)  # without what libraries have to say of an orderly end
+    _become(request)
+    sys.exit(vllm_main())
+
+
+def _fork_for_each_request(control: socket.socket) -> dict[str, Any] | None:
+    """Its request in each child; None in the parent, when nobody asks any more."""
+    children: dict[int, _Child] = {}
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    while True:
+        for ready, _ in poll.poll():
+            if ready != control.fileno():
+                child = children.pop(ready)
+                poll.unregister(ready)
+                _, status = os.waitpid(child.pid, 0)
+                os.close(ready)
+                with contextlib.suppress(OSError):  # nobody waits for it
+                    child.news.send(str(os.waitstatus_to_exitcode(status)).encode())
+                child.news.close()
+                continue
+            message, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
+            if not message:
+                return None
+            news_number, log_number = descriptors
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                for number in (1, 2):
+                    os.dup2(log_number, number)
+                for number in (control.detach(), *descriptors, *children):
+                    os.close(number)
+                for child in children.values():
+                    child.news.close()
+                request: dict[str, Any] = json.loads(message)
+                return request
+            os.close(log_number)
+            news = socket.socket(fileno=news_number)
+            news.send(str(pid).encode())
+            descriptor = os.pidfd_open(pid)
+            children[descriptor] = _Child(pid, news)
+            poll.register(descriptor, select.POLLIN)
+
+
+def _become(request: dict[str, Any]) -> None:
+    """What a program finds that was started with this command: its arguments, environment, and name in `ps`."""
+    import setproctitle
+
+    command = request["command"]
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    sys.argv = command
+    sys.orig_argv[:] = [sys.executable, *command]
+    this = sys.modules["__main__"]
+    this.__spec__, this.__file__ = None, command[0]  # for what multiprocessing spawns
+    setproctitle.setproctitle(" ".join(sys.orig_argv))
+
+
+if __name__ == "__main__":
+    main()
