@@ -309,7 +309,7 @@ def under_fire(ring: LiveRing, attack: Callable[[int], None]) -> None:
     assert not failed
     assert [node.state.epoch for node in ring.nodes] == phases
     assert not any(record.errors for record in ring.records)
-    assert resident_bytes() - before < 128 << 20
+    assert resident_bytes() - before < 256 << 20  # what comes between two looks at the connections counts too
 
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 
 from stagewire.errors import StageLost
+from stagewire.ring.actions import Side
+from stagewire.wire.messages import Refused
 from unit.ring_harness import QUICKSTART_PORTS, Ring, Stage, assert_whole, make_config
 
 WORKERS_SHARE = ((15550, 15553), (15551, 15550), (15551, 15551), (15553, 15551))  # stages 1 and 2 have one port
@@ -17,6 +19,18 @@ def start_standby(ring: Ring, index: int, ports: tuple[tuple[int, int], ...]) ->
     ring.wait(3)
     assert standby.node.state.waits_for().startswith("the end of the stage")
     return standby
+
+
+def test_the_last_words_of_a_successor_that_a_send_has_found_gone_are_read() -> None:
+    ring = Ring()
+    state = ring.start_serving()[0].node.state
+    peer, now = state.successor_peer, ring.clock.seconds
+    assert peer is not None
+    state.successor_unreachable(now)
+    refusal = Refused(1, "--dtype", "float32", "bfloat16", "--dtype is bfloat16")
+    (said,) = state.received(Side.SUCCESSOR, peer, refusal, (), now)
+    assert "stage 1 was refused: --dtype is bfloat16" in str(said)
+    assert state.received(Side.SUCCESSOR, b"stranger", refusal, (), now) == []
 
 
 class TestReplaced:

@@ -455,7 +455,7 @@ class RingState:
                 return self._answer(peer, message.identity, self._rendezvous.register(message, now))
             case Ping(sent_ns):
                 return [Send(Side.SUCCESSOR, Pong(sent_ns), peer)]
-            case Refused() if self.successor_peer == peer:
+            case Refused() if self._successor.is_or_was(peer):
                 return self._report(message)
         return self._unexpected()
 

@@ -35,6 +35,7 @@ class SuccessorLink:
     identity: StageIdentity
 
     _current: _Current | None = None
+    _gone: bytes | None = None  # the peer that a send found gone
     _lost_at: float = 0.0
 
     @property
@@ -53,7 +54,12 @@ class SuccessorLink:
         if self._current is not None and self._current.peer == peer:
             self._current.heard_at = now
 
+    def is_or_was(self, peer: bytes) -> bool:
+        """Its last words may be read after a send has found it gone."""
+        return peer in (self.peer, self._gone)
+
     def unreachable(self, now: float) -> None:
+        self._gone = self.peer or self._gone
         self._current = None
         self._lost_at = now
 
