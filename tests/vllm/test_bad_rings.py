@@ -16,12 +16,19 @@ from pathlib import Path
 import httpx
 import pytest
 
+from support import stages
 from support.models import make_llama
 from support.stages import Process, Ring, StageFailedError, free_ports, start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SETTINGS = ("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", "50M", "--dtype", "float32")
+
+
+@pytest.fixture(autouse=True)
+def _from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a person who makes these mistakes starts them."""
+    monkeypatch.setattr(stages, "fork_server", None)
 
 
 @pytest.fixture(scope="module")
