@@ -283,6 +283,19 @@ def test_grace_is_only_for_an_end_without_drain(monkeypatch: pytest.MonkeyPatch)
     assert [timeout(30, 0), timeout(0, 7), timeout(0, None)] == [0, 7, None]
 
 
+def test_engine_core_shuts_its_executor_down_while_its_error_is_on_the_way() -> None:
+    """`RingExecutor.shutdown` tells an error from an end in order by the exception that is being handled."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    source = inspect.getsource(EngineCoreProc.run_engine_core)
+    assert (
+        source.index("except Exception as e:")
+        < source.index("        finally:")
+        < source.index("engine_core.shutdown()")
+    )
+    assert "finish_requests(\n                    None," in inspect.getsource(EngineCoreProc._handle_shutdown)
+
+
 def test_vllm_still_rewinds_generators_that_cannot_be() -> None:
     """When this fails, upstream has changed what `keep_generators_of_discarded_rows` goes round: it may go."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -2168,6 +2181,19 @@ def test_nothing_is_scheduled_while_the_ring_is_not_whole(scheduler: Any) -> Non
     assert is_nothing(scheduler.schedule())
     scheduler._ring.is_whole = True
     assert scheduler.schedule().num_scheduled_tokens
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_head_that_stops_tells_its_stages_of_ended_requests_only_in_a_whole_ring(
+    scheduler: Any, is_whole: bool
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    add_requests(scheduler, 3)
+    answer_prompts(scheduler)
+    scheduler._ring.is_whole = is_whole
+    scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert scheduler.has_requests() == is_whole, "EngineCore goes on while this is true"
 
 
 def test_while_a_stage_drains_nobody_is_admitted_and_the_others_go_on(scheduler: Any) -> None:
