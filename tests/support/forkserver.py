@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_REQUEST_BYTES = 1 << 17
-# Variables that nothing reads before the arguments are read; a process in which others differ is started from nothing.
+# Variables that nothing reads before the arguments are read (pytest's name the running test); a process in which others
+# differ is started from nothing.
 FREE_VARIABLES = re.compile(
-    r"STAGEWIRE_\w+|LD_PRELOAD|PYTHONPATH|VLLM_SERVER_DEV_MODE|VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-    # Not pytest's own, which has the running test's name in it.
-    r"|PYTEST_\w+"
+    r"STAGEWIRE_\w+|PYTEST_\w+|LD_PRELOAD|PYTHONPATH|VLLM_SERVER_DEV_MODE|VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 )
 # Threads would keep locks that a child has copies of.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -64,13 +63,10 @@ class ForkServer:
             if self._control is None:
                 self._start(env)
             assert self._control is not None
-            free = FREE_VARIABLES
-            changed = [name for name in {**self._environ, **env} if self._environ.get(name) != env.get(name)]
-            # The threads of a stage's own process are those of the parent; other processes compute in a child.
-            if any(
-                not free.fullmatch(name) and not (name == "OMP_NUM_THREADS" and "--external-pp-worker" not in command)
-                for name in changed
-            ):
+            changed = {name for name in {**self._environ, **env} if self._environ.get(name) != env.get(name)}
+            if "--external-pp-worker" not in command:  # with an API: another process computes, which it starts itself
+                changed.discard("OMP_NUM_THREADS")
+            if not all(map(FREE_VARIABLES.fullmatch, changed)):
                 return None
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             request = json.dumps({"command": list(command), "environ": dict(env)}).encode()
