@@ -32,6 +32,7 @@ class TestRefused:
             (["--head", "http://user:word@a:1"], "expected http://HOST:PORT"),
             (["--head", "http://a:1", "--ranges", "0-4", "4-8"], "--ranges with --head"),
             (["--head", "http://a:1", "--gpu-ids", "0"], "--gpu-ids with --head"),
+            (["--head", "http://a:1", "--standby", "--base-port", "7"], "--base-port, --standby with --head"),
             (["--head", "http://a:1", "--", "--dtype", "float32"], "arguments after `--` with --head"),
             (["--model", "m", "--port", "8001"], "--port and --api-port are both 8001"),
             (["--model", "m", "--port", "1234567"], "cannot listen on every interface port 1234567"),

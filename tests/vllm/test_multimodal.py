@@ -35,7 +35,10 @@ SETTINGS = [
 CONCURRENCY = 8
 NUM_REQUESTS = 24
 # How each is made, and how many images a prompt may have.
-MODELS = {"BLIP-2": (make_blip2, 1), "Isaac, M-RoPE": (make_isaac, 3)}
+MODELS = [
+    pytest.param((make_blip2, 1), id="BLIP-2", marks=pytest.mark.slow),
+    pytest.param((make_isaac, 3), id="Isaac, M-RoPE"),
+]
 
 
 def picture(width: int, height: int, seed: int) -> dict[str, Any]:
@@ -109,7 +112,7 @@ class Pair:
     references: list[list[Answer]]
 
 
-@pytest.fixture(scope="module", params=list(MODELS.values()), ids=list(MODELS))
+@pytest.fixture(scope="module", params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Pair]:
     make, max_images = request.param
     model = make(tmp_path_factory.mktemp("images"), model_dir)

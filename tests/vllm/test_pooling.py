@@ -175,17 +175,19 @@ def test_calls_of_pooling_models(embedder: Pair) -> None:
 
 
 def test_a_client_that_hangs_up_leaves_nothing_behind(embedder: Pair) -> None:
-    async def hang_up(text: str) -> None:
+    async def has_hung_up(text: str) -> bool:
         async with httpx.AsyncClient(base_url=embedder.ring.url, trust_env=False) as client:
-            with pytest.raises(httpx.TimeoutException):
-                await client.post(
-                    "/v1/embeddings", json={"model": "m", "input": text}, timeout=httpx.Timeout(60, read=0.03)
-                )
+            body = {"model": "m", "input": text}
+            try:
+                await client.post("/v1/embeddings", json=body, timeout=httpx.Timeout(60, read=0.03))
+            except httpx.ReadTimeout:
+                return True
+            return False
 
-    async def everything() -> None:
-        await asyncio.gather(*map(hang_up, texts(16, 400)))
+    async def how_many() -> int:
+        return sum(await asyncio.gather(*map(has_hung_up, texts(48, 400))))
 
-    asyncio.run(everything())
+    assert asyncio.run(how_many()) > 16, "the first ones may have their answer in time, those behind them have not"
     ours, theirs = embedder.both("/v1/embeddings", [{"input": text} for text in texts(4, 40)], 4)
     assert worst(ours, theirs) < TOLERANCE
     body = {"method": "get_stage_state"}

@@ -15,30 +15,24 @@ from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 COMMON = [
     *("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-memory-bytes", "200M"),
 ]
 EAGER = [*COMMON, "--enforce-eager"]
-# The one that moves most boundaries is in every run of the tests. vLLM's attention on CPU takes blocks of multiples of
-# 32 tokens and KV caches in the model's dtype or fp8.
-MATRIX = [
-    pytest.param([*EAGER, "--max-num-batched-tokens", "32", "--block-size", "64"], id="budget 32, blocks of 64"),
-    *(
-        pytest.param(settings, id=name, marks=pytest.mark.slow)
-        for name, settings in {
-            "blocks of 64": [*EAGER, "--block-size", "64"],
-            "budget 32": [*EAGER, "--max-num-batched-tokens", "32"],
-            "KV cache in fp8_e4m3": [*EAGER, "--kv-cache-dtype", "fp8_e4m3"],
-            "KV cache in fp8_e5m2": [*EAGER, "--kv-cache-dtype", "fp8_e5m2"],
-            "compiled, budget 32, blocks of 64": [*COMMON, "--max-num-batched-tokens", "32", "--block-size", "64"],
-        }.items()
-    ),
-]
+# vLLM's attention on CPU takes blocks of multiples of 32 tokens and KV caches in the model's dtype or fp8.
+MATRIX = {
+    "budget 32, blocks of 64": [*EAGER, "--max-num-batched-tokens", "32", "--block-size", "64"],
+    "blocks of 64": [*EAGER, "--block-size", "64"],
+    "budget 32": [*EAGER, "--max-num-batched-tokens", "32"],
+    "KV cache in fp8_e4m3": [*EAGER, "--kv-cache-dtype", "fp8_e4m3"],
+    "KV cache in fp8_e5m2": [*EAGER, "--kv-cache-dtype", "fp8_e5m2"],
+    "compiled, budget 32, blocks of 64": [*COMMON, "--max-num-batched-tokens", "32", "--block-size", "64"],
+}
 
 
-@pytest.mark.parametrize("settings", MATRIX)
+@pytest.mark.parametrize("settings", list(MATRIX.values()), ids=list(MATRIX))
 def test_settings_that_change_numerics_or_layout(
     settings: Sequence[str], model_dir: Path, say: Callable[[str], None]
 ) -> None:
@@ -57,7 +51,6 @@ def test_settings_that_change_numerics_or_layout(
     assert result.worst_logprob <= LOGPROB_TOLERANCE
 
 
-@pytest.mark.slow
 def test_a_second_start_finds_compiled_code(model_dir: Path, tmp_path: Path, say: Callable[[str], None]) -> None:
     """Stages compile side by side, and a second start traces the model again but builds no library."""
     assert shutil.which("g++"), "stock vLLM on CPU compiles with g++: install it"

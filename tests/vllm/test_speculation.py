@@ -74,7 +74,9 @@ def servers(model_dir: Path) -> Iterator[Servers]:
         yield Servers(ring, without, speculating)
 
 
-@pytest.mark.parametrize("concurrency", [1, pytest.param(8, marks=pytest.mark.slow), 32])
+@pytest.mark.parametrize(
+    "concurrency", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(32, marks=pytest.mark.slow)]
+)
 def test_tokens_equal_one_process_with_and_without_speculation(
     concurrency: int, servers: Servers, model_dir: Path, say: Callable[[str], None]
 ) -> None:

@@ -249,6 +249,7 @@ def test_a_stage_is_replaced_by_one_with_another_kind_of_kv_cache(model: Path) -
 # ---- 2, 2: drafts --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_rank_knows_drafts_and_what_was_accepted(model: Path, reference: Any) -> None:
     """All ranks of the tail draft and check drafts, all ranks of the head embed them; they would end the ring if they
     disagreed.

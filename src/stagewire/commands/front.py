@@ -16,6 +16,10 @@ __all__ = ["EPILOG", "USAGE", "add_arguments", "run"]
 
 DEFAULT_API_PORT = 8001
 HEAD_HOST = "127.0.0.1"
+OF_A_LAUNCH = (
+    *("num_stages", "ranges", "gpu_ids", "api_port", "base_port"),
+    *("log_dir", "start_timeout", "restarts", "standby"),
+)
 
 USAGE = "%(prog)s (--model PATH | --pipeline-dir PATH | --head URL) [options] [-- VLLM_ARGUMENTS]"
 EPILOG = """\
@@ -62,8 +66,7 @@ def _front_launch(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
 def _front_head(args: argparse.Namespace, extra: Sequence[str]) -> int:
     url = _head_url(args.head)
-    given = [flag for flag, is_given in _launch_flags(args, extra) if is_given]
-    if given:
+    if given := _given_of_a_launch(args, extra):
         raise ConfigError(f"{', '.join(given)} with --head: that ring was started already; leave it out, or --head")
 
     from stagewire.launch.front import listen, run_in_loop, serve_head
@@ -73,13 +76,12 @@ def _front_head(args: argparse.Namespace, extra: Sequence[str]) -> int:
         return run_in_loop(serve_head(url, os.environ.get("VLLM_API_KEY"), public, sock))
 
 
-def _launch_flags(args: argparse.Namespace, extra: Sequence[str]) -> list[tuple[str, bool]]:
-    return [
-        ("--num-stages", args.num_stages is not None),
-        ("--ranges", args.ranges is not None),
-        ("--gpu-ids", args.gpu_ids is not None),
-        ("arguments after `--`", bool(extra)),
-    ]
+def _given_of_a_launch(args: argparse.Namespace, extra: Sequence[str]) -> list[str]:
+    """What was asked for, beside its default, that only a launch of stages can do."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [name for name in OF_A_LAUNCH if getattr(args, name) != parser.get_default(name)]
+    return [f"--{name.replace('_', '-')}" for name in given] + ["arguments after `--`"] * bool(extra)
 
 
 def _head_url(text: str) -> str:
