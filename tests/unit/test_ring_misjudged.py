@@ -8,7 +8,7 @@ import pytest
 
 from stagewire.errors import StageLost
 from stagewire.ring.actions import Side
-from stagewire.wire.messages import Refused
+from stagewire.wire.messages import Hello, Refused
 from unit.ring_harness import QUICKSTART_PORTS, Ring, Stage, assert_whole, make_config
 
 WORKERS_SHARE = ((15550, 15553), (15551, 15550), (15551, 15551), (15553, 15551))  # stages 1 and 2 have one port
@@ -31,6 +31,22 @@ def test_the_last_words_of_a_successor_that_a_send_has_found_gone_are_read() -> 
     (said,) = state.received(Side.SUCCESSOR, peer, refusal, (), now)
     assert "stage 1 was refused: --dtype is bfloat16" in str(said)
     assert state.received(Side.SUCCESSOR, b"stranger", refusal, (), now) == []
+
+
+def test_the_last_words_of_a_successor_whose_older_greeting_is_read_late_are_read() -> None:
+    ring = Ring()
+    head, stage = ring.start_serving()[:2]
+    state, now = head.node.state, ring.clock.seconds
+    newer = state.successor_peer
+    assert newer is not None
+    state.received(Side.SUCCESSOR, b"older", Hello(stage.node.state.identity, 0), (), now)
+    assert state.successor_peer == b"older"
+    refusal = Refused(1, "--dtype", "float32", "bfloat16", "--dtype is bfloat16")
+    (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
+    assert "stage 1 was refused: --dtype is bfloat16" in str(said)
+    state.successor_unreachable(now)
+    (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
+    assert "stage 1 was refused: --dtype is bfloat16" in str(said)
 
 
 class TestReplaced:

@@ -21,11 +21,16 @@ __all__ = ["SuccessorLink"]
 
 # With a successor gone, word of it comes round the ring (Fault or Bye); without, it is lost by our own account.
 LOST_SUCCESSOR_S = 2.0
+# Bounds what strangers can make us remember.
+MAX_EARLIER = 8
 
 
 @dataclass
 class _Current(Holder):
+    """``earlier``: its other connections, most of them ended, of which something may still be unread."""
+
     peer: bytes
+    earlier: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -35,7 +40,7 @@ class SuccessorLink:
     identity: StageIdentity
 
     _current: _Current | None = None
-    _gone: bytes | None = None  # the peer that a send found gone
+    _gone: tuple[bytes, ...] = ()  # the connections of one that a send found gone
     _lost_at: float = 0.0
 
     @property
@@ -55,11 +60,14 @@ class SuccessorLink:
             self._current.heard_at = now
 
     def is_or_was(self, peer: bytes) -> bool:
-        """Its last words may be read after a send has found it gone."""
-        return peer in (self.peer, self._gone)
+        """Its last words may be read after a send has found it gone, or after the greeting of an older connection."""
+        return peer in (*self._connections(), *self._gone)
+
+    def _connections(self) -> tuple[bytes, ...]:
+        return (self._current.peer, *self._current.earlier) if self._current else ()
 
     def unreachable(self, now: float) -> None:
-        self._gone = self.peer or self._gone
+        self._gone = self._connections() or self._gone
         self._current = None
         self._lost_at = now
 
@@ -74,7 +82,8 @@ class SuccessorLink:
         current = self._current
         if current is None or current.identity.incarnation == caller.incarnation:
             claims = current.claims if current else {}
-            self._current = _Current(caller, now, peer, claims=claims)
+            earlier = tuple(each for each in self._connections() if each != peer)[:MAX_EARLIER]
+            self._current = _Current(caller, now, peer, earlier, claims=claims)
             return [Send(Side.SUCCESSOR, Welcome(self.identity), peer)]
         verdict = current.judge(caller.incarnation, now)
         if verdict is Verdict.REFUSED:
