@@ -16,10 +16,7 @@ __all__ = ["EPILOG", "USAGE", "add_arguments", "run"]
 
 DEFAULT_API_PORT = 8001
 HEAD_HOST = "127.0.0.1"
-OF_A_LAUNCH = (
-    *("num_stages", "ranges", "gpu_ids", "api_port", "base_port"),
-    *("log_dir", "start_timeout", "restarts", "standby"),
-)
+NOT_OF_A_LAUNCH = ("head", "host", "port")
 
 USAGE = "%(prog)s (--model PATH | --pipeline-dir PATH | --head URL) [options] [-- VLLM_ARGUMENTS]"
 EPILOG = """\
@@ -80,7 +77,9 @@ def _given_of_a_launch(args: argparse.Namespace, extra: Sequence[str]) -> list[s
     """What was asked for, beside its default, that only a launch of stages can do."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    given = [name for name in OF_A_LAUNCH if getattr(args, name) != parser.get_default(name)]
+    defaults = vars(parser.parse_args(["--head", args.head]))
+    names = [name for name in defaults if name not in NOT_OF_A_LAUNCH]
+    given = [name for name in names if getattr(args, name) != defaults[name]]
     return [f"--{name.replace('_', '-')}" for name in given] + ["arguments after `--`"] * bool(extra)
 
 
