@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from stagewire.ring.state import Phase, RingState
 from stagewire.ring.zmq_link import MAX_BACKWARD_BYTES, ZmqTransport
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Call, Hello, NotHere, Open, Register, Result, Step, TensorSpec
+from support.zmtp import READY, frame, greeting, until_ready
 from unit.ring_harness import Record, make_config, make_identity
 
 pytestmark = pytest.mark.process
@@ -312,13 +312,6 @@ def under_fire(ring: LiveRing, attack: Callable[[int], None]) -> None:
     assert resident_bytes() - before < 256 << 20  # what comes between two looks at the connections counts too
 
 
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"
-
-
-def greeting(mechanism: bytes) -> bytes:
-    return GREETING + mechanism.ljust(20, b"\0") + bytes(32)
-
-
 @pytest.mark.parametrize("mechanism", [b"NULL", b"CURVE", b"PLAIN", b"GSSAPI", b"\xff" * 20])
 def test_garbage(ring: LiveRing, mechanism: bytes) -> None:
     rng = random.Random(mechanism)
@@ -331,14 +324,6 @@ def test_garbage(ring: LiveRing, mechanism: bytes) -> None:
     under_fire(ring, attack)
 
 
-def frame(flags: int, size: int, body: bytes) -> bytes:
-    """A frame of ZMTP 3 that says it has ``size`` bytes. Flags: 1 more, 2 long, 4 command."""
-    return bytes([flags | 2]) + struct.pack(">Q", size) + body
-
-
-READY = bytes([4, 28]) + b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
-
-
 @pytest.mark.parametrize("mechanism", [b"NULL", b"CURVE"])
 @pytest.mark.parametrize("size", [MAX_BACKWARD_BYTES + 1, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
 def test_frames_that_claim_to_be_large(ring: LiveRing, mechanism: bytes, size: int) -> None:
@@ -346,7 +331,7 @@ def test_frames_that_claim_to_be_large(ring: LiveRing, mechanism: bytes, size: i
 
     def attack(port: int) -> None:
         throw(port, [greeting(mechanism), frame(4, size, bytes(1 << 20))])
-        throw(port, [greeting(mechanism), READY, frame(0, size, bytes(1 << 20))])
+        throw(port, [greeting(mechanism), READY[b"DEALER"], frame(0, size, bytes(1 << 20))])
 
     under_fire(ring, attack)
 
@@ -368,7 +353,7 @@ def test_a_caller_whose_message_does_not_end(socket_folder: Path) -> None:
 
     def attack(port: int) -> None:
         with connect(port) as sock:
-            sock.sendall(greeting(b"NULL") + READY)
+            sock.sendall(greeting(b"NULL") + READY[b"DEALER"])
             assert pour(sock) < 1 << 30
 
     try:
@@ -379,32 +364,51 @@ def test_a_caller_whose_message_does_not_end(socket_folder: Path) -> None:
         ring.close()
 
 
-def test_a_predecessor_whose_message_does_not_end() -> None:
-    ends = ZmqTransport(HOST, 1 << 20, OPEN)
-    poured: list[int] = []
+@contextlib.contextmanager
+def predecessor(say: Callable[[socket.socket], object]) -> Iterator[int]:
+    """A port whose first caller hears that it has reached a stage, and then ``say``."""
 
     def listen() -> None:
         sock, _ = server.accept()
         with sock:
-            sock.sendall(greeting(b"NULL") + READY.replace(b"DEALER", b"ROUTER"))
-            poured.append(pour(sock))
+            sock.sendall(greeting(b"NULL") + READY[b"ROUTER"])
+            until_ready(sock)
+            said.append(say(sock))
 
+    said: list[object] = []
     with socket.create_server((HOST, 0)) as server:
         thread = threading.Thread(target=listen)
         thread.start()
+        yield server.getsockname()[1]
+        thread.join()
+    assert said
+
+
+def flood(sock: socket.socket) -> None:
+    messages = frame(0, 1, b"x") * 1000
+    sock.settimeout(DEADLINE_S)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            sock.sendall(messages)
+
+
+@pytest.mark.parametrize(
+    ("say", "note"), [(pour, "it sends a message that does not end"), (flood, "it sends more than can be read")]
+)
+def test_a_predecessor_that_does_not_end(say: Callable[[socket.socket], object], note: str) -> None:
+    ends = ZmqTransport(HOST, 1 << 20, OPEN)
+    with predecessor(say) as port:
         before = resident_bytes()
-        ends.connect(P, Address(HOST, server.getsockname()[1]))
+        ends.connect(P, Address(HOST, port))
         seen: list[Event] = []
         most = 0
         until = time.monotonic() + DEADLINE_S
-        while not any(isinstance(event, Disconnected) for event in seen):
-            seen += ends.poll(0.01)
+        while not seen or isinstance(seen[-1], Connected):
+            seen += (event for event in ends.poll(0.01) if not isinstance(event, Received))
             most = max(most, resident_bytes() - before)
             assert time.monotonic() < until
         ends.close(0)
-        thread.join()
-    assert seen == [Connected(P), Disconnected(P, "it sends a message that does not end")]
-    assert poured[0] < 1 << 30
+    assert seen == [Connected(P), Disconnected(P, note)]
     assert most < 1 << 30
 
 

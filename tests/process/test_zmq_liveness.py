@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,48 +15,15 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError
+from stagewire.ring import zmq_link
 from stagewire.ring.actions import Side
-from stagewire.ring.link import Connected, Event
+from stagewire.ring.link import Connected, Disconnected, Event, Received
 from stagewire.ring.security import OPEN, make_key_file
 from stagewire.ring.zmq_link import ZmqTransport
+from support.peers import DEADLINE_S, Peer
+from support.proxy import Proxy
 
 pytestmark = pytest.mark.process
-
-PEER = Path(__file__).with_name("zmq_peer.py")
-DEADLINE_S = 10.0
-
-
-class Peer:
-    """``prefix``: before the command; it may start the process elsewhere."""
-
-    def __init__(self, *arguments: str, prefix: Sequence[str] = ()) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
-        assert self.process.stdout is not None
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.process.stdout, selectors.EVENT_READ)
-        self._unread = b""
-
-    def line(self, timeout_s: float = DEADLINE_S) -> str | None:
-        """The next line that it prints; None: nothing within the time."""
-        assert self.process.stdout is not None
-        ends_at = time.monotonic() + timeout_s
-        while b"\n" not in self._unread:
-            if not self._selector.select(max(0.0, ends_at - time.monotonic())):
-                return None
-            data = os.read(self.process.stdout.fileno(), 4096)
-            assert data, "it ended"
-            self._unread += data
-        text, _, self._unread = self._unread.partition(b"\n")
-        return text.decode()
-
-    def write(self, text: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(text.encode() + b"\n")
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
 
 
 @pytest.fixture(params=["local", "key"])
@@ -151,6 +116,37 @@ def test_a_cut_cable_is_noticed_within_two_seconds(
         assert event.startswith("Disconnected")
         say(f"noticed after {took_s:.2f} s")
         assert took_s < 2.5  # a busy machine is slow to look
+
+
+def test_a_link_to_a_frozen_peer_is_lost_though_another_process_answers_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever answers there keeps the probe up."""
+    monkeypatch.setattr(zmq_link, "DOUBTED_LINK_S", 2)
+    with contextlib.ExitStack() as stack:
+        before, after = (Peer("open") for _ in range(2))
+        for peer in (before, after):
+            stack.callback(peer.process.kill)
+        proxy = stack.enter_context(Proxy(int(before.line() or 0)))
+        transport = ZmqTransport("127.0.0.1", 1 << 20, OPEN)
+        stack.callback(transport.close, 0)
+        transport.connect(Side.PREDECESSOR, Address("127.0.0.1", proxy.port))
+        events: list[Event] = []
+        began_at = time.monotonic()
+
+        def turn() -> None:
+            assert time.monotonic() - began_at < DEADLINE_S
+            events.extend(transport.poll(0.05))
+            if Connected(Side.PREDECESSOR) in events and not isinstance(events[-1], Disconnected):
+                transport.send(Side.PREDECESSOR, b"", [b"ping"])
+
+        while not any(isinstance(event, Received) for event in events) or time.monotonic() - began_at < 1:
+            turn()
+        before.signal(signal.SIGSTOP)
+        proxy.target = int(after.line() or 0)
+        while not isinstance(events[-1], Disconnected):
+            turn()
+        assert events[-1] == Disconnected(Side.PREDECESSOR, "nothing comes by its connection any more")
 
 
 def test_a_killed_peer_is_lost_at_once(security: str) -> None:

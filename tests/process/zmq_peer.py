@@ -6,19 +6,23 @@
 SECURITY is "local" (in the user's folder for sockets), "open", or the path of a key file. Both are on loopback, or at
 what `ZMQ_PEER_HOST` says.
 
-A line on standard input is sent as a message; the listening end answers with the same frames.
+A line on standard input is sent as a message; the listening end answers with the same frames. SIGUSR1: this thread
+does nothing for two seconds, ZeroMQ's own do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import sys
+import time
 from pathlib import Path
 
 from stagewire.config import Address
 from stagewire.ring.actions import Side
-from stagewire.ring.link import Connected, Received
+from stagewire.ring.link import Connected, Received, UnreachableError
 from stagewire.ring.security import OPEN, Security, read_key_file, runtime_folder
 from stagewire.ring.zmq_link import ZmqTransport
 
@@ -35,7 +39,13 @@ def read_security(text: str) -> Security:
     return OPEN if text == "open" else Security(read_key_file(Path(text)))
 
 
+def stall(*_: object) -> None:
+    say("stalled")
+    time.sleep(2)
+
+
 def main() -> None:
+    signal.signal(signal.SIGUSR1, stall)
     transport = ZmqTransport(HOST, 1 << 20, read_security(sys.argv[1]))
     is_listening = len(sys.argv) == 2
     if is_listening:
@@ -46,7 +56,8 @@ def main() -> None:
         for event in transport.poll(0.1):
             if isinstance(event, Received):
                 if is_listening:
-                    transport.send(Side.SUCCESSOR, event.peer, [bytes(frame) for frame in event.frames])
+                    with contextlib.suppress(UnreachableError):
+                        transport.send(Side.SUCCESSOR, event.peer, [bytes(frame) for frame in event.frames])
                 else:
                     say(bytes(event.frames[0]).decode())
             else:

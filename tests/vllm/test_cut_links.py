@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +12,11 @@ from statistics import median
 import httpx
 import pytest
 
+from stagewire.errors import ConfigError
 from support.disturbed import Clients, Stream, differences, mixed_bodies
 from support.proxy import Proxy
 from support.soak import ProxiedRing, proxied
+from support.stages import free_ports
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -103,3 +107,24 @@ def test_what_stands_still_backward_only_keeps_nobody_waiting(ring: ProxiedRing,
         proxy.hold("to target")
     assert differences(running.finish(), undisturbed) == []
     until_ready_is(ring, 200)
+
+
+def test_a_stage_returns_from_another_host(ring: ProxiedRing, undisturbed: list[Stream]) -> None:
+    """Before the connection of the process that it replaces has timed out: that one neither ends nor answers. When it
+    does again, it is told that its place is taken, and leaves.
+    """
+    running = clients(ring)
+    running.wait_for_tokens(60)
+    before = ring.stages[1]
+    os.kill(before.pid, signal.SIGSTOP)
+    (ring.ports[1],) = free_ports(1)
+    ring.proxies[2].target = ring.ports[1]  # the name that stage 2 was given leads there now
+    ring.start_stage(1)
+    ring.stages[1] = ring.stages.pop()
+    try:
+        assert differences(running.finish(), undisturbed) == []
+    finally:
+        os.kill(before.pid, signal.SIGCONT)
+    assert before.wait(60) == ConfigError.exit_code
+    assert "there is already a stage 1 in this pipeline and it answers" in before.text()
+    assert differences(clients(ring).finish(), undisturbed) == []

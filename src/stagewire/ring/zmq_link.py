@@ -11,6 +11,7 @@ Whether a peer is still there is asked on a connection of its own, the probe, wh
 threads alone keep it up, so a forward pass does not delay it and a frozen process is told from a busy one. It may be
 impatient because losing it costs nothing: it is made anew, and only a peer that does not answer that either is lost.
 The link itself could not be: after a stall of this machine libzmq's timers expire before it reads what came meanwhile.
+But a probe that is made anew may reach another process than the link does: a link that nothing comes by is lost, too.
 
 How connections are protected is decided in ring/security.py. Where that says a Unix socket, the TCP port is held as
 well, without an answer, so that a port has one owner in either case. With a key every connection speaks CURVE: a caller
@@ -23,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import itertools
 import math
 import os
 import socket
@@ -56,9 +56,14 @@ from stagewire.wire.codec import MAX_HEADER_BYTES, Frame
 
 __all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport", "local_host_towards", "secure_stage"]
 
-HEARTBEAT_INTERVAL_MS = 500
-# Of links: long, see the module.
-HEARTBEAT_TIMEOUT_MS = 90_000
+# A link has no heartbeats of ZeroMQ's: libzmq 4.3.5 aborts ("Assertion failed: !_io_error") when one is due on a
+# connection that has ended while what came by it could not be queued. Neither may the queue of received messages be
+# bounded by their number for that reason; bytes are counted instead (ring/intake.py).
+# A stage says something about once a second on every connection that it has accepted. After this time without a word,
+# of the peer or of its kernel, a link is lost: long, because Python may hold a stage's ring up.
+SILENT_LINK_S = 90
+# The same once the probe had to be made anew.
+DOUBTED_LINK_S = 10
 # Of probes. With the patience below, a frozen peer is lost within 2 s.
 PROBE_HEARTBEAT_INTERVAL_MS = 250
 PROBE_HEARTBEAT_TIMEOUT_MS = 700
@@ -87,7 +92,6 @@ NEVER_MS = 24 * 3600 * 1000
 GREETING_TIMEOUT_S = 0.3
 # Greetings, pings and refusals come from successors, nothing larger. Strangers get as far too, before they are known.
 MAX_BACKWARD_BYTES = MAX_HEADER_BYTES
-MAX_UNREAD_BACKWARD = 64
 # A caller says some kilobytes a second. This much at once besides, and more is no stage's.
 CALLER_BURST_BYTES = 4 * MAX_BACKWARD_BYTES
 CALLER_BYTES_PER_S = MAX_BACKWARD_BYTES / 4
@@ -100,6 +104,8 @@ ZAP_DOMAIN = b"stagewire"
 COPY_THRESHOLD_BYTES = 65536
 # A peer that never stops sending does not keep the ring from its other work.
 MAX_MESSAGES_PER_READ = 64
+# A link by which so many come that there is always one more to take is no stage's.
+MAX_UNREAD_MESSAGES = 10_000
 
 _BAD_HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -290,21 +296,34 @@ class _Probe(_Connection):
             zmq.HANDSHAKE_IVL: PROBE_HANDSHAKE_TIMEOUT_MS,
         }
         super().__init__(context, target, key, PROBE_MAX_BYTES, options, _PROBE_EVENTS)
+        self.patience_s = patience_s
+        self.num_connections = 0
         self._is_up = False
         self._down_s = 0.0
-        self.patience_s = patience_s
-        self._was_up = False
-        self._seen_at = time.monotonic()
 
-    def is_unanswered(self, now: float) -> bool:
-        """Call it a few times a second. Whether the peer's I/O thread has been silent for too long."""
+    def is_unanswered(self, turn_s: float) -> bool:
+        """Whether the peer's I/O thread has been silent for too long. ``turn_s``: since this was last asked."""
         while self.monitor.poll(0):
             self._is_up = recv_monitor_message(self.monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self._was_up |= self._is_up
-        turn_s = min(now - self._seen_at, MAX_COUNTED_TURN_S)
-        self._seen_at = now
+            self.num_connections += self._is_up
         self._down_s = 0.0 if self._is_up else self._down_s + turn_s
-        return self._down_s >= (self.patience_s if self._was_up else max(self.patience_s, FIRST_PROBE_PATIENCE_S))
+        return self._down_s >= (
+            self.patience_s if self.num_connections else max(self.patience_s, FIRST_PROBE_PATIENCE_S)
+        )
+
+    @property
+    def is_spoken_to(self) -> bool:
+        """No stage does that. Nobody reads it, and a full queue is what libzmq aborts for at the next heartbeat."""
+        return self.socket.poll(0) != 0
+
+
+class _Fault(Enum):
+    """Why a link counts as lost though its connection has not ended, for people."""
+
+    UNANSWERED = "it has stopped answering"
+    SILENT = "nothing comes by its connection any more"
+    SPEAKS_TO_PROBE = "it says something where a stage says nothing"
+    FLOOD = "it sends more than can be read"
 
 
 class _Dealer(_Connection):
@@ -329,13 +348,35 @@ class _Dealer(_Connection):
         self.began_at = time.monotonic()
         self.probe: _Probe | None = None
         self._context = context
+        self.num_unbroken = 0  # messages that were taken since there was none to take
+        self._silent_s = 0.0
+        self._seen_at = self.began_at
 
     def came_up(self, patience_s: float) -> None:
         self.is_up = True
         self.probe = _Probe(self._context, self._target, self._key, patience_s)
+        self._seen_at = time.monotonic()
 
-    def is_lost(self, now: float) -> bool:
-        return self.probe is not None and self.probe.is_unanswered(now)
+    def took_message(self) -> None:
+        self.num_unbroken += 1
+        self._silent_s = 0.0
+        if self.intake is not None:
+            self.intake.took_message()
+
+    def find_fault(self, now: float) -> _Fault | None:
+        """Call it several times a second while it is up."""
+        assert self.probe is not None
+        turn_s = min(now - self._seen_at, MAX_COUNTED_TURN_S)
+        self._seen_at = now
+        self._silent_s += turn_s
+        if self.probe.is_unanswered(turn_s):
+            return _Fault.UNANSWERED
+        if self.probe.is_spoken_to:
+            return _Fault.SPEAKS_TO_PROBE
+        if self.num_unbroken >= MAX_UNREAD_MESSAGES:
+            return _Fault.FLOOD
+        limit_s = SILENT_LINK_S if self.probe.num_connections <= 1 else DOUBTED_LINK_S
+        return _Fault.SILENT if self._silent_s >= limit_s else None
 
     def unfinished_bytes(self, now: float) -> int:
         """Of a message that is not whole yet, about; 0 over a Unix socket, where nobody counts."""
@@ -359,10 +400,14 @@ def _watch_listener(context: zmq.Context[zmq.Socket[bytes]], listener: zmq.Socke
 
 def _set_common(sock: zmq.Socket[bytes], max_frame_bytes: int) -> None:
     sock.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    sock.setsockopt(zmq.RCVHWM, 0)  # see SILENT_LINK_S
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+    # The kernel ends a connection whose other end is gone without a word: asked after a third, and then four times.
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENT_LINK_S // 3)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, SILENT_LINK_S // 6)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
+    sock.setsockopt(zmq.TCP_MAXRT, SILENT_LINK_S * 1000)
     sock.copy_threshold = COPY_THRESHOLD_BYTES
 
 
@@ -405,7 +450,6 @@ class ZmqTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         _set_common(self._router, min(max_frame_bytes, MAX_BACKWARD_BYTES))
-        self._router.setsockopt(zmq.RCVHWM, MAX_UNREAD_BACKWARD)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if ":" in bind_host:
             self._router.setsockopt(zmq.IPV6, 1)
@@ -574,9 +618,9 @@ class ZmqTransport:
         self._next_look_at = now + LOOK_INTERVAL_S
         limit_s = (CONNECT_TIMEOUT_MS + HANDSHAKE_TIMEOUT_MS) / 1000 + 1
         for side, dealer in list(self._dealers.items()):
-            if dealer.is_up and dealer.is_lost(now):
+            if dealer.is_up and (fault := dealer.find_fault(now)) is not None:
                 self._read_frames(dealer.socket, side)  # what arrived before the end still counts
-                self._lose(side, "it has stopped answering", is_silent=True)
+                self._lose(side, fault.value, is_silent=fault is _Fault.UNANSWERED)
             elif dealer.is_up and dealer.unfinished_bytes(now) > self._max_message_bytes:
                 if not self._read_frames(dealer.socket, side):
                     self._lose(side, "it sends a message that does not end")
@@ -646,22 +690,24 @@ class ZmqTransport:
                 port = int(where.rpartition(b":")[2])
                 self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BYTES_PER_S)
 
-    def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int | None = None) -> int:
-        """How many messages there were."""
-        num_read = 0
-        for num_read in itertools.count() if most is None else range(most):
+    def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int = MAX_UNREAD_MESSAGES) -> int:
+        """How many messages there were; ``most``: there may be more."""
+        dealer = None if side is Side.SUCCESSOR else self._dealers[side]
+        for num_read in range(most):
             try:
                 frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                if dealer is not None:
+                    dealer.num_unbroken = 0
                 return num_read
             buffers: list[Frame] = [frame.buffer for frame in frames]
             peer = b""
-            if side is Side.SUCCESSOR:
+            if dealer is None:
                 peer, buffers = bytes(buffers[0]), buffers[1:]
-            elif (intake := self._dealers[side].intake) is not None:
-                intake.took_message()
+            else:
+                dealer.took_message()
             self._events.append(Received(side, peer, buffers))
-        return num_read + 1
+        return most
 
     def _read_monitor(self, side: Side, dealer: _Dealer) -> None:
         news = recv_monitor_message(dealer.monitor)
