@@ -19,7 +19,7 @@ from stagewire.ring import zmq_link
 from stagewire.ring.actions import Side
 from stagewire.ring.link import Connected, Disconnected, Event, Received
 from stagewire.ring.security import OPEN, make_key_file
-from stagewire.ring.zmq_link import ZmqTransport
+from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV, ZmqTransport
 from support.peers import DEADLINE_S, Peer
 from support.proxy import Proxy
 
@@ -118,6 +118,34 @@ def test_a_cut_cable_is_noticed_within_two_seconds(
         assert took_s < 2.5  # a busy machine is slow to look
 
 
+@contextlib.contextmanager
+def pinging(port: int) -> Iterator[Callable[[Callable[[], bool]], list[Event]]]:
+    """A link of this process to ``port``: sends a message at each turn until something holds, and gives all events."""
+    events: list[Event] = []
+    side = Side.PREDECESSOR
+
+    def turn_until(condition: Callable[[], bool]) -> list[Event]:
+        ends_at = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < ends_at, events
+            events.extend(transport.poll(0.05))
+            if Connected(side) in events and not isinstance(events[-1], Disconnected):
+                transport.send(side, b"", [b"ping"])
+        return events
+
+    transport = ZmqTransport("127.0.0.1", 1 << 20, OPEN)
+    try:
+        transport.connect(side, Address("127.0.0.1", port))
+        yield turn_until
+    finally:
+        transport.close(0)
+
+
+def lasts(seconds: float) -> Callable[[], bool]:
+    ends_at = time.monotonic() + seconds
+    return lambda: time.monotonic() >= ends_at
+
+
 def test_a_link_to_a_frozen_peer_is_lost_though_another_process_answers_in_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -128,25 +156,30 @@ def test_a_link_to_a_frozen_peer_is_lost_though_another_process_answers_in_its_p
         for peer in (before, after):
             stack.callback(peer.process.kill)
         proxy = stack.enter_context(Proxy(int(before.line() or 0)))
-        transport = ZmqTransport("127.0.0.1", 1 << 20, OPEN)
-        stack.callback(transport.close, 0)
-        transport.connect(Side.PREDECESSOR, Address("127.0.0.1", proxy.port))
-        events: list[Event] = []
-        began_at = time.monotonic()
-
-        def turn() -> None:
-            assert time.monotonic() - began_at < DEADLINE_S
-            events.extend(transport.poll(0.05))
-            if Connected(Side.PREDECESSOR) in events and not isinstance(events[-1], Disconnected):
-                transport.send(Side.PREDECESSOR, b"", [b"ping"])
-
-        while not any(isinstance(event, Received) for event in events) or time.monotonic() - began_at < 1:
-            turn()
+        turn_until = stack.enter_context(pinging(proxy.port))
+        events = turn_until(lasts(1.0))
+        assert any(isinstance(event, Received) for event in events)
         before.signal(signal.SIGSTOP)
         proxy.target = int(after.line() or 0)
-        while not isinstance(events[-1], Disconnected):
-            turn()
+        turn_until(lambda: isinstance(events[-1], Disconnected))
         assert events[-1] == Disconnected(Side.PREDECESSOR, "nothing comes by its connection any more")
+
+
+def test_silence_within_the_patience_is_no_loss_once_the_probe_is_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_link, "DOUBTED_LINK_S", 2)
+    monkeypatch.setenv(PROBE_PATIENCE_ENV, "9")
+    with contextlib.ExitStack() as stack:
+        peer = Peer("open")
+        stack.callback(peer.process.kill)
+        turn_until = stack.enter_context(pinging(int(peer.line() or 0)))
+        turn_until(lasts(1.0))
+        peer.signal(signal.SIGSTOP)
+        num_events = len(turn_until(lasts(4.0)))
+        peer.signal(signal.SIGUSR1)  # ZeroMQ's thread goes on at once and the other one later
+        peer.signal(signal.SIGCONT)
+        events = turn_until(lasts(3.0))
+        assert len(events) > num_events
+        assert not any(isinstance(event, Disconnected) for event in events)
 
 
 def test_a_killed_peer_is_lost_at_once(security: str) -> None:

@@ -62,7 +62,7 @@ __all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport", "local_host_towards", "secure_s
 # A stage says something about once a second on every connection that it has accepted. After this time without a word,
 # of the peer or of its kernel, a link is lost: long, because Python may hold a stage's ring up.
 SILENT_LINK_S = 90
-# The same once the probe had to be made anew.
+# The same once the probe had to be made anew. Both are besides the patience with the probe, during which nothing comes.
 DOUBTED_LINK_S = 10
 # Of probes. With the patience below, a frozen peer is lost within 2 s.
 PROBE_HEARTBEAT_INTERVAL_MS = 250
@@ -376,7 +376,7 @@ class _Dealer(_Connection):
         if self.num_unbroken >= MAX_UNREAD_MESSAGES:
             return _Fault.FLOOD
         limit_s = SILENT_LINK_S if self.probe.num_connections <= 1 else DOUBTED_LINK_S
-        return _Fault.SILENT if self._silent_s >= limit_s else None
+        return _Fault.SILENT if self._silent_s >= limit_s + self.probe.patience_s else None
 
     def unfinished_bytes(self, now: float) -> int:
         """Of a message that is not whole yet, about; 0 over a Unix socket, where nobody counts."""
