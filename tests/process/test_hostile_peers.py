@@ -336,9 +336,12 @@ def test_frames_that_claim_to_be_large(ring: LiveRing, mechanism: bytes, size: i
     under_fire(ring, attack)
 
 
-def pour(sock: socket.socket) -> int:
-    """Frames of one message that never ends, until the other side hangs up: how many bytes it let in."""
-    piece = frame(1, 1 << 19, bytes(1 << 19))
+PART = frame(1, 1 << 19, bytes(1 << 19))  # of a message that goes on
+MESSAGES = frame(0, 1, b"x") * 1000
+
+
+def pour(sock: socket.socket, piece: bytes) -> int:
+    """The same again and again, until the other side hangs up: how many bytes it let in."""
     num_bytes = 0
     ends_at = time.monotonic() + DEADLINE_S
     with contextlib.suppress(OSError):
@@ -354,7 +357,7 @@ def test_a_caller_whose_message_does_not_end(socket_folder: Path) -> None:
     def attack(port: int) -> None:
         with connect(port) as sock:
             sock.sendall(greeting(b"NULL") + READY[b"DEALER"])
-            assert pour(sock) < 1 << 30
+            assert pour(sock, PART) < 1 << 30
 
     try:
         ring.open()
@@ -364,51 +367,38 @@ def test_a_caller_whose_message_does_not_end(socket_folder: Path) -> None:
         ring.close()
 
 
-@contextlib.contextmanager
-def predecessor(say: Callable[[socket.socket], object]) -> Iterator[int]:
-    """A port whose first caller hears that it has reached a stage, and then ``say``."""
+@pytest.mark.parametrize(
+    ("piece", "note"),
+    [(PART, "it sends a message that does not end"), (MESSAGES, "it sends more than can be read")],
+    ids=["one message", "messages"],
+)
+def test_a_predecessor_that_does_not_end(piece: bytes, note: str) -> None:
+    ends = ZmqTransport(HOST, 1 << 20, OPEN)
+    poured: list[int] = []
 
     def listen() -> None:
         sock, _ = server.accept()
         with sock:
             sock.sendall(greeting(b"NULL") + READY[b"ROUTER"])
             until_ready(sock)
-            said.append(say(sock))
+            poured.append(pour(sock, piece))
 
-    said: list[object] = []
     with socket.create_server((HOST, 0)) as server:
         thread = threading.Thread(target=listen)
         thread.start()
-        yield server.getsockname()[1]
-        thread.join()
-    assert said
-
-
-def flood(sock: socket.socket) -> None:
-    messages = frame(0, 1, b"x") * 1000
-    sock.settimeout(DEADLINE_S)
-    with contextlib.suppress(ConnectionError):
-        while True:
-            sock.sendall(messages)
-
-
-@pytest.mark.parametrize(
-    ("say", "note"), [(pour, "it sends a message that does not end"), (flood, "it sends more than can be read")]
-)
-def test_a_predecessor_that_does_not_end(say: Callable[[socket.socket], object], note: str) -> None:
-    ends = ZmqTransport(HOST, 1 << 20, OPEN)
-    with predecessor(say) as port:
         before = resident_bytes()
-        ends.connect(P, Address(HOST, port))
+        ends.connect(P, Address(HOST, server.getsockname()[1]))
         seen: list[Event] = []
         most = 0
         until = time.monotonic() + DEADLINE_S
-        while not seen or isinstance(seen[-1], Connected):
+        while not any(isinstance(event, Disconnected) for event in seen):
             seen += (event for event in ends.poll(0.01) if not isinstance(event, Received))
             most = max(most, resident_bytes() - before)
             assert time.monotonic() < until
         ends.close(0)
+        thread.join()
     assert seen == [Connected(P), Disconnected(P, note)]
+    assert poured[0] < 1 << 30
     assert most < 1 << 30
 
 
