@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,30 @@ def test_a_schedule_without_tokens_that_fails_on_the_head_is_no_end_of_the_engin
     schedule.finished_req_ids = {"a"}
     assert executor.execute_model(schedule, non_block=True).result(None) is EMPTY_MODEL_RUNNER_OUTPUT
     assert executor._process.end_epoch.called
+
+
+def test_a_head_with_requests_and_without_a_ring_pauses(executor: Any) -> None:
+    """Or it takes half a core from the stage that comes back; a ring that is whole again ends the pause."""
+    from stagewire.ring.node import Whole
+
+    waited: list[float] = []
+    news: list[Any] = []
+
+    def receive(timeout_s: float) -> Any:
+        waited.append(timeout_s)
+        if not news:
+            raise queue.Empty
+        return news.pop()
+
+    executor.is_whole, executor._process.given_up = False, None
+    executor._process.ring.receive = receive
+    executor.poll(0.5)
+    assert waited == [0.5]
+    news.append(Whole(7))
+    executor.poll(0.5)
+    assert waited == [0.5, 0.5, 0]
+    executor.poll(0.5)
+    assert waited == [0.5, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize("stages_in_timings", [[], [0], [0, 2], [0, 1, 1]])

@@ -44,6 +44,7 @@ from stagewire.vllm_plugin.process import max_frame_bytes
 from stagewire.vllm_plugin.recovery import Loss, Restored
 from stagewire.vllm_plugin.scheduler import RingScheduler
 from stagewire.vllm_plugin.settings import KEY, RingSettings
+from stagewire.vllm_plugin.stage_worker import compile_ranks
 from stagewire.vllm_plugin.step_codec import (
     decode_grammar,
     decode_output,
@@ -363,6 +364,38 @@ def test_neighbours_of_chosen_logprobs_keep_theirs(
         for row in (0, 2):
             assert torch.equal(found.logprob_token_ids[row, : count + 1], top.logprob_token_ids[row])
             assert torch.equal(found.logprobs[row, : count + 1], top.logprobs[row])
+
+
+def test_a_standby_compiles_what_log_probabilities_need() -> None:
+    """Any number of rows: nothing is left to be compiled in the steps after a take-over."""
+    from vllm.v1.sample.sampler import Sampler
+
+    sampler, vocab_size = Sampler(), 173
+    sampled = torch.tensor([4, 5, 6])
+    logprobs = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+
+    def gather(num_rows: int) -> torch.Tensor:
+        with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
+            ranks: torch.Tensor = sampler.gather_logprobs(logprobs[:num_rows], 2, sampled[:num_rows])[2]
+            return ranks
+
+    with pytest.raises(RuntimeError, match="fail_on_recompile"):
+        gather(3)
+    compile_ranks(sampler, vocab_size, torch.device("cpu"))
+    for num_rows in (1, 2, 3):
+        expected = [int((row >= row[token]).sum()) for row, token in zip(logprobs[:num_rows], sampled, strict=False)]
+        assert gather(num_rows).tolist() == expected
+
+
+def test_a_standby_without_a_compiler_only_warns(caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    def gather_logprobs(*_: Any, **__: Any) -> None:
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    with caplog.at_level("WARNING", "vllm.stagewire"):
+        compile_ranks(SimpleNamespace(gather_logprobs=gather_logprobs), 8, torch.device("cpu"))
+    assert "log-probabilities will fail" in caplog.text
 
 
 def a_model(architecture: str, transformers_backend: bool = False) -> Any:
@@ -1930,7 +1963,7 @@ class FakeRing:
         self.restored: list[list[tuple[str, list[int]]]] = []
         self._losses: list[Loss] = []
 
-    def poll(self) -> None: ...
+    def poll(self, pause_s: float = 0.0) -> None: ...
 
     def take_losses(self) -> list[Loss]:
         losses, self._losses = self._losses, []

@@ -5,8 +5,8 @@ one that touches the model; results are taken from the ring's inbox by whichever
 order in which they arrive.
 
 When the ring breaks, the steps in flight come back empty, and the scheduler (scheduler.py) asks this executor, as its
-`RingAccess`, whether the ring is whole again. It never waits for that; only start-up calls do, which nobody else could
-repeat.
+`RingAccess`, whether the ring is whole again. It does not wait until it is; only start-up calls do, which nobody else
+could repeat.
 """
 
 from __future__ import annotations
@@ -276,11 +276,11 @@ class RingExecutor(Executor):
         for each in lost:
             each.future.set_result(EMPTY_MODEL_RUNNER_OUTPUT)
 
-    def poll(self) -> None:
+    def poll(self, pause_s: float = 0.0) -> None:
         """`RingAccess`."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._receive(0)
+                self._receive(0 if self.is_whole else pause_s)
         if self._process.given_up is not None and not self._process.has_api:
             raise self._process.given_up  # nobody else is there to refuse requests
 

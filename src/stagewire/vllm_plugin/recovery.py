@@ -126,8 +126,8 @@ class RingAccess(Protocol):
     def is_draining(self) -> bool:
         """Whether a stage is to leave when those that it knows have ended: no more are let in."""
 
-    def poll(self) -> None:
-        """Takes in what has happened since."""
+    def poll(self, pause_s: float = 0.0) -> None:
+        """Takes in what has happened since; in a broken ring it waits ``pause_s`` for something to happen."""
 
     def take_losses(self) -> list[Loss]:
         """Those that were not taken yet."""

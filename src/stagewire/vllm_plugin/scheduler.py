@@ -6,9 +6,10 @@ others run empty or lopsided (14 and 50 of 64 was seen). This subclass holds the
 prefix caching stay vLLM's. Prompts that wait together are shared out in the same way, by their tokens and uncut: the
 later stages then begin with the first of them while the head runs the next.
 
-While the ring is not whole it schedules nothing, without waiting: aborts, calls and a stop go on working. After a loss
-it takes every request off its stages by vLLM's own forced preemption, lets the lost steps drain as stale, and once the
-ring is whole again has all stages forget and get the live requests anew. What they compute then is ordinary prefill.
+While the ring is not whole it schedules nothing, and hardly waits: aborts, calls and a stop go on working. After a
+loss it takes every request off its stages by vLLM's own forced preemption, lets the lost steps drain as stale, and once
+the ring is whole again has all stages forget and get the live requests anew. What they compute then is ordinary
+prefill.
 
 With LoRA it also keeps each step's adapters to ``max_loras``. vLLM admits a request when the step at hand has room for
 its adapter, and takes for granted that every step holds all running requests; with several steps in flight it does not,
@@ -37,6 +38,9 @@ from stagewire.vllm_plugin.speculation import DraftingOutput, only_of, with_acce
 
 __all__ = ["RingScheduler"]
 
+# With requests that cannot run EngineCore asks again after a millisecond, and so takes half a core from a stage of this
+# host that is to come back.
+_PAUSE_S = 0.02
 # A step of fewer tokens takes hardly less time: it reads the same weights. Prompts are not shared out below that.
 _LEAST_TOKENS_ON_CPU = 64
 _LEAST_TOKENS_ELSEWHERE = 512
@@ -71,7 +75,7 @@ class RingScheduler(Scheduler):
         ring.take_losses()  # of the start: nothing was scheduled
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._ring.poll()
+        self._ring.poll(_PAUSE_S)
         self._note_losses()
         if not self._is_restored():
             return SchedulerOutput.make_empty()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -38,7 +39,7 @@ from stagewire.wire.codec import Frame
 from stagewire.wire.messages import TensorSpec
 from stagewire.wire.tensors import TensorPlan, check_tensors
 
-__all__ = ["Activations", "StageWorker", "check_model", "run_call"]
+__all__ = ["Activations", "StageWorker", "check_model", "compile_ranks", "run_call"]
 
 logger = logging.getLogger("vllm.stagewire")
 
@@ -130,6 +131,8 @@ class StageWorker:
         self.adapters = Adapters(config, self._wrapper)
         # On the head: the schedule of the call `restore_requests` that comes next, with what does not travel.
         self.given: SchedulerOutput | None = None
+        if config.stands_by:
+            self._work_ahead()
 
     def __repr__(self) -> str:
         rank = f", rank={self.place.rank}/{self.place.size}" if self.place.size > 1 else ""
@@ -348,8 +351,28 @@ class StageWorker:
         freeze_gc_heap()
         return result
 
+    def _work_ahead(self) -> None:
+        """On a standby, while nobody waits: what clients would wait for when it has taken over."""
+        if self.config.is_tail and not self._is_pooling:
+            compile_ranks(self.runner.sampler, self.vllm_config.model_config.get_vocab_size(), self.runner.device)
+        freeze_gc_heap()
+
     def shutdown(self) -> None:
         self._wrapper.shutdown()
+
+
+def compile_ranks(sampler: Any, vocab_size: int, device: torch.device) -> None:
+    """What vLLM compiles in the first step that asks for log-probabilities; seconds, also when it is in torch's cache.
+
+    Where it cannot be compiled only a warning is logged: whoever never asks for them needs no compiler.
+    """
+    logits = torch.zeros((1, vocab_size), device=device)
+    sampled = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        with torch.inference_mode():
+            sampler.gather_logprobs(logits, 1, token_ids=sampled)
+    except TorchDynamoException as error:
+        logger.warning("Requests for log-probabilities will fail on this stage: %s", str(error).strip().splitlines()[0])
 
 
 def _zeros(plan: TensorPlan, num_rows: int) -> torch.Tensor:
