@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from stagewire.ring.security import make_key_file
+from support import stages
 from support.disturbed import Clients, Stream, differences, mixed_bodies
+from support.forkserver import ForkServer
 from support.inside import states, until_idle
 from support.proxy import Proxy
 from support.stages import Process, Ring
@@ -244,7 +246,7 @@ def soak(
         chaos.start()
     ends_at = time.monotonic() + seconds
     while True:
-        found = running.finish(900)
+        found = running.finish(max(0.0, ends_at - time.monotonic()) + 900)  # it may be disturbed all the time
         report.rounds += 1
         report.answers += len(found)
         problems = differences(found, expected)
@@ -304,7 +306,15 @@ def main() -> int:
     parser.add_argument("--one-port", action="store_true", help="all stages share one; whoever owns it is killed too")
     parser.add_argument("--times", type=float, default=math.inf, help="end after so many disturbances")
     parser.add_argument("--quiet", action="store_true", help="no disturbance")
+    parser.add_argument("--fork", action="store_true", help="fork stages from a process that has imported vLLM: faster")
     args = parser.parse_args()
+    with ExitStack() as stack:
+        if args.fork:
+            stages.fork_server = stack.enter_context(contextlib.closing(ForkServer(stages.VLLM)))
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
     with proxied(args.model, args.stages, one_port=args.one_port) as ring:
         say = partial(print, flush=True)
         report = soak(
