@@ -306,6 +306,7 @@ def main() -> int:
     parser.add_argument("--one-port", action="store_true", help="all stages share one; whoever owns it is killed too")
     parser.add_argument("--times", type=float, default=math.inf, help="end after so many disturbances")
     parser.add_argument("--quiet", action="store_true", help="no disturbance")
+    parser.add_argument("--cold", action="store_true", help="without steps of every size before: minutes less")
     parser.add_argument("--fork", action="store_true", help="fork stages from a process that has imported vLLM: faster")
     args = parser.parse_args()
     with ExitStack() as stack:
@@ -318,7 +319,14 @@ def run(args: argparse.Namespace) -> int:
     with proxied(args.model, args.stages, one_port=args.one_port) as ring:
         say = partial(print, flush=True)
         report = soak(
-            ring, args.minutes * 60, args.seed, is_quiet=args.quiet, say=say, only=args.only, times=args.times
+            ring,
+            args.minutes * 60,
+            args.seed,
+            is_quiet=args.quiet,
+            say=say,
+            only=args.only,
+            times=args.times,
+            is_warm=not args.cold,
         )
         print(json.dumps([{k: v for k, v in state.items() if k != "activations"} for state in states(ring)]))
     print(f"{report.rounds} rounds, {report.answers} answers, {len(report.problems)} wrong")

@@ -98,10 +98,12 @@ class TestSuspicion:
 
         return Suspicion()
 
-    def note(self, suspicion: Any, step: int, in_flight: list[str], tokens: dict[str, int]) -> list[str]:
+    def note(
+        self, suspicion: Any, step: int, in_flight: list[str], tokens: dict[str, int], stage: int = 1
+    ) -> list[str]:
         from stagewire.vllm_plugin.recovery import Loss
 
-        loss = Loss(StageLost(1, "gone", step), in_flight if step >= 0 else [], in_flight)
+        loss = Loss(StageLost(stage, "gone", step), in_flight if step >= 0 else [], in_flight)
         found: list[str] = suspicion.note(loss, self.requests(tokens))
         return found
 
@@ -140,12 +142,22 @@ class TestSuspicion:
         assert suspicion.next_suspect(self.requests(tokens)) is None
         assert self.note(suspicion, -1, ["a", "b"], tokens) == []
         assert suspicion.next_suspect(self.requests(tokens)) == "a"
-        assert self.note(suspicion, -1, ["a"], tokens) == []
-        assert self.note(suspicion, -1, ["a"], tokens) == []
-        assert self.note(suspicion, -1, ["a"], tokens) == ["a"]
+        for condemned in ([], [], [], ["a"]):
+            assert self.note(suspicion, -1, ["a"], tokens) == condemned
+
+    def test_it_is_failed_before_a_launcher_gives_up(self) -> None:
+        from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS
+        from stagewire.vllm_plugin.recovery import MAX_DEATHS_ALONE, SUSPICIOUS_DEATHS
+
+        assert MAX_DEATHS_ALONE + SUSPICIOUS_DEATHS <= DEFAULT_MAX_RESTARTS
+
+    def test_who_kills_one_stage_and_then_another_condemns_nobody(self, suspicion: Any) -> None:
+        """It was seen in a hundred kills at random: a long prompt, on a machine that was busy with other things."""
+        for stage in (1, 1, 1, 2, 2, 3, 3, 3, 1, 2, 2, 2):
+            assert self.note(suspicion, -1, ["a"], {"a": 0}, stage) == []
 
     def test_also_when_it_was_alone_from_the_beginning(self, suspicion: Any) -> None:
-        for condemned in ([], [], [], ["a"]):
+        for condemned in ([], [], [], [], ["a"]):
             assert self.note(suspicion, -1, ["a"], {"a": 0}) == condemned
 
     def test_it_forgets_with_the_request(self, suspicion: Any) -> None:

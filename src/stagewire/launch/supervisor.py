@@ -33,7 +33,7 @@ from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
 
 __all__ = ["DEFAULT_MAX_RESTARTS", "Progress", "StageFailed", "Supervisor", "Timeouts"]
 
-DEFAULT_MAX_RESTARTS = 5
+DEFAULT_MAX_RESTARTS = 6
 _LOG_TAIL_BYTES = 64 << 10
 # What is said besides is no step on the way.
 _ORDER: list[Phase] = [phase for phase in Phase if phase not in (Phase.RECOVERING, Phase.GIVEN_UP)]

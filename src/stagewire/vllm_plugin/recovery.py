@@ -150,10 +150,11 @@ def live_requests(requests: dict[str, Request], num_groups: int) -> list[Restore
 # ---- who is to blame -----------------------------------------------------------------------------------------------
 
 # Of a request alone in the step that failed, or in flight when a stage died: a stage does not say what it died of, and
-# may have been killed by somebody else. A launcher gives up a stage at the sixth death in a row.
+# may have been killed by somebody else, who kills one and then another. The last death that counts here must come
+# before the one at which a launcher gives up (launch/supervisor.py): MAX_DEATHS_ALONE + SUSPICIOUS_DEATHS at most.
 MAX_FAILED_STEPS = 2
-MAX_DEATHS = 4
-MAX_DEATHS_ALONE = 3
+MAX_DEATHS = 5
+MAX_DEATHS_ALONE = 4
 # A stage may die for any reason; that a request was in flight twice, without a token in between, is suspicious.
 SUSPICIOUS_DEATHS = 2
 
@@ -163,7 +164,8 @@ class _Record:
     num_tokens: int  # that it had at the last loss
     failed: int = 0
     deaths: int = 0
-    deaths_alone: int = 0  # of those, with no other request in flight
+    deaths_alone: int = 0  # the last ones of those, of the same stage, with no other request in flight
+    stage: int = 0
 
 
 @dataclass
@@ -193,7 +195,9 @@ class Suspicion:
                 record.failed += 1
             else:
                 record.deaths += 1
-                record.deaths_alone += len(present) == 1
+                if len(present) == 1:
+                    record.deaths_alone = record.deaths_alone + 1 if record.stage == loss.error.stage else 1
+                    record.stage = loss.error.stage
             if record.failed or record.deaths >= SUSPICIOUS_DEATHS:
                 self._suspects[req_id] = None
             has_killed = record.deaths >= MAX_DEATHS and record.deaths_alone >= MAX_DEATHS_ALONE
