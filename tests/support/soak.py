@@ -81,7 +81,7 @@ def proxied(model: Path, num_stages: int, *, one_port: bool = False) -> Any:
 
 @dataclass
 class Chaos:
-    """One disturbance after another, in a thread, until it is told to end or did enough; then everything is mended.
+    """One disturbance after another, in a thread, until the time is over or it did enough; then everything is mended.
 
     Args:
         ring: of real processes; stage 0 is left alone.
@@ -96,6 +96,7 @@ class Chaos:
     in_flight: Callable[[], int]
     only: Sequence[str] = DISTURBANCES
     times: float = math.inf
+    ends_at: float = math.inf
     done: Counter[str] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
 
@@ -119,6 +120,8 @@ class Chaos:
     def _run(self) -> None:
         try:
             while self.done.total() < self.times and not self._ending.wait(self._rng.uniform(1, 10)):
+                if time.monotonic() >= self.ends_at:
+                    break
                 self._disturb()
         except BaseException as error:  # noqa: BLE001  told by `end`
             self._error = error
@@ -241,10 +244,10 @@ def soak(
     until_idle(ring)
     report.footprints.append(footprints(ring))
     running = clients()
-    chaos = Chaos(ring, seed, say, lambda: running.num_open, only, times)
+    ends_at = time.monotonic() + seconds
+    chaos = Chaos(ring, seed, say, lambda: running.num_open, only, times, ends_at)
     if not is_quiet:
         chaos.start()
-    ends_at = time.monotonic() + seconds
     while True:
         found = running.finish(max(0.0, ends_at - time.monotonic()) + 900)  # it may be disturbed all the time
         report.rounds += 1
