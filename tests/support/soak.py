@@ -32,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from stagewire.ring.security import make_key_file
 from support import stages
 from support.disturbed import Clients, Stream, differences, mixed_bodies
@@ -182,8 +184,9 @@ class Footprint:
 
     rss_mb: int
     threads: int
-    files: int
-    sockets: int  # among the files
+    files: int  # without the callers
+    sockets: int  # among these files
+    callers: int  # connections that came in: two of the successor's, and two of each stage that shares its port
 
     @classmethod
     def of(cls, pid: int) -> Footprint:
@@ -194,7 +197,11 @@ class Footprint:
             with contextlib.suppress(OSError):
                 files.append(os.readlink(descriptor))
         sockets = sum(name.startswith("socket:") for name in files)
-        return cls(int(values["VmRSS"].split()[0]) // 1024, int(values["Threads"]), len(files), sockets)
+        connections = psutil.Process(pid).net_connections("tcp")
+        ports = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+        callers = sum(each.status != psutil.CONN_LISTEN and each.laddr.port in ports for each in connections)
+        rss_mb, threads = int(values["VmRSS"].split()[0]) // 1024, int(values["Threads"])
+        return cls(rss_mb, threads, len(files) - callers, sockets - callers, callers)
 
 
 def footprints(ring: Ring) -> list[Footprint]:
@@ -202,7 +209,9 @@ def footprints(ring: Ring) -> list[Footprint]:
 
 
 def describe(each: Sequence[Footprint]) -> str:
-    return "; ".join(f"{f.rss_mb} MB, {f.threads} threads, {f.files} files, {f.sockets} sockets" for f in each)
+    return "; ".join(
+        f"{f.rss_mb} MB, {f.threads} threads, {f.files} files, {f.sockets} sockets, {f.callers} callers" for f in each
+    )
 
 
 @dataclass
@@ -292,6 +301,8 @@ def leaks(seen: Sequence[Sequence[Footprint]], max_growth: float) -> list[str]:
             before, after = getattr(first, name), getattr(last, name)
             if after > before + slack:
                 problems.append(f"stage {stage} has {after} {name}, at first {before}")
+        if last.callers > 2 * len(seen[0]):  # any stage may own a shared port by now
+            problems.append(f"stage {stage} has {last.callers} callers")
         if last.rss_mb > first.rss_mb * max_growth + 100:
             problems.append(f"stage {stage} has {last.rss_mb} MB, at first {first.rss_mb}")
     return problems
