@@ -282,10 +282,11 @@ def soak(
 
 
 def warm_up(ring: Ring) -> None:
-    """One step of each number of rows, on every stage."""
+    """One step of each number of rows, on every stage, and as many rows of logits on the last."""
     for num_rows in range(1, MAX_ROWS + 1):
         # Another first token each: no prefix is in the cache.
         body = {"prompt": [1000 + num_rows] + [100] * (num_rows - 1), "max_tokens": 1, "temperature": 0}
+        body |= {"prompt_logprobs": 1, "stream": False}
         (stream,) = Clients(ring.url, str(ring.model), [body], 1).finish(60)
         assert not stream.error, stream.error
 
