@@ -24,11 +24,11 @@ SETTINGS = [
 CONCURRENCIES = (1, 8, 64)
 RINGS = [
     ("0-29", "29-30"),
-    ("0-10", "10-20", "20-30"),
     ("0-12", "12-13", "13-20", "20-30"),
 ]
-# The same counts of stages cut otherwise, a minute each.
+# Cut otherwise, a minute each.
 MORE_RINGS = [
+    ("0-10", "10-20", "20-30"),
     ("0-15", "15-30"),
     ("0-1", "1-24", "24-30"),
     ("0-7", "7-15", "15-23", "23-30"),
