@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from stagewire.errors import InternalError, ProtocolError, RankError
+from stagewire.errors import ConfigError, InternalError, ProtocolError, RankError
 from stagewire.vllm_plugin.local_link import (
     ALIGNMENT,
     MAX_FRAMES,
@@ -198,6 +198,12 @@ def test_what_is_no_answer_is_refused(stage: Stage) -> None:
         stage.leader.settle(1)
 
 
+def fail_a_step(stage: Stage, error: Exception) -> None:
+    with stage.leader.work("a step", 5.0):
+        stage.now += 6
+        raise error
+
+
 class TestLoss:
     def test_nothing_is_wrong(self, stage: Stage) -> None:
         assert stage.leader.problem() is None
@@ -273,6 +279,23 @@ class TestLoss:
         with pytest.raises(RankError, match=r"rank 1 \(pid 201\) was killed by SIGSEGV"):
             talk()
         assert all(limit is not None and limit <= 2 for limit in stage.processes[0].joined)
+
+    def test_a_collective_that_fails_is_explained_by_who_has_ended(self, stage: Stage) -> None:
+        """gloo says that a connection was closed, and its process's exit code comes a moment later."""
+
+        def dies() -> None:
+            stage.processes[1].exitcode = -9
+
+        stage.processes[0].on_join = dies
+        with pytest.raises(RankError, match=r"rank 2 \(pid 202\) was killed by SIGKILL") as caught:
+            fail_a_step(stage, RuntimeError("Connection closed by peer"))
+        assert isinstance(caught.value.__cause__, RuntimeError)
+
+    @pytest.mark.parametrize("error", [RuntimeError("no such kernel"), ConfigError("no such adapter")])
+    def test_an_error_of_rank_0_stays_its_own(self, stage: Stage, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught:
+            fail_a_step(stage, error)
+        assert caught.value is error
 
     def test_those_that_were_told_to_end_are_no_problem(self, stage: Stage) -> None:
         stage.leader.close()

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from stagewire.errors import InternalError, ProtocolError, RankError
+from stagewire.errors import InternalError, ProtocolError, RankError, StagewireError
 from stagewire.wire.codec import MAX_HEADER_BYTES, MAX_TENSORS, Frame
 from stagewire.wire.messages import TensorSpec
 
@@ -204,8 +204,9 @@ class Follower:
 class Followers:
     """All followers of a stage. `problem` is for the ring's thread, the rest for the one that runs the model.
 
-    A forward pass of several ranks meets in collectives that wait for ever, so the model's thread cannot notice by
-    itself that a peer is gone. Whoever polls `problem` does, and ends the stage.
+    A forward pass of several ranks meets in collectives that wait for ever, or say only that a connection has ended, so
+    the model's thread cannot notice by itself which peer is gone and why. Whoever polls `problem` does, and ends the
+    stage.
 
     Args:
         followers: in the order of their ranks, 1 and up; none in a stage of one.
@@ -242,11 +243,22 @@ class Followers:
         """While the ranks work on ``what``; for longer than ``limit_s`` it is a problem. None: as long as it takes.
 
         ``counts_alone``: without followers too.
+
+        Raises:
+            RankError: in place of an error of the work, when a follower has ended: a collective's tells nothing of why.
         """
         if self._followers or counts_alone:
             self._busy = (what, self._clock(), limit_s)
         try:
             yield
+        except StagewireError:
+            raise
+        except Exception as error:
+            self._busy = None  # it has ended, so it cannot take too long any more
+            problem = self._await_problem()
+            if problem is None:
+                raise
+            raise problem from error
         finally:
             self._busy = None
 
@@ -255,7 +267,7 @@ class Followers:
         try:
             yield
         except (OSError, EOFError) as error:
-            raise self._why_gone() from error
+            raise self._await_problem() or RankError("a tensor parallel rank closed its pipe") from error
 
     def send(self, message: Request, frames: Sequence[Frame] = ()) -> None:
         """To every follower. Raises RankError when one is gone, as `settle` and `answers` do."""
@@ -310,15 +322,15 @@ class Followers:
         answer: Answer = _decode(_ANSWERS, data)
         return answer
 
-    def _why_gone(self) -> RankError:
-        """A pipe has ended: its process says why, or its exit code will, in a moment."""
+    def _await_problem(self) -> RankError | None:
+        """Something between the ranks has ended: a process says why, or its exit code will, in a moment."""
         ends_at = time.monotonic() + END_S
         for each in self._followers:
             problem = self.problem()
             if problem is not None:
                 return problem
             each.process.join(max(0.0, ends_at - time.monotonic()) / len(self._followers))
-        return self.problem() or RankError("a tensor parallel rank closed its pipe")
+        return self.problem()
 
     # ---- any thread ------------------------------------------------------------------------------------------------
 
