@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from support.cpu import needs_fp8_kv_cache
 from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run
 
@@ -32,7 +33,13 @@ MATRIX = {
 }
 
 
-@pytest.mark.parametrize("settings", list(MATRIX.values()), ids=list(MATRIX))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[needs_fp8_kv_cache] if "fp8" in name else [])
+        for name, settings in MATRIX.items()
+    ],
+)
 def test_settings_that_change_numerics_or_layout(
     settings: Sequence[str], model_dir: Path, say: Callable[[str], None]
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from support.cpu import needs_fp8_kv_cache
 from support.inside import states
 from support.models import make_llama
 from support.stages import Ring, SingleProcess, process_tree
@@ -230,6 +231,7 @@ def test_stages_are_replaced_by_ones_of_other_sizes_under_load(model: Path, refe
 
 
 @pytest.mark.slow
+@needs_fp8_kv_cache
 def test_a_stage_is_replaced_by_one_with_another_kind_of_kv_cache(model: Path) -> None:
     """It answers as if it had been so from the beginning, which is not as it was."""
     kind = ("--kv-cache-dtype", "fp8_e5m2")
