@@ -4,14 +4,20 @@ The parent stops where `vllm`'s own ``main`` is about to read its arguments, bef
 from there with a command line and an environment of its own. So what is imported, and in which order, is as in a
 process that was started from nothing. Whoever starts stages otherwise, the launcher and the README's commands, has
 that in the tests too.
+
+What a child spawns (an API server its EngineCore, that one its workers) is forked as well, from a copy of the child
+that has stood still since its start. It is a child of whoever spawned it, as ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import importlib
 import inspect
 import json
+import multiprocessing.util
 import os
 import re
 import select
@@ -22,6 +28,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,8 +71,6 @@ class ForkServer:
                 self._start(env)
             assert self._control is not None
             changed = {name for name in {**self._environ, **env} if self._environ.get(name) != env.get(name)}
-            if "--external-pp-worker" not in command:  # with an API: another process computes, which it starts itself
-                changed.discard("OMP_NUM_THREADS")
             if not all(map(FREE_VARIABLES.fullmatch, changed)):
                 return None
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -162,6 +167,7 @@ def main() -> None:
     if request is None:
         os._exit(0)  # without what libraries have to say of an orderly end
     _become(request)
+    _spawn_by_forking()
     sys.exit(vllm_main())
 
 
@@ -216,6 +222,98 @@ def _become(request: dict[str, Any]) -> None:
     this = sys.modules["__main__"]
     this.__spec__, this.__file__ = None, command[0]  # for what multiprocessing spawns
     setproctitle.setproctitle(" ".join(sys.orig_argv))
+
+
+# ---- in a child, and in what it spawns -------------------------------------------------------------------------------
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _spawn_by_forking() -> None:
+    """From now on `multiprocessing` gets processes from a copy of this one instead of from new interpreters."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        multiprocessing.util.spawnv_passfds = partial(
+            _spawn,
+            ours,
+            threading.Lock(),
+            multiprocessing.util.spawnv_passfds,
+        )
+        return
+    ours.close()
+    _run_spawned(*_fork_for_each_order(theirs))
+
+
+def _spawn(
+    control: socket.socket,
+    lock: threading.Lock,
+    by_exec: Any,
+    path: bytes,
+    command: Sequence[str],
+    passed: Sequence[int],
+) -> int:
+    """In place of `multiprocessing.util.spawnv_passfds`: starts a process with some of this one's files.
+
+    Returns:
+        Its id; it is a child of this process.
+    """
+    if "--multiprocessing-fork" not in command:  # the resource tracker's, say
+        return int(by_exec(path, command, passed))
+    program = command.index("-c")
+    numbers = sorted(map(int, passed))
+    order = {"argv": command[program:], "numbers": numbers, "environ": dict(os.environ)}
+    libc = ctypes.CDLL(None)
+    with lock:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # it becomes ours when the one in between ends
+        try:
+            socket.send_fds(control, [json.dumps(order).encode()], numbers)
+            return int(control.recv(64))
+        finally:
+            libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _fork_for_each_order(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """In each new process the order and the files that came with it; ends with who gives the orders."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 64)
+        if not message:
+            os._exit(0)
+        go, say_go = os.pipe()
+        between = os.fork()
+        if between == 0:
+            if os.fork():
+                os._exit(0)
+            os.close(say_go)
+            os.read(go, 1)
+            control.send(str(os.getpid()).encode())
+            control.close()
+            os.close(go)
+            return json.loads(message), descriptors
+        os.waitpid(between, 0)
+        os.write(say_go, b".")
+        for descriptor in (go, say_go, *descriptors):
+            os.close(descriptor)
+
+
+def _run_spawned(order: dict[str, Any], descriptors: Sequence[int]) -> None:
+    """What a new interpreter does with this command line, these files and this environment."""
+    import torch
+
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, max(order["numbers"]) + 1) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(high, order["numbers"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(order["environ"])
+    if "OMP_NUM_THREADS" in os.environ:  # read when the library was loaded
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    _spawn_by_forking()
+    _, program, *arguments = order["argv"]
+    sys.argv = ["-c", *arguments]
+    exec(program, {"__name__": "__main__"})  # it ends with sys.exit
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import asyncio
 import random
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import httpx
 
@@ -110,6 +110,32 @@ def run_each(url: str, model: Path, work: Sequence[tuple[Request, dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Runs(Sequence[list[Answer]]):
+    """The same requests at several concurrencies; each is run when it is first looked at."""
+
+    url: str
+    model: Path
+    work: Sequence[Request]
+    concurrencies: Sequence[int]
+    _found: dict[int, list[Answer]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.concurrencies)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Answer]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Answer]]: ...
+    def __getitem__(self, index: int | slice) -> list[Answer] | list[list[Answer]]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        concurrency = self.concurrencies[index]
+        if concurrency not in self._found:
+            self._found[concurrency] = run(self.url, self.model, self.work, concurrency)
+        return self._found[concurrency]
+
+
+@dataclass(frozen=True)
 class Comparison:
     num_tokens: int
     ties: list[str]  # where an id differs and the reference itself does, between two batch sizes
@@ -132,14 +158,14 @@ def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -
         references: the same requests on one process, at several batch sizes; the first is the one to equal.
 
     An id may differ only where the references themselves differ at that token after equal tokens before it, and must be
-    one of theirs; from there on the two texts are different ones and are not compared further.
+    one of theirs; from there on the two texts are different ones and are not compared further. Only then are the others
+    looked at: see `Runs`.
     """
     ties: list[str] = []
     wrong: list[str] = []
     num_tokens, worst = 0, 0.0
     for index, answer in enumerate(answers):
-        own = [reference[index] for reference in references]
-        expected = own[0]
+        expected = references[0][index]
         if len(answer.token_ids) != len(expected.token_ids):
             wrong.append(f"request {index}: {len(answer.token_ids)} tokens, expected {len(expected.token_ids)}")
             continue
@@ -148,7 +174,8 @@ def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -
             if found == wanted:
                 worst = max(worst, abs(answer.logprobs[at] - expected.logprobs[at]))
                 continue
-            rivals = {r.token_ids[at] for r in own if r.token_ids[:at] == answer.token_ids[:at]}
+            own = [reference[index].token_ids for reference in references]
+            rivals = {token_ids[at] for token_ids in own if token_ids[:at] == answer.token_ids[:at]}
             logits = f"{_logit(expected, at, wanted)} / {_logit(answer, at, found)}"
             line = f"request {index} token {at}: {found}, expected {wanted}; log-probabilities {logits}"
             (ties if len(rivals) > 1 and found in rivals else wrong).append(line)

@@ -65,7 +65,7 @@ def test_compiled_stages_equal_a_compiled_process(tmp_path: Path, model_dir: Pat
         pytest.skip("stock vLLM on CPU needs a C++ compiler to compile; stages then run eagerly (test_refusals.py)")
     model = make_llama(tmp_path / "llama4", model_dir, num_layers=4, initializer_range=0.1)
     work = requests(8, seed=5, text=license_text(), longest_words=200)
-    with SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"}) as single:
+    with SingleProcess(model, SETTINGS) as single:
         references = [run(single.url, model, work, size) for size in (8, 1)]
     with Ring(model, ("0-1", "1-4"), SETTINGS) as ring:
         result = compare(run(ring.url, model, work, 8), references)

@@ -117,7 +117,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make, max_images = request.param
     model = make(tmp_path_factory.mktemp("images"), model_dir)
     work = messages(max_images)
-    ring, single = Ring(model, RANGES, SETTINGS), SingleProcess(model, SETTINGS, {"OMP_NUM_THREADS": "2"})
+    ring, single = Ring(model, RANGES, SETTINGS), SingleProcess(model, SETTINGS)
     with together(ring, single):
         references = [run(single.url, model, work, concurrency) for concurrency in (CONCURRENCY, 1)]
         yield Pair(ring, work, references)

@@ -53,7 +53,7 @@ def exported(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     plan = plan_export(source, lambda _: [LayerRange.parse(text) for text in RANGES])
     run_export(plan, folder / "out", lambda _: None)
     work = requests(8, seed=8, text=license_text(), longest_words=200)
-    with SingleProcess(source, [*SETTINGS, "--served-model-name", SERVED], {"OMP_NUM_THREADS": "2"}) as single:
+    with SingleProcess(source, [*SETTINGS, "--served-model-name", SERVED]) as single:
         answers = [run(single.url, Path(SERVED), work, concurrency) for concurrency in (CONCURRENCY, 1)]
     shutil.rmtree(source)
     yield folder / "out", answers

@@ -74,7 +74,7 @@ def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
 
 @pytest.fixture(scope="module")
 def pair(model_dir: Path) -> Iterator[tuple[Ring, SingleProcess]]:
-    ring, single = Ring(model_dir, RANGES, SETTINGS), SingleProcess(model_dir, SETTINGS, {"OMP_NUM_THREADS": "2"})
+    ring, single = Ring(model_dir, RANGES, SETTINGS), SingleProcess(model_dir, SETTINGS)
     with together(ring, single):
         yield ring, single
 

@@ -67,9 +67,9 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def servers(model_dir: Path) -> Iterator[Servers]:
-    speculate, env = [*SETTINGS, "--speculative-config", NGRAM], {"OMP_NUM_THREADS": "2"}
+    speculate = [*SETTINGS, "--speculative-config", NGRAM]
     ring = Ring(model_dir, RANGES, speculate)
-    without, speculating = (SingleProcess(model_dir, each, env) for each in (SETTINGS, speculate))
+    without, speculating = (SingleProcess(model_dir, each) for each in (SETTINGS, speculate))
     with together(ring, without, speculating):
         yield Servers(ring, without, speculating)
 
