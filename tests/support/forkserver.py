@@ -234,12 +234,8 @@ def _spawn_by_forking() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
         theirs.close()
-        multiprocessing.util.spawnv_passfds = partial(
-            _spawn,
-            ours,
-            threading.Lock(),
-            multiprocessing.util.spawnv_passfds,
-        )
+        by_exec = multiprocessing.util.spawnv_passfds
+        multiprocessing.util.spawnv_passfds = partial(_spawn, ours, threading.Lock(), by_exec)
         return
     ours.close()
     _run_spawned(*_fork_for_each_order(theirs))

@@ -190,6 +190,9 @@ def test_a_request_that_fails_its_step_twice_is_failed_alone(ring: Ring, undistu
     assert differences(found, undisturbed) == []
     assert [stage.popen.poll() for stage in ring.stages] == [None] * 3
     assert "stage 2 failed step" in ring.stages[2].text()
+    assert re.search(
+        r"Stage 0: request cmpl-\S+ is given up, stages fail of it: stage 2 failed step \d+: ", ring.stages[0].text()
+    )
 
 
 def test_a_stage_that_is_told_to_stop_drains(ring: Ring, undisturbed: list[Stream], say: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ and vLLM's own assertion ends the engine as soon as too many meet.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.speculation import DraftingOutput, only_of, with_accepted
 
 __all__ = ["RingScheduler"]
+
+logger = logging.getLogger("vllm.stagewire")
 
 # With requests that cannot run EngineCore asks again after a millisecond, and so takes half a core from a stage of this
 # host that is to come back.
@@ -168,6 +171,8 @@ class RingScheduler(Scheduler):
         for loss in losses:
             # vLLM fails these alone, with the next output, as it does when a grammar cannot be compiled.
             failed = self._suspicion.note(loss, self.requests)
+            for req_id in failed:
+                logger.error("Stage 0: request %s is given up, stages fail of it: %s", req_id, loss.error)
             # Since vLLM 0.33 a dict, with the error that the client is to see.
             self.grammar_compile_error_reqs.update(dict.fromkeys(failed) if is_at_least(0, 33) else failed)
         # Sessions between two inputs hold blocks, whether the next input has come or not.
