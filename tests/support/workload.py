@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import httpx
 
@@ -110,8 +110,8 @@ def run_each(url: str, model: Path, work: Sequence[tuple[Request, dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Runs(Sequence[list[Answer]]):
-    """The same requests at several concurrencies; each is run when it is first looked at."""
+class Runs:
+    """Iterates over the answers to the same requests at several concurrencies; each runs when it is first reached."""
 
     url: str
     model: Path
@@ -119,20 +119,11 @@ class Runs(Sequence[list[Answer]]):
     concurrencies: Sequence[int]
     _found: dict[int, list[Answer]] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.concurrencies)
-
-    @overload
-    def __getitem__(self, index: int) -> list[Answer]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[Answer]]: ...
-    def __getitem__(self, index: int | slice) -> list[Answer] | list[list[Answer]]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        concurrency = self.concurrencies[index]
-        if concurrency not in self._found:
-            self._found[concurrency] = run(self.url, self.model, self.work, concurrency)
-        return self._found[concurrency]
+    def __iter__(self) -> Iterator[list[Answer]]:
+        for concurrency in self.concurrencies:
+            if concurrency not in self._found:
+                self._found[concurrency] = run(self.url, self.model, self.work, concurrency)
+            yield self._found[concurrency]
 
 
 @dataclass(frozen=True)
@@ -150,12 +141,13 @@ def counter(url: str, name: str) -> float:
     return sum(map(float, found))
 
 
-def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -> Comparison:
+def compare(answers: Sequence[Answer], references: Iterable[Sequence[Answer]]) -> Comparison:
     """Compares answers with one process's.
 
     Args:
         answers: of the ring.
-        references: the same requests on one process, at several batch sizes; the first is the one to equal.
+        references: the same requests on one process, at several batch sizes; the first is the one to equal. Iterated
+            over more than once.
 
     An id may differ only where the references themselves differ at that token after equal tokens before it, and must be
     one of theirs; from there on the two texts are different ones and are not compared further. Only then are the others
@@ -164,8 +156,9 @@ def compare(answers: Sequence[Answer], references: Sequence[Sequence[Answer]]) -
     ties: list[str] = []
     wrong: list[str] = []
     num_tokens, worst = 0, 0.0
+    first = next(iter(references))
     for index, answer in enumerate(answers):
-        expected = references[0][index]
+        expected = first[index]
         if len(answer.token_ids) != len(expected.token_ids):
             wrong.append(f"request {index}: {len(answer.token_ids)} tokens, expected {len(expected.token_ids)}")
             continue

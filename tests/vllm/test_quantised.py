@@ -36,4 +36,4 @@ def test_tokens_of_a_quantised_checkpoint(
     )
     assert not result.wrong, "\n".join(result.wrong)
     assert result.worst_logprob <= LOGPROB_TOLERANCE
-    assert len({token for answer in references[0] for token in answer.token_ids}) > 10
+    assert len({token for answer in next(iter(references)) for token in answer.token_ids}) > 10
