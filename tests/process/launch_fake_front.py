@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from stagewire.errors import StagewireError
+from stagewire.folders import private_folder
 from stagewire.launch.api import Api
 from stagewire.launch.front import listen, run_in_loop, serve_launch
 from stagewire.launch.spec import Resources, StageSpec, place_stages
-from stagewire.launch.up import Launch, private_dir
+from stagewire.launch.up import Launch
 from stagewire.plan.ranges import split_evenly
 
 FAKE_STAGE = Path(__file__).with_name("launch_fake_stage.py")
@@ -26,7 +27,7 @@ def main() -> int:
     head, public = Api("127.0.0.1", int(head_port)), Api("127.0.0.1", int(public_port))
     launch = Launch(specs, command, resources, head, Path("fake-model"), Path(folder), False, 60.0, 0, False, 0.0)
     try:
-        with listen("127.0.0.1", public.port) as sock, private_dir() as private:
+        with listen("127.0.0.1", public.port) as sock, private_folder() as private:
             return run_in_loop(serve_launch(launch, public, sock, private))
     except StagewireError as error:
         sys.stderr.write(f"{error}\n")

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 from stagewire.errors import StagewireError
+from stagewire.folders import private_folder
 from stagewire.launch.api import Api
 from stagewire.launch.screen import open_screen
 from stagewire.launch.spec import Resources, StageSpec, place_stages
 from stagewire.launch.supervisor import Supervisor, Timeouts
-from stagewire.launch.up import private_dir
 from stagewire.plan.ranges import split_evenly
 
 FAKE_STAGE = Path(__file__).with_name("launch_fake_stage.py")
@@ -34,7 +34,7 @@ def main() -> int:
         behaviour = f"standby:{how}" if spec.stands_by else serving
         return [sys.executable, str(FAKE_STAGE), str(spec.index), port, behaviour]
 
-    with private_dir() as private:
+    with private_folder() as private:
         supervisor = Supervisor(
             specs,
             command,

@@ -23,6 +23,7 @@ LAYERS = [
     "observe",
     "config",
     "plan",
+    "folders",
     "errors",
 ]
 # Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.

@@ -8,6 +8,7 @@ import urllib.parse
 from collections.abc import Sequence
 
 from stagewire.errors import ConfigError
+from stagewire.folders import private_folder
 from stagewire.launch import up
 from stagewire.launch.api import Api
 from stagewire.launch.spec import is_cpu_build
@@ -55,7 +56,7 @@ def _front_launch(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     from stagewire.launch.front import listen, run_in_loop, serve_launch
 
-    with listen(args.host, args.port) as sock, up.private_dir() as folder:
+    with listen(args.host, args.port) as sock, private_folder() as folder:
         launch = up.decide(of_head, extra, environ)
         public = Api(args.host, args.port, launch.api.api_key)
         return run_in_loop(serve_launch(launch, public, sock, folder))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import check_files, read_export, stage_folder
 from stagewire.checkpoint.model_config import read_config, shape_of
 from stagewire.errors import ConfigError
+from stagewire.folders import private_folder
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
 from stagewire.launch.screen import Screen, open_screen
 from stagewire.launch.spec import (
@@ -31,7 +29,7 @@ from stagewire.launch.spec import (
 from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS, Supervisor, Timeouts
 from stagewire.plan.ranges import LayerRange, check_ranges, split_evenly
 
-__all__ = ["EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "private_dir", "run"]
+__all__ = ["EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "run"]
 
 DEFAULT_NUM_STAGES = 4
 DEFAULT_START_TIMEOUT_S = 600.0
@@ -143,7 +141,7 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
         StagewireError: a wrong setting, a stage that failed, a ring that is not ready in time.
     """
     launch = decide(args, extra)
-    with private_dir() as folder:
+    with private_folder() as folder:
         supervisor = launch.supervisor(open_screen(launch.specs), folder, lambda model: launch.usage(launch.api, model))
         return asyncio.run(supervisor.run())
 
@@ -257,14 +255,3 @@ def _make_log_dir(path: Path, num_stages: int) -> Path:
     except OSError as error:
         raise ConfigError(f"--log-dir {path}: {error}") from error
     return path
-
-
-@contextmanager
-def private_dir() -> Iterator[str]:
-    """Short, because AF_UNIX paths end at 107 bytes, and vLLM puts names of 36 characters in it."""
-    base = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else None
-    path = tempfile.mkdtemp(prefix="stagewire-", dir=base)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

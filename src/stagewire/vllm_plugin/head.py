@@ -11,13 +11,13 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stagewire.config import StageConfig
+from stagewire.folders import fits_sockets, private_folder
 from stagewire.observe.status import (
     HEAD_SOCKET_ENV,
     LAUNCHER_PID_ENV,
@@ -44,11 +44,13 @@ def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: S
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
     HEALTH.pipeline = PipelineStatus(config)
-    with tempfile.TemporaryDirectory(prefix="stagewire-") as folder:
+    with private_folder() as folder:
         receiver = StatusReceiver(str(Path(folder) / "head.sock"))
         os.environ[HEAD_SOCKET_ENV] = receiver.path
         # vLLM leaves the sockets between its processes behind in the temporary folder.
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
+        chosen = os.environ.get("VLLM_RPC_BASE_PATH")
+        if not chosen or not fits_sockets(chosen):
+            os.environ["VLLM_RPC_BASE_PATH"] = folder
         news = DatagramReceiver(str(Path(folder) / "news.sock"))
         os.environ[NEWS_SOCKET_ENV] = news.path
         threading.Thread(target=_listen, args=(receiver,), name="stagewire-status", daemon=True).start()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 from stagewire.config import parse_stage
+from stagewire.folders import fits_sockets, short_base
 from stagewire.vllm_plugin import compat
 
 __all__ = ["head_arguments"]
@@ -31,6 +33,8 @@ def head_arguments(
 
     compat.check_version()
     compat.let_engine_say_goodbye()
+    if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
+        os.environ["VLLM_RPC_BASE_PATH"] = short_base()
     flags: dict[str, Any] = {
         "pipeline_stage_mode": "external",
         "pipeline_stage_idx": 0,
