@@ -190,7 +190,15 @@ def test_the_safetensors_library_reads_it(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_folder_is_in_the_hub_s_format(model: Path, tmp_path: Path) -> None:
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json", ".hidden", "m.gguf"):
+    for name in (
+        "pytorch_model.bin",
+        "older.safetensors",
+        "._model.safetensors",
+        "model.safetensors.incomplete",
+        "pytorch_model.bin.index.json",
+        ".hidden",
+        "m.gguf",
+    ):
         (model / name).write_bytes(b"no part of it")
     (model / ".git").mkdir()
     (model / ".git" / "config").write_text("secret")

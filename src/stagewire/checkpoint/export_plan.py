@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stagewire.checkpoint.files import is_partial_download, is_weight
 from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_index, read_metadata
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import MANIFEST_NAME
@@ -26,11 +27,6 @@ from stagewire.plan.ranges import LayerRange, check_ranges
 __all__ = ["ExportPlan", "OutputFile", "Piece", "SourceFile", "TensorSums", "plan_export"]
 
 _HEADER_ALIGNMENT = 8
-# Weights in whatever format: never copied beside the stage's own tensors, where a loader could find them.
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".npz", ".msgpack", ".h5"),
-    *(".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel"),
-)
 # model.safetensors.index.json, pytorch_model.bin.index.json, model.safetensors.index.fp32.json
 _WEIGHT_INDEX = (".safetensors.index.", ".bin.index.")
 # Tokenizers have up to 40 MB. What is larger is no part of a model's folder that a stage needs, and is said.
@@ -188,7 +184,7 @@ def _other_files(model_dir: Path) -> tuple[dict[str, SourceFile], list[str]]:
     copied: dict[str, SourceFile] = {}
     left_out: list[str] = []
     for name in sorted(_walk(model_dir)):
-        if name.endswith(_WEIGHT_SUFFIXES) or any(part in name for part in _WEIGHT_INDEX):
+        if is_weight(name) or is_partial_download(name) or any(part in name for part in _WEIGHT_INDEX):
             continue
         source = SourceFile.of(model_dir, name)
         if source.num_bytes > _MAX_COPIED_BYTES:

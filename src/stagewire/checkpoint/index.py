@@ -11,16 +11,25 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
+from stagewire.checkpoint.files import INDEX_NAME, CheckpointFiles, checkpoint_files, natural_key
 from stagewire.checkpoint.model_config import read_config
 from stagewire.errors import ConfigError
 
-__all__ = ["INDEX_NAME", "CheckpointIndex", "TensorInfo", "fingerprint", "read_files", "read_index", "read_metadata"]
+__all__ = [
+    "INDEX_NAME",
+    "CheckpointIndex",
+    "TensorInfo",
+    "fingerprint",
+    "read_files",
+    "read_index",
+    "read_metadata",
+    "read_tensors",
+]
 
-INDEX_NAME = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 # The safetensors library's own limit (MAX_HEADER_SIZE).
 _MAX_HEADER_BYTES = 100_000_000
@@ -32,7 +41,6 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".npz", ".msgpack", ".h5")
 # Who saved it, with what, from where. The dtype is among them because the tensors carry their own, the key was renamed
 # in transformers 5, and the handshake compares the dtype that is served.
 _SAVED_BY = ("_name_or_path", "_model_name_or_path", "_commit_hash", "_attn_implementation_autoset")
@@ -61,34 +69,42 @@ class TensorInfo:
 class CheckpointIndex:
     """Every tensor of a checkpoint by name, in the order of the files and of their data.
 
-    ``total_bytes`` is of the weights alone, ``header_bytes`` what was read of the files to know that.
+    ``total_bytes`` is of the weights alone, ``header_bytes`` what was read of the files to know that. ``absent``: what
+    the index places in a file that does not hold it, which vLLM minds only when the model needs it. ``copies``: of a
+    tensor that several files hold, the files, the one that counts first.
     """
 
     tensors: Mapping[str, TensorInfo]
     total_bytes: int
     header_bytes: int
+    absent: tuple[str, ...] = ()
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def read_index(model_dir: Path) -> CheckpointIndex | None:
-    """The tensors of every shard that model.safetensors.index.json names, or of every *.safetensors without one.
+def read_index(model_dir: Path, load_format: str = "auto") -> CheckpointIndex | None:
+    """The tensors of the checkpoint's files (``files.checkpoint_files``), each from the file that counts.
 
     ``None`` when the folder holds no safetensors at all. Raises ``ConfigError``, naming file and tensor, for a shard
-    that is missing, malformed or cut short, and for a tensor that its shard lacks or that two files hold.
+    that is missing, malformed or cut short, and for a tensor that two files hold in two shapes.
     """
-    weight_map = _read_weight_map(model_dir / INDEX_NAME)
-    _check_present(model_dir, weight_map)
-    files = sorted(set(weight_map.values())) or sorted(path.name for path in model_dir.glob("*.safetensors"))
-    if not files:
+    return read_tensors(checkpoint_files(model_dir, load_format))
+
+
+def read_tensors(files: CheckpointFiles) -> CheckpointIndex | None:
+    """As ``read_index``, of files that are known already."""
+    if not files.weights or not files.is_safetensors:
         return None
-    return _read_shards(model_dir, files, weight_map)
+    files.check_complete()
+    return read_files(files.folder, files.weights, files.weight_map)
 
 
-def read_files(folder: Path, files: Sequence[str]) -> CheckpointIndex:
-    """The tensors of these safetensors files (names relative to ``folder``), whatever an index says of them.
+def read_files(folder: Path, files: Sequence[str], weight_map: Mapping[str, str] | None = None) -> CheckpointIndex:
+    """The tensors of these safetensors files (names relative to ``folder``).
 
-    Raises ``ConfigError`` as ``read_index`` does, also for a tensor that two of the files hold.
+    Of a tensor in several files the one counts that ``weight_map`` names; where it names none, the last in vLLM's
+    order, which vLLM reads after the others. Raises ``ConfigError`` as ``read_index`` does.
     """
-    return _read_shards(folder, files, {})
+    return _read_shards(folder, sorted(files, key=natural_key), weight_map or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -105,47 +121,12 @@ def fingerprint(model_dir: Path) -> str:
     names and sizes of the weight files instead. Nothing of the weights themselves is read: a fine-tuned copy has its
     base model's fingerprint. Raises ``ConfigError`` as ``read_model_shape`` and ``read_index`` do.
     """
-    index = read_index(model_dir)
-    weights = _list_files(model_dir) if index is None else _list_tensors(index)
+    files = checkpoint_files(model_dir)
+    index = read_tensors(files)
+    weights = _list_files(files) if index is None else _list_tensors(index)
     content = {"config": _without_bookkeeping(read_config(model_dir)), "weights": weights}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_FINGERPRINT_DIGITS]
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> shard; empty when there is no index."""
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError(f'{path} must be a JSON object with a "weight_map" ({error!r}); download it again') from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(
-            f'{path}: "weight_map" must be an object of tensor names and shards, found {weight_map!r:.80}'
-        )
-    for name, file in weight_map.items():
-        if not _is_plain_path(file):
-            raise ConfigError(f"{path} places tensor {name} in {file!r}; expected a file inside the model's folder")
-    return weight_map
-
-
-def _check_present(model_dir: Path, weight_map: Mapping[str, str]) -> None:
-    for file in sorted(set(weight_map.values())):
-        if not (model_dir / file).is_file():
-            names = sorted(name for name, each in weight_map.items() if each == file)
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigError(
-                f"shard {model_dir / file} is missing, where {INDEX_NAME} places tensor {names[0]}{more}; "
-                "is the download complete, or was the file renamed?"
-            )
-
-
-def _is_plain_path(file: object) -> bool:
-    if not isinstance(file, str) or not file:
-        return False
-    path = PurePosixPath(file)
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _read_shards(model_dir: Path, files: Sequence[str], weight_map: Mapping[str, str]) -> CheckpointIndex:
@@ -154,9 +135,10 @@ def _read_shards(model_dir: Path, files: Sequence[str], weight_map: Mapping[str,
         shard, begins_at = _read_shard(model_dir, file)
         shards.append(shard)
         header_bytes += begins_at
-    tensors = _merge_shards(shards, weight_map)
-    _check_weight_map(weight_map, tensors, model_dir)
-    return CheckpointIndex(tensors, sum(tensor.num_bytes for tensor in tensors.values()), header_bytes)
+    tensors, copies = _merge_shards(shards, weight_map)
+    absent = tuple(name for name in weight_map if name not in tensors)
+    total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+    return CheckpointIndex(tensors, total_bytes, header_bytes, absent, copies)
 
 
 def _read_shard(model_dir: Path, file: str) -> tuple[list[TensorInfo], int]:
@@ -236,37 +218,40 @@ def _read_tensor(path: Path, file: str, name: str, entry: Any, begins_at: int) -
     return TensorInfo(name, dtype, tuple(shape), end - begin, file, begins_at + begin)
 
 
-def _merge_shards(shards: list[list[TensorInfo]], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """By name. A name that two files hold is the one the index points at; tensors it does not list are kept."""
-    tensors: dict[str, TensorInfo] = {}
+def _merge_shards(
+    shards: Sequence[Sequence[TensorInfo]], weight_map: Mapping[str, str]
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, ...]]]:
+    """Each tensor by name, in the order of the files, and the files of those that are in several."""
+    found: dict[str, list[TensorInfo]] = {}
     for tensor in (tensor for shard in shards for tensor in shard):
-        other = tensors.get(tensor.name)
-        if other is not None and tensor.name not in weight_map:
-            raise ConfigError(
-                f"tensor {tensor.name} is in {other.file} and in {tensor.file}, and no {INDEX_NAME} says which holds; "
-                "remove the copy that does not belong to this model"
-            )
-        if weight_map.get(tensor.name, tensor.file) == tensor.file:
-            tensors[tensor.name] = tensor
-    return tensors
+        found.setdefault(tensor.name, []).append(tensor)
+    chosen = {name: _choose_copy(copies, weight_map.get(name)) for name, copies in found.items()}
+    several = {
+        name: (chosen[name].file, *(each.file for each in copies if each is not chosen[name]))
+        for name, copies in found.items()
+        if len(copies) > 1
+    }
+    tensors = (tensor for shard in shards for tensor in shard if chosen[tensor.name] is tensor)
+    return {tensor.name: tensor for tensor in tensors}, several
 
 
-def _check_weight_map(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], model_dir: Path) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise ConfigError(
-                f"{INDEX_NAME} says that tensor {name} is in {model_dir / file}, which does not hold it; "
-                "the index and the shards are of different checkpoints: download both again"
-            )
+def _choose_copy(copies: Sequence[TensorInfo], file: str | None) -> TensorInfo:
+    named = next((tensor for tensor in copies if tensor.file == file), None)
+    if named is None and len({tensor.shape for tensor in copies}) > 1:
+        shapes = ", ".join(f"{list(tensor.shape)} in {tensor.file}" for tensor in copies)
+        raise ConfigError(
+            f"tensor {copies[0].name} has several shapes ({shapes}), and no index says which holds; remove the files "
+            "that do not belong to this model"
+        )
+    return named or copies[-1]
 
 
 def _list_tensors(index: CheckpointIndex) -> list[Any]:
     return [[tensor.name, tensor.dtype, list(tensor.shape)] for _, tensor in sorted(index.tensors.items())]
 
 
-def _list_files(model_dir: Path) -> list[Any]:
-    paths = sorted(path for path in model_dir.glob("*") if path.suffix in _WEIGHT_SUFFIXES)
-    return [[path.name, path.stat().st_size] for path in paths]
+def _list_files(files: CheckpointFiles) -> list[Any]:
+    return [[file, (files.folder / file).stat().st_size] for file in files.present]
 
 
 def _without_bookkeeping(value: Any) -> Any:
