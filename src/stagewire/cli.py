@@ -11,6 +11,7 @@ from stagewire import __version__
 from stagewire.commands import export, front, keys, plan, status
 from stagewire.errors import StagewireError
 from stagewire.launch import up
+from stagewire.observe.streams import keep_writing
 
 __all__ = ["main"]
 
@@ -54,6 +55,7 @@ def _make_parser() -> argparse.ArgumentParser:
         description="Pipeline parallelism between independent `vllm serve` processes.",
         allow_abbrev=False,
     )
+    parser.set_defaults(serves=False)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -66,7 +68,7 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     up.add_arguments(up_parser)
-    up_parser.set_defaults(run=_run_up, takes_extra=True)
+    up_parser.set_defaults(run=_run_up, takes_extra=True, serves=True)
 
     front_parser = commands.add_parser(
         "front",
@@ -77,7 +79,7 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     front.add_arguments(front_parser)
-    front_parser.set_defaults(run=_run_front, takes_extra=True)
+    front_parser.set_defaults(run=_run_front, takes_extra=True, serves=True)
 
     status_parser = commands.add_parser("status", help="how each stage of a running pipeline is", allow_abbrev=False)
     status.add_arguments(status_parser)
@@ -112,7 +114,11 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; a StagewireError becomes one message on stderr and its exit code."""
+    """Runs one subcommand; a StagewireError becomes one message on stderr and its exit code.
+
+    Args:
+        argv: by default this process's own; a process that serves then outlives whoever reads its output.
+    """
     own = list(sys.argv[1:] if argv is None else argv)
     extra: list[str] = []
     if "--" in own:
@@ -122,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(own)
     if extra and not args.takes_extra:
         parser.error(f"unrecognized arguments: -- {' '.join(extra)}")
+    if args.serves and argv is None:
+        keep_writing()
     try:
         code: int = args.run(args, extra)
     except StagewireError as error:

@@ -9,6 +9,7 @@ from stagewire.errors import StagewireError
 from stagewire.folders import private_folder
 from stagewire.launch.api import Api
 from stagewire.launch.front import listen, run_in_loop, serve_launch
+from stagewire.launch.logs import LogFolder
 from stagewire.launch.spec import Resources, StageSpec, place_stages
 from stagewire.launch.up import Launch
 from stagewire.plan.ranges import split_evenly
@@ -25,7 +26,8 @@ def main() -> int:
 
     resources = [Resources({"FAKE_DIR": folder})] * len(specs)
     head, public = Api("127.0.0.1", int(head_port)), Api("127.0.0.1", int(public_port))
-    launch = Launch(specs, command, resources, head, Path("fake-model"), Path(folder), False, 60.0, 0, False, 0.0)
+    logs = LogFolder.claim(Path(folder))
+    launch = Launch(specs, command, resources, head, Path("fake-model"), logs, False, 60.0, 0, False, 0.0)
     try:
         with listen("127.0.0.1", public.port) as sock, private_folder() as private:
             return run_in_loop(serve_launch(launch, public, sock, private))

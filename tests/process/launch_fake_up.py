@@ -14,15 +14,18 @@ from pathlib import Path
 from stagewire.errors import StagewireError
 from stagewire.folders import private_folder
 from stagewire.launch.api import Api
+from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import open_screen
 from stagewire.launch.spec import Resources, StageSpec, place_stages
 from stagewire.launch.supervisor import Supervisor, Timeouts
+from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import split_evenly
 
 FAKE_STAGE = Path(__file__).with_name("launch_fake_stage.py")
 
 
 def main() -> int:
+    keep_writing()
     folder, port, timeouts, *behaviours = sys.argv[1:]
     settings = json.loads(timeouts)
     restarts = int(settings.pop("restarts", 2))
@@ -34,6 +37,12 @@ def main() -> int:
         behaviour = f"standby:{how}" if spec.stands_by else serving
         return [sys.executable, str(FAKE_STAGE), str(spec.index), port, behaviour]
 
+    def serving(model: str) -> str:
+        heard = Path(folder) / "serving"  # a FIFO, where a test cannot read what is printed
+        if heard.exists():
+            heard.write_text("serving\n")
+        return f"serving {model} from {private}"
+
     with private_folder() as private:
         supervisor = Supervisor(
             specs,
@@ -42,8 +51,8 @@ def main() -> int:
             Api("127.0.0.1", int(port)),
             open_screen(specs),
             private,
-            Path(folder),
-            lambda model: f"serving {model} from {private}",
+            LogFolder.claim(Path(os.environ.get("FAKE_LOGS", folder))),
+            serving,
             Timeouts(**settings),
             os.environ,
             max_restarts=restarts,

@@ -14,4 +14,5 @@ sys.path.insert(0, str(root / "src"))
 
 from stagewire.cli import main  # noqa: E402
 
-sys.exit(main(["front", *sys.argv[1:]]))
+sys.argv.insert(1, "front")
+sys.exit(main())

@@ -6,6 +6,7 @@ import argparse
 import os
 import urllib.parse
 from collections.abc import Sequence
+from contextlib import closing
 
 from stagewire.errors import ConfigError
 from stagewire.folders import private_folder
@@ -59,7 +60,8 @@ def _front_launch(args: argparse.Namespace, extra: Sequence[str]) -> int:
     with listen(args.host, args.port) as sock, private_folder() as folder:
         launch = up.decide(of_head, extra, environ)
         public = Api(args.host, args.port, launch.api.api_key)
-        return run_in_loop(serve_launch(launch, public, sock, folder))
+        with closing(launch.logs):
+            return run_in_loop(serve_launch(launch, public, sock, folder))
 
 
 def _front_head(args: argparse.Namespace, extra: Sequence[str]) -> int:

@@ -20,7 +20,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
@@ -34,6 +33,7 @@ from yarl import URL
 from stagewire.errors import ConfigError
 from stagewire.launch.api import Api
 from stagewire.launch.screen import open_screen
+from stagewire.launch.signals import stop_signals
 from stagewire.launch.supervisor import Progress
 from stagewire.launch.up import Launch
 
@@ -453,7 +453,7 @@ async def serve_head(head: str, api_key: str | None, public: Api, sock: socket.s
     """Serves before a head that others look after, until Ctrl-C, SIGTERM or the end of the terminal. Returns 0."""
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in stop_signals():
         loop.add_signal_handler(signum, asked.set)
     print(f"{public.url} is the front of {head}. Ctrl-C stops it, and nothing else.", flush=True)  # noqa: T201
 

@@ -1,8 +1,10 @@
-"""What a person sees while a pipeline starts: live bars on a terminal, one line for each event elsewhere."""
+"""What a person sees while a pipeline starts: live bars on a terminal, one line for each event elsewhere.
+
+That nobody may be there to see it is the stream's business (observe/streams.py).
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol, TextIO
@@ -32,9 +34,6 @@ class Screen(Protocol):
     def finish(self) -> None:
         """No more bars: from here on plain text."""
 
-    def hang_up(self) -> None:
-        """The terminal is gone: whatever is written from here on goes nowhere, without an error."""
-
 
 class PlainScreen:
     """A line for each event; of the way through a phase, one for each quarter."""
@@ -51,20 +50,10 @@ class PlainScreen:
         self.say(f"stage {event.stage}  {describe(event)}")
 
     def say(self, text: str) -> None:
-        try:
-            print(text, file=self._out, flush=True)
-        except OSError:
-            self.hang_up()
+        print(text, file=self._out, flush=True)
 
     def finish(self) -> None:
         pass
-
-    def hang_up(self) -> None:
-        # What is buffered would otherwise fail again when the interpreter closes its streams, with exit code 120.
-        null = os.open(os.devnull, os.O_WRONLY)
-        for fd in (sys.stdout.fileno(), sys.stderr.fileno()):
-            os.dup2(null, fd)
-        os.close(null)
 
 
 class LiveScreen(PlainScreen):

@@ -27,7 +27,9 @@ from pathlib import Path
 from stagewire.errors import ConfigError, PeerError, StagewireError
 from stagewire.launch.api import Api
 from stagewire.launch.hints import describe_exit, hint, last_error
+from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import Screen
+from stagewire.launch.signals import stop_signals
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
 from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
 
@@ -178,7 +180,7 @@ class Supervisor:
         resources: environment and cores for each stage.
         api: the head's.
         private_dir: short (AF_UNIX paths end at 107 bytes), private to the user; whoever made it removes it.
-        log_dir: stage_<i>.log are written there, new.
+        logs: stage_<i>.log are written there.
         serving: called with the model's name once the ring has answered; its text is shown.
         max_restarts: how often in a row a stage is started again, or taken over by its standby, while serving.
         has_standbys: whether a second process of each stage but the head stands by; it takes over once also if
@@ -193,7 +195,7 @@ class Supervisor:
         api: Api,
         screen: Screen,
         private_dir: str,
-        log_dir: Path,
+        logs: LogFolder,
         serving: Callable[[str], str],
         timeouts: Timeouts | None = None,
         environ: Mapping[str, str] = os.environ,
@@ -210,7 +212,7 @@ class Supervisor:
         self._api = api
         self._screen = screen
         self._private_dir = private_dir
-        self._log_dir = log_dir
+        self._logs = logs
         self._serving = serving
         self._timeouts = timeouts or Timeouts()
         self._environ = environ
@@ -239,7 +241,7 @@ class Supervisor:
         self._receiver = StatusReceiver(f"{self._private_dir}/status.sock")
         loop = asyncio.get_running_loop()
         loop.add_reader(self._receiver.fileno(), self._receive)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in stop_signals():
             loop.add_signal_handler(signum, self._on_signal, signum)
         try:
             return await self._run()
@@ -266,9 +268,9 @@ class Supervisor:
         return 0
 
     async def _start(self, spec: StageSpec, resources: Resources) -> _Stage:
-        log = self._log_dir / f"stage_{spec.index}{'_standby' if spec.stands_by else ''}.log"
+        name = f"stage_{spec.index}{'_standby' if spec.stands_by else ''}.log"
         cores = resources.cores
-        with log.open("ab") as out:
+        with self._logs.open_log(name) as out:
             process = await asyncio.create_subprocess_exec(
                 *self._command(spec),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -279,7 +281,7 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
             )
-        stage = _Stage(spec, process, log)
+        stage = _Stage(spec, process, self._logs.path / name)
         stage.exited = asyncio.create_task(self._watch(stage))
         return stage
 
@@ -434,8 +436,6 @@ class Supervisor:
                 self._queue.put_nowait(event)
 
     def _on_signal(self, signum: int) -> None:
-        if signum == signal.SIGHUP:
-            self._screen.hang_up()
         if signum == signal.SIGINT and self._is_stopping:
             self._kill_groups()
         elif self._asked is None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stagewire.checkpoint.model_config import read_config, shape_of
 from stagewire.errors import ConfigError
 from stagewire.folders import private_folder
 from stagewire.launch.api import Api, chat_template_exists, option_value, usage
+from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import Screen, open_screen
 from stagewire.launch.spec import (
     CommandBuilder,
@@ -52,7 +54,8 @@ _OWN_FLAGS = (
 EPILOG = """\
 Everything after `--` goes to every stage's `vllm serve`, for instance: stagewire up --model DIR -- --dtype float32
 
-Ctrl-C, SIGTERM and the end of the terminal stop every stage in order; a second Ctrl-C kills them at once.
+Ctrl-C, SIGTERM and the end of the terminal stop every stage in order; a second Ctrl-C kills them at once. Under nohup
+or setsid the end of the terminal stops nothing.
 Exit codes: 0 stopped while serving; 128 + signal stopped before that; 1, 2 or 3 the code of the stage that
 failed (1 an error of a stage or a kill, 2 a setting, 3 another stage or the network)."""
 
@@ -85,7 +88,12 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
     parser.add_argument(
         "--base-port", type=int, default=15550, help="stage i binds this port + i (default: %(default)s)"
     )
-    parser.add_argument("--log-dir", type=Path, default=Path("stagewire_logs"), help="default: ./%(default)s")
+    parser.add_argument(
+        "--log-dir",
+        type=Path,
+        default=Path("stagewire_logs"),
+        help="default: ./%(default)s, or the next free one of that name while another launcher has it",
+    )
     parser.add_argument(
         "--start-timeout", type=float, default=DEFAULT_START_TIMEOUT_S, metavar="S", help="default: %(default)g seconds"
     )
@@ -114,7 +122,7 @@ class Launch:
     resources: Sequence[Resources]
     api: Api
     source: Path
-    log_dir: Path
+    logs: LogFolder
     has_template: bool
     start_timeout_s: float
     max_restarts: int
@@ -123,14 +131,15 @@ class Launch:
 
     def usage(self, api: Api, model: str) -> str:
         """What to copy once it serves; ``api`` is where clients ask."""
-        where = f"Logs in {self.log_dir}{os.sep}stage_*.log. Ctrl-C stops everything."
+        where = f"Logs in {self.logs.path}{os.sep}stage_*.log. Ctrl-C stops everything."
         return f"{usage(api, model, self.has_template)}\n{where}"
 
     def supervisor(self, screen: Screen, private_dir: str, serving: Callable[[str], str]) -> Supervisor:
         layers = ", ".join(str(spec.layers) for spec in self.specs)
-        screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.log_dir}")
+        note = f" ({self.logs.note})" if self.logs.note else ""
+        screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.logs.path}{note}")
         timeouts = Timeouts(start=self.start_timeout_s, drain=self.drain_s)
-        parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.log_dir, serving)
+        parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.logs, serving)
         return Supervisor(*parts, timeouts, max_restarts=self.max_restarts, has_standbys=self.has_standbys)
 
 
@@ -141,13 +150,13 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
         StagewireError: a wrong setting, a stage that failed, a ring that is not ready in time.
     """
     launch = decide(args, extra)
-    with private_folder() as folder:
+    with closing(launch.logs), private_folder() as folder:
         supervisor = launch.supervisor(open_screen(launch.specs), folder, lambda model: launch.usage(launch.api, model))
         return asyncio.run(supervisor.run())
 
 
 def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str, str] = os.environ) -> Launch:
-    """Everything that can be known before a process is started; makes the folder for the logs.
+    """Everything that can be known before a process is started; takes the folder for the logs.
 
     Args:
         args: of `add_launch_arguments`, and ``host`` and ``port`` of the head's API.
@@ -174,11 +183,10 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
         option_value(extra, "--api-key") or os.environ.get("VLLM_API_KEY"),
         is_tls=option_value(extra, "--ssl-certfile") is not None,
     )
-    log_dir = _make_log_dir(args.log_dir, len(specs))
     has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
     source = args.pipeline_dir or model_dir
     limits = (args.start_timeout, args.restarts, args.standby, _drain_s(extra))
-    return Launch(specs, command, resources, api, source, log_dir, has_template, *limits)
+    return Launch(specs, command, resources, api, source, LogFolder.claim(args.log_dir), has_template, *limits)
 
 
 def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:
@@ -243,15 +251,3 @@ def _drain_s(extra: Sequence[str]) -> float:
     """How long the head may take to answer what it has accepted; what is no number is refused by vLLM."""
     text = option_value(extra, "--shutdown-timeout") or "0"
     return float(text) if text.isdecimal() else 0.0
-
-
-def _make_log_dir(path: Path, num_stages: int) -> Path:
-    """The folder, without the logs of stages that this run will not have."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for old in path.glob("stage_*.log"):
-            if old.stem.removeprefix("stage_").removesuffix("_standby").isdecimal():
-                old.unlink()
-    except OSError as error:
-        raise ConfigError(f"--log-dir {path}: {error}") from error
-    return path

@@ -29,6 +29,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 from stagewire.errors import ConfigError, InternalError, PeerError, ProtocolError, StageLost, StagewireError
 from stagewire.observe.deadlines import StepDeadlines
 from stagewire.observe.status import StatusSender
+from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
 from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
@@ -111,6 +112,8 @@ class RingExecutor(Executor):
         self._last_result_at = 0.0
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = RingProcess(self._stage, self.vllm_config, self._ranks, self._status)
+        if self._process.is_child:
+            keep_writing()
         self._process.start()
         try:
             self._ranks.load()

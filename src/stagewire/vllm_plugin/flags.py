@@ -32,6 +32,7 @@ from stagewire.config import (
 )
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
 from stagewire.ring.zmq_link import secure_stage
 from stagewire.vllm_plugin import compat
@@ -172,6 +173,7 @@ def _die(stage: int | None, error: StagewireError) -> None:
 
 
 def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
+    keep_writing()
     compat.check_version()
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag

@@ -20,6 +20,7 @@ from vllm.utils.system_utils import decorate_logs, set_process_title
 
 from stagewire.config import StageConfig
 from stagewire.errors import StagewireError
+from stagewire.observe.streams import keep_writing
 from stagewire.vllm_plugin.local_link import (
     Block,
     CallDone,
@@ -52,6 +53,7 @@ def run_follower(
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the leader, who ends us in order
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(leader,), name="stagewire-leader", daemon=True).start()
+    keep_writing()
     name = f"Stage{config.stage}_TP{place.rank}"
     set_process_title(name)
     decorate_logs(name)
