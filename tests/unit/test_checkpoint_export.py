@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,18 +24,22 @@ import pytest
 
 from stagewire.checkpoint.export import JOURNAL_NAME, Disk, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, plan_export
+from stagewire.checkpoint.files import checkpoint_files
 from stagewire.checkpoint.index import fingerprint, read_index
 from stagewire.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     check_files,
     check_place,
+    check_samples,
+    encode_manifest,
     read_export,
     read_manifest,
     stage_folder,
 )
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.checkpoint.ownership import Role, role_of, stage_bytes, stage_tensors
+from stagewire.checkpoint.samples import sample_weights
 from stagewire.errors import ConfigError, InternalError
 from stagewire.launch import up
 from stagewire.plan.ranges import LayerRange
@@ -240,6 +245,7 @@ def test_the_manifest_and_the_load_line(model: Path, tmp_path: Path) -> None:
         check_files(folder, manifest)
         assert (manifest.stage, manifest.num_stages, manifest.num_layers) == (stage, 3, NUM_LAYERS)
         assert manifest.source_fingerprint == fingerprint(model)
+        assert manifest.source_samples == sample_weights(checkpoint_files(model)).digest
         assert manifest.export_id == manifests[0].export_id
         for name, record in manifest.files.items():
             content = (folder / name).read_bytes()
@@ -248,6 +254,7 @@ def test_the_manifest_and_the_load_line(model: Path, tmp_path: Path) -> None:
         assert own is not None
         expected = stage_bytes(index, shape, manifest.layers)
         assert stage_bytes(own, read_model_shape(folder), manifest.layers) == expected == own.total_bytes
+        check_samples(folder, manifest, sample_weights(checkpoint_files(folder)).digest)
 
 
 @pytest.mark.parametrize("is_tied_by_config", [True, False])
@@ -268,10 +275,34 @@ def test_an_untied_model_s_stages_agree_with_the_whole(is_tied_by_config: bool, 
 def test_the_export_id_follows_the_content(model: Path, tmp_path: Path) -> None:
     tuned = make_checkpoint(tmp_path / "tuned", seed=1)
     assert fingerprint(tuned) == fingerprint(model)
-    first = export(model, tmp_path / "a")[0].export_id
+    manifest = export(model, tmp_path / "a")[0]
+    assert export(tuned, tmp_path / "e")[0].source_samples != manifest.source_samples
+    first = manifest.export_id
     assert export(model, tmp_path / "b")[0].export_id == first
     assert export(tuned, tmp_path / "c")[0].export_id != first
     assert export(model, tmp_path / "d", "0-3", "3-6")[0].export_id != first
+
+
+def test_a_folder_that_was_copied_by_half(model: Path, tmp_path: Path) -> None:
+    """Of its full length, so that the manifest's sizes are right."""
+    manifest = export(model, tmp_path / "out")[1]
+    folder = stage_folder(tmp_path / "out", 1)
+    index = read_index(folder)
+    assert index is not None
+    last = list(index.tensors.values())[-1]
+    os.truncate(folder / last.file, last.offset)
+    os.truncate(folder / last.file, last.offset + last.num_bytes)
+    check_files(folder, manifest)
+    with pytest.raises(ConfigError, match=r"does not hold the weights that were exported .* copied by half\?"):
+        check_samples(folder, manifest, sample_weights(checkpoint_files(folder)).digest)
+
+
+def test_a_manifest_from_before_there_were_samples(model: Path, tmp_path: Path) -> None:
+    manifest = replace(export(model, tmp_path / "out")[0], source_samples="", own_samples="")
+    folder = stage_folder(tmp_path / "out", 0)
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    assert read_manifest(folder) == manifest
+    check_samples(folder, manifest, "anything")
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

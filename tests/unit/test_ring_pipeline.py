@@ -11,7 +11,7 @@ import pytest
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError, StageLost
 from stagewire.ring.actions import Side
-from stagewire.ring.admission import EXPORT_SETTING
+from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
 from stagewire.ring.link import Disconnected, MemoryTransport
 from stagewire.ring.state import Phase
 from stagewire.wire.codec import encode
@@ -701,10 +701,34 @@ class TestRefusals:
             ring, wrong, [f"stage {wrong}'s folder is of {EXPORT_SETTING} e2", f"stage {first}'s of e1"]
         )
 
-    @pytest.mark.parametrize("exports", [("e1", "", "e1", ""), ("", "e1", "e1", ""), ("",) * 4, ("e1",) * 4])
-    def test_full_and_pre_split_stages_mix(self, exports: tuple[str, ...]) -> None:
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    @pytest.mark.parametrize(
+        ("weights", "wrong", "first"),
+        [
+            (("w1", "w2", "w1", "w1"), 1, 0),
+            (("w1", "w1", "w1", "w2"), 3, 0),
+            (("", "w1", "", "w2"), 3, 1),
+            (("w1", "", "w2", ""), 2, 0),
+        ],
+    )
+    def test_other_weights_than_the_first_that_knows_its_own(
+        self, weights: tuple[str, ...], wrong: int, first: int, order: tuple[int, ...]
+    ) -> None:
+        """A base model and its fine-tune: headers, configuration and exports say nothing."""
+        ring = Ring(QUICKSTART_PORTS)
+        for index in order:
+            ring.start(index, shared={WEIGHTS_SETTING: weights[index]})
+            ring.settle()
+        ring.wait(5)
+        said = f"w2 on stage {wrong} and w1 on stage {first}"
+        self._check_refused(ring, wrong, [f"stage {wrong} has other weights than stage {first}", said, "sha256sum"])
+
+    @pytest.mark.parametrize("setting", [EXPORT_SETTING, WEIGHTS_SETTING])
+    @pytest.mark.parametrize("values", [("e1", "", "e1", ""), ("", "e1", "e1", ""), ("",) * 4, ("e1",) * 4])
+    def test_stages_that_cannot_tell_fit_any(self, values: tuple[str, ...], setting: str) -> None:
+        """Full and pre-split stages, folders with all weights and with a part of them."""
         ring = Ring()
-        stages = [ring.start(index, shared={EXPORT_SETTING: export}) for index, export in enumerate(exports)]
+        stages = [ring.start(index, shared={setting: value}) for index, value in enumerate(values)]
         ring.wait(5)
         assert_whole(stages)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from stagewire.checkpoint.index import read_index
 from support import stages
 from support.models import make_llama
 from support.stages import Process, Ring, StageFailedError, free_ports, start
@@ -41,6 +43,18 @@ def changed(command: list[str], flag: str, value: str) -> list[str]:
     return [*command[: at + 1], value, *command[at + 2 :]]
 
 
+def tuned_copy(model: Path, folder: Path) -> Path:
+    """One value of the last norm is another."""
+    copy = shutil.copytree(model, folder / "tuned")
+    index = read_index(copy)
+    assert index is not None
+    norm = index.tensors["model.norm.weight"]
+    with (copy / norm.file).open("r+b") as stream:
+        stream.seek(norm.offset)
+        stream.write(b"\x12")
+    return copy
+
+
 def last_lines(process: Process) -> str:
     return "\n".join(process.text().splitlines()[-6:])
 
@@ -60,8 +74,16 @@ def test_wrong_stages_leave_and_the_corrected_one_completes_the_ring(model: Path
         length = start("length", changed(right, "--max-model-len", "256"), ring.folder / "length.log")
         assert length.wait(150) == 2
         assert "--max-model-len is 256 on stage 1 but 512 on stage 0" in last_lines(length)
+        tuned = start("fine-tune", changed(right, "serve", str(tuned_copy(model, ring.folder))), ring.folder / "ft.log")
+        assert tuned.wait(150) == 2
+        assert "stage 1 has other weights than stage 0" in last_lines(tuned)
         assert head.popen.poll() is None, "the head waits for the corrected stage"
-        for text in ("--dtype is bfloat16", "layer 4 has no owner", "--max-model-len is 256"):
+        for text in (
+            "stage 1 has other weights",
+            "--dtype is bfloat16",
+            "layer 4 has no owner",
+            "--max-model-len is 256",
+        ):
             assert text in head.text(), "the head says why, too"
 
         ring.start_stage(1)

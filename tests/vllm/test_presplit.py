@@ -18,7 +18,7 @@ from stagewire.checkpoint.manifest import stage_folder
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
-from stagewire.ring.admission import EXPORT_SETTING
+from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
 from support.stages import Ring, SingleProcess
 from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
 
@@ -77,7 +77,7 @@ def test_tokens_equal_the_full_model_s(exported: tuple[Path, list[list[Answer]]]
 
 
 def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
-    """So that full and pre-split stages mix; a fine-tuned copy, equal by its headers, is another export."""
+    """So that full and pre-split stages mix; a fine-tuned copy, equal by its headers, has other values."""
     from stagewire.vllm_plugin.fingerprint import identify_model
 
     def identity(folder: Path, stage: int) -> dict[str, str]:
@@ -94,9 +94,12 @@ def test_a_folder_counts_as_its_source(model_dir: Path, tmp_path: Path) -> None:
         (export_id,) = {manifest.export_id for manifest in run_export(plan, tmp_path / name, lambda _: None)}
         ids.add(export_id)
         for stage in range(3):
-            expected = identity(model_dir, stage) | {EXPORT_SETTING: export_id}
+            expected = identity(source, stage) | {EXPORT_SETTING: export_id}
             assert identity(stage_folder(tmp_path / name, stage), stage) == expected
     assert len(ids) == 2
+    plain, other = identity(model_dir, 0), identity(tuned, 0)
+    assert plain.pop(WEIGHTS_SETTING) != other.pop(WEIGHTS_SETTING)
+    assert plain == other
     assert identity(model_dir, 0)[EXPORT_SETTING] == ""
     with pytest.raises(ConfigError, match="--pipeline-stage-idx 1 contradicts"):
         identity(stage_folder(tmp_path / "a", 0), 1)

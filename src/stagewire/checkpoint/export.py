@@ -414,7 +414,17 @@ def _write_manifests(
     manifests = []
     for stage, layers in enumerate(plan.ranges):
         files = {file.name: own[file.key] for file in plan.files if file.stage == stage}
-        manifest = Manifest(stage, len(plan.ranges), layers, plan.num_layers, plan.source_fingerprint, export_id, files)
+        manifest = Manifest(
+            stage=stage,
+            num_stages=len(plan.ranges),
+            layers=layers,
+            num_layers=plan.num_layers,
+            source_fingerprint=plan.source_fingerprint,
+            export_id=export_id,
+            files=files,
+            source_samples=plan.source_samples,
+            own_samples=plan.stage_samples[stage],
+        )
         folder = stage_folder(output_dir, stage)
         if read_manifest_if_finished(folder) != manifest:
             _write_whole(folder / MANIFEST_NAME, encode_manifest(manifest), disk)

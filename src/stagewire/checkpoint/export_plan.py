@@ -1,7 +1,7 @@
 """What a pre-split export consists of: every file of every stage, byte for byte, before one is written.
 
 A file is some bytes of its own followed by pieces of the checkpoint's files, so its size is known beforehand, and
-writing it needs no more memory than one piece is read with. Reads headers and directories; writes nothing.
+writing it needs no more memory than one piece is read with. Reads headers, directories and samples; writes nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagewire.checkpoint.files import is_partial_download, is_weight
+from stagewire.checkpoint.files import checkpoint_files, is_partial_download, is_weight
 from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_index, read_metadata
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import MANIFEST_NAME
 from stagewire.checkpoint.model_config import ModelShape, read_config, read_model_shape
 from stagewire.checkpoint.ownership import Role, role_of, shares_embedding, stage_tensors
+from stagewire.checkpoint.samples import sample_tensors, sample_weights
 from stagewire.errors import ConfigError, InternalError
 from stagewire.plan.ranges import LayerRange, check_ranges
 
@@ -99,12 +100,17 @@ class TensorSums:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """``files`` in the order of writing; ``left_out``: files of the source that are too large to be copied along."""
+    """``files`` in the order of writing; ``left_out``: files of the source that are too large to be copied along.
+
+    ``source_samples``, ``stage_samples``: as the manifests have them, the latter of each stage.
+    """
 
     model_dir: Path
     ranges: tuple[LayerRange, ...]
     num_layers: int
     source_fingerprint: str
+    source_samples: str
+    stage_samples: tuple[str, ...]
     sources: Mapping[str, SourceFile]
     files: tuple[OutputFile, ...]
     sums: TensorSums
@@ -140,7 +146,7 @@ def plan_export(model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRa
     check_kv(read_layout(read_config(model_dir)), ranges)
     if len(ranges) < 2:
         raise ConfigError("1 stage: a pipeline has at least 2; one process serves the full checkpoint, as it is")
-    index = _read_safetensors(model_dir)
+    index, checkpoint = _read_safetensors(model_dir), checkpoint_files(model_dir)
     others, left_out = _other_files(model_dir)
     tensors = [stage_tensors(index, shape, layers) for layers in ranges]
     sums = _sum_up(index, shape, tensors)
@@ -150,7 +156,16 @@ def plan_export(model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRa
     shards = {tensor.file for tensor in index.tensors.values()}
     sources = others | {name: SourceFile.of(model_dir, name) for name in sorted(shards)}
     return ExportPlan(
-        model_dir, ranges, shape.num_layers, fingerprint(model_dir), sources, tuple(files), sums, tuple(left_out)
+        model_dir=model_dir,
+        ranges=ranges,
+        num_layers=shape.num_layers,
+        source_fingerprint=fingerprint(model_dir),
+        source_samples=sample_weights(checkpoint).digest,
+        stage_samples=tuple(sample_tensors(checkpoint, own).digest for own in tensors),
+        sources=sources,
+        files=tuple(files),
+        sums=sums,
+        left_out=tuple(left_out),
     )
 
 

@@ -119,7 +119,8 @@ def fingerprint(model_dir: Path) -> str:
     Hashed are config.json without the fields that do not change the model, and the sorted (name, dtype, shape) of
     every tensor: not the files they are in, so that a copy with other shards matches. Without safetensors, the sorted
     names and sizes of the weight files instead. Nothing of the weights themselves is read: a fine-tuned copy has its
-    base model's fingerprint. Raises ``ConfigError`` as ``read_model_shape`` and ``read_index`` do.
+    base model's fingerprint, and other samples (``checkpoint/samples.py``). Raises ``ConfigError`` as
+    ``read_model_shape`` and ``read_index`` do.
     """
     files = checkpoint_files(model_dir)
     index = read_tensors(files)

@@ -22,6 +22,7 @@ __all__ = [
     "Manifest",
     "check_files",
     "check_place",
+    "check_samples",
     "derive_export_id",
     "encode_manifest",
     "encode_unfinished",
@@ -56,6 +57,8 @@ class Manifest:
 
     ``source_fingerprint`` is ``index.fingerprint`` of the whole checkpoint: the folder's own would differ, as it has a
     part of the tensors. ``export_id`` is equal on all stages of one export, and follows from the content.
+    ``source_samples`` and ``own_samples`` are `samples.sample_tensors`' digests of the source's weights and of this
+    stage's; empty in exports made before there were any.
     """
 
     stage: int
@@ -65,6 +68,8 @@ class Manifest:
     source_fingerprint: str
     export_id: str
     files: Mapping[str, FileRecord]
+    source_samples: str = ""
+    own_samples: str = ""
 
 
 def stage_folder(output_dir: Path, stage: int) -> Path:
@@ -88,6 +93,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "num_layers": manifest.num_layers,
         "source_fingerprint": manifest.source_fingerprint,
         "export_id": manifest.export_id,
+        "source_samples": manifest.source_samples,
+        "own_samples": manifest.own_samples,
         "files": {
             name: {"bytes": record.num_bytes, "sha256": record.sha256}
             for name, record in sorted(manifest.files.items())
@@ -208,6 +215,15 @@ def check_place(
             )
 
 
+def check_samples(folder: Path, manifest: Manifest, found: str) -> None:
+    """``found``: `samples.sample_tensors`' digest of the folder. Raises ``ConfigError`` when the weights changed."""
+    if manifest.own_samples not in ("", found):
+        raise ConfigError(
+            f"{folder} does not hold the weights that were exported (a sample of their values gives {found}, "
+            f"{MANIFEST_NAME} says {manifest.own_samples}): was it copied by half? {_AGAIN}"
+        )
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 in hexadecimal, a piece at a time."""
     digest = hashlib.sha256()
@@ -296,4 +312,6 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         source_fingerprint=str(content["source_fingerprint"]),
         export_id=str(content["export_id"]),
         files={name: FileRecord(int(each["bytes"]), str(each["sha256"])) for name, each in content["files"].items()},
+        source_samples=str(content.get("source_samples", "")),
+        own_samples=str(content.get("own_samples", "")),
     )

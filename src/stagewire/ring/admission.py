@@ -1,8 +1,8 @@
 """Who may take part in a pipeline: what stages must agree on, who holds an index, and the words of a refusal.
 
 Who is wrong when two stages differ: between neighbours the higher index (order, gap, overlap); in shared settings
-whoever differs from the head, which is right by definition; in pre-split exports whoever differs from the first stage
-that has one.
+whoever differs from the head, which is right by definition; in what a stage may not know of its own folder (the values
+of all weights, the pre-split export) whoever differs from the first stage that knows.
 
 Knows identities, and times as arguments; no connection, no phase, and not what a refusal leads to.
 """
@@ -21,10 +21,11 @@ __all__ = [
     "ALIVE_S",
     "EXPORT_SETTING",
     "MAX_BAD_HANDSHAKES",
+    "WEIGHTS_SETTING",
     "Holder",
     "Verdict",
     "duplicate_refusal",
-    "export_refusal",
+    "folder_refusal",
     "pipeline_refusal",
     "range_refusal",
     "settings_refusal",
@@ -34,9 +35,12 @@ __all__ = [
 ALIVE_S = 5.0
 # Handshakes that fail, in a row, before what listens at an address counts as no stage at all.
 MAX_BAD_HANDSHAKES = 3
-# The one shared setting that a stage may leave empty: which pre-split export its folder is of. A stage that loads from
-# the full checkpoint has none, and fits any.
+# The two shared settings that a stage may leave empty, and then fits any. Which pre-split export its folder is of: a
+# stage that loads from the full checkpoint has none.
 EXPORT_SETTING = "pre-split export"
+# A sample of the values of all weights: a stage that has only a part of them cannot tell.
+WEIGHTS_SETTING = "values of the weights"
+_MAY_BE_EMPTY = frozenset((EXPORT_SETTING, WEIGHTS_SETTING))
 # Bounds what strangers can make us remember.
 MAX_CLAIMS = 16
 
@@ -98,29 +102,53 @@ def pipeline_refusal(head: StageIdentity, other: StageIdentity) -> Refused | Non
 
 
 def settings_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
-    """The first thing in which a stage differs from the head; of exports see `export_refusal`."""
+    """The first thing in which a stage differs from the head; of weights and exports see `folder_refusal`."""
     names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
-    names = [name for name in names if name != EXPORT_SETTING]
+    names = [name for name in names if name not in _MAY_BE_EMPTY]
     pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
     return pipeline_refusal(head, other) or _first_difference(other.stage, pairs)
 
 
-def export_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
-    """A stage whose folder is of another export than that of the first stage in ``roll`` that has one.
+def folder_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
+    """A stage whose weights, or whose export, are others than those of the first stage in ``roll`` that knows its own.
 
-    The head may have none, so the head alone is not enough to compare with. Two exports of models that look alike by
-    their headers, such as a base model and a fine-tuned one, differ in nothing else.
+    The head may not know, so the head alone is not enough to compare with.
     """
-    first = next((identity for identity in roll if identity.shared.get(EXPORT_SETTING)), other)
-    expected, found = first.shared.get(EXPORT_SETTING, ""), other.shared.get(EXPORT_SETTING, "")
-    if not found or found == expected:
+    return _weights_refusal(roll, other) or _export_refusal(roll, other)
+
+
+def _weights_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
+    first = _first_to_know(WEIGHTS_SETTING, roll, other)
+    if first is None:
         return None
+    expected, found = first.shared[WEIGHTS_SETTING], other.shared[WEIGHTS_SETTING]
+    text = (
+        f"stage {other.stage} has other weights than stage {first.stage}, under the same names and in the same shapes: "
+        f"a sample of their values gives {clip(found)} on stage {other.stage} and {clip(expected)} on stage "
+        f"{first.stage}. One folder is a fine-tuned model, or was copied by half: compare `sha256sum` of the weight "
+        f"files on both machines, copy the right ones, and start stage {other.stage} again"
+    )
+    return Refused(other.stage, WEIGHTS_SETTING, expected, found, text)
+
+
+def _export_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
+    first = _first_to_know(EXPORT_SETTING, roll, other)
+    if first is None:
+        return None
+    expected, found = first.shared[EXPORT_SETTING], other.shared[EXPORT_SETTING]
     text = (
         f"stage {other.stage}'s folder is of {EXPORT_SETTING} {clip(found)} but stage {first.stage}'s of "
         f"{clip(expected)}: their weights may be of different models; start stage {other.stage} from "
         f"stage_{other.stage} of the same export"
     )
     return Refused(other.stage, EXPORT_SETTING, expected, found, text)
+
+
+def _first_to_know(setting: str, roll: Sequence[StageIdentity], other: StageIdentity) -> StageIdentity | None:
+    """The first stage in ``roll`` with a value, if ``other`` has another one."""
+    first = next((identity for identity in roll if identity.shared.get(setting)), None)
+    found = other.shared.get(setting)
+    return None if first is None or not found or found == first.shared[setting] else first
 
 
 def _layers(identity: StageIdentity) -> LayerRange:

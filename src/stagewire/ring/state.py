@@ -50,7 +50,7 @@ from stagewire.ring.actions import (
     Stop,
     clip,
 )
-from stagewire.ring.admission import export_refusal, pipeline_refusal, range_refusal, settings_refusal
+from stagewire.ring.admission import folder_refusal, pipeline_refusal, range_refusal, settings_refusal
 from stagewire.ring.predecessor import PredecessorLink
 from stagewire.ring.rendezvous import Rendezvous
 from stagewire.ring.successor import SuccessorLink
@@ -534,7 +534,7 @@ class RingState:
             or self.phase is not Phase.LINKING
         ):
             return []  # from before our restart, or of another epoch
-        refusal = settings_refusal(roll[0], self.identity) or export_refusal(roll, self.identity)
+        refusal = settings_refusal(roll[0], self.identity) or folder_refusal(roll, self.identity)
         if refusal:
             return self._refuse_myself(refusal)
         expected = range(self.config.num_stages if self.config.is_head else self.config.stage)
@@ -554,7 +554,7 @@ class RingState:
             if refusal:
                 text = f"Stage 0: the ring is linked but not right, waiting: {refusal.text}"
                 return self._warn_once(("range", refusal.text), text)
-        if any(settings_refusal(roll[0], each) or export_refusal(roll, each) for each in roll):
+        if any(settings_refusal(roll[0], each) or folder_refusal(roll, each) for each in roll):
             return []  # it has refused itself and is leaving
         self.epoch = self._next_epoch
         self.phase = Phase.OPENING

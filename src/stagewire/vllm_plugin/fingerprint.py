@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from stagewire import __version__
 from stagewire.checkpoint import hub
+from stagewire.checkpoint.files import checkpoint_files
 from stagewire.checkpoint.index import fingerprint
-from stagewire.checkpoint.manifest import check_place, read_manifest
+from stagewire.checkpoint.manifest import check_place, check_samples, read_manifest
 from stagewire.checkpoint.model_config import CONFIG_NAME
+from stagewire.checkpoint.samples import sample_weights
 from stagewire.config import StageConfig
-from stagewire.ring.admission import EXPORT_SETTING
+from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
 from stagewire.ring.runtime import new_incarnation
 from stagewire.vllm_plugin.speculation import describe_speculation
 from stagewire.wire.messages import StageIdentity
 
 __all__ = ["identify_model", "make_identity"]
+
+logger = logging.getLogger("vllm.stagewire")
 
 
 def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
@@ -93,19 +98,48 @@ def _by_name(value: Any) -> str:
 
 
 def identify_model(config: StageConfig, model: Any) -> dict[str, str]:
-    """Of the config and the weight index, so that stages may keep the checkpoint under different paths.
+    """Of the config, the headers and samples of the weights: stages may keep the checkpoint under different paths.
 
-    A pre-split stage has its source's fingerprint, and so may sit between stages that load from the full checkpoint.
-    Raises ``ConfigError`` as ``make_identity`` does.
+    A pre-split stage has its source's fingerprint and samples, and so may sit between stages that load from the full
+    checkpoint. What cannot be told is empty. Raises ``ConfigError`` as ``make_identity`` does.
     """
     path = Path(model.model)
     if not path.is_dir():
-        return {"model": _hub_commit(model), EXPORT_SETTING: ""}
+        # The hub's cache has compared every file with the commit's hashes.
+        return {"model": _hub_commit(model), WEIGHTS_SETTING: "", EXPORT_SETTING: ""}
     manifest = read_manifest(path)
+    own = _sample(config.stage, path)
     if manifest is None:
-        return {"model": fingerprint(path), EXPORT_SETTING: ""}
+        return {"model": fingerprint(path), WEIGHTS_SETTING: own, EXPORT_SETTING: ""}
     check_place(manifest, path, config.stage, config.num_stages, config.layers)
-    return {"model": manifest.source_fingerprint, EXPORT_SETTING: manifest.export_id}
+    check_samples(path, manifest, own)
+    if not manifest.source_samples:
+        logger.warning(
+            "Stage %d: %s was exported before exports had samples of the weights' values: it cannot be told whether "
+            "stages that load a full checkpoint have the same; export it again",
+            config.stage,
+            path,
+        )
+    return {
+        "model": manifest.source_fingerprint,
+        WEIGHTS_SETTING: manifest.source_samples,
+        EXPORT_SETTING: manifest.export_id,
+    }
+
+
+def _sample(stage: int, path: Path) -> str:
+    samples = sample_weights(checkpoint_files(path))
+    if samples.blank:
+        first = samples.blank[0]
+        logger.warning(
+            "Stage %d: %s holds nothing but zeros wherever it was looked at for %d large tensors, the first of them "
+            "%s: is the copy complete?",
+            stage,
+            path / first.file,
+            len(samples.blank),
+            first.name,
+        )
+    return samples.digest
 
 
 def _hub_commit(model: Any) -> str:
