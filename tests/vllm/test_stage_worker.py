@@ -69,6 +69,11 @@ def test_what_lives_as_long_as_the_stage_is_not_collected_again(worker: Any) -> 
     assert gc.get_freeze_count() > 100_000
 
 
+def test_the_runner_keeps_the_state_that_is_read_and_set(worker: Any) -> None:
+    names = ("reorder_batch_threshold", "intermediate_tensors", "input_batch", "requests", "max_num_tokens")
+    assert [name for name in names if not hasattr(worker.runner, name)] == []
+
+
 def schedule(num_tokens: int, names: tuple[str, ...] = ("a", "b"), finished: tuple[str, ...] = ()) -> Any:
     """The first step of new requests of ``num_tokens`` tokens each."""
     from vllm.sampling_params import SamplingParams
