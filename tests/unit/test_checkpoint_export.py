@@ -373,6 +373,15 @@ def test_only_what_is_missing_needs_space(model: Path, tmp_path: Path) -> None:
     assert asked
 
 
+@pytest.mark.parametrize("num_bytes", [0, 40])
+def test_a_file_that_was_cut_after_the_export_is_written_again(num_bytes: int, model: Path, tmp_path: Path) -> None:
+    manifests = export(model, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    os.truncate(tmp_path / "out" / "stage_1" / "model.safetensors", num_bytes)
+    assert export(model, tmp_path / "out") == manifests
+    assert snapshot(tmp_path / "out").items() >= {n: c for n, c in before.items() if n != JOURNAL_NAME}.items()
+
+
 def test_two_exports_at_once(model: Path, tmp_path: Path) -> None:
     class Nested(Disk):
         def create(self, path: Path) -> IO[bytes]:

@@ -18,6 +18,7 @@ def test_it_is_a_multiple_of_what_such_steps_took() -> None:
     deadlines.add(2000, 5.0)
     assert deadlines.limit_s(2048) == 12.0 * FACTOR
     deadlines.add(2047, 14.0)
+    deadlines.add(2047, 9.5)
     assert deadlines.limit_s(1500) == 14.0 * FACTOR
 
 

@@ -253,6 +253,21 @@ class TestContract:
         network.until(lambda: after.of(Disconnected))
         assert [type(event) for event in after.events] == [Received] * 20 + [Disconnected]
 
+    def test_what_is_queued_at_the_end_has_time_to_leave(self, network: Network) -> None:
+        """More than the system's buffers hold: a step's tensors, and the Bye behind them."""
+        before, after, _ = network.pair()
+        after.transport.send(P, b"", [b"hello"])
+        network.until(lambda: before.received)
+        sizes = [MAX_FRAME_BYTES // 2] * 16 + [3]
+        for size in sizes:
+            before.transport.send(S, before.peers[0], [bytes(size)])
+        closing = threading.Thread(target=before.transport.close, args=(DEADLINE_S,))
+        network.ends.remove(before)
+        closing.start()
+        network.until(lambda: after.of(Disconnected))
+        closing.join()
+        assert [len(frame) for (frame,) in after.received] == sizes
+
     def test_a_leaving_successors_last_words_arrive(self, network: Network) -> None:
         before, after, _ = network.pair()
         for number in range(20):

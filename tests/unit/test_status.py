@@ -15,6 +15,8 @@ def test_events_wait_for_a_listener_whose_queue_is_full(tmp_path: Path) -> None:
         sender.advance(Phase.LOADING, "layers", percent / 100)  # returns at once
     thread = threading.Thread(target=sender.send, args=(Phase.READY,))
     thread.start()
+    thread.join(0.1)
+    assert thread.is_alive(), "it waits for room"
     found = receiver.receive()
     thread.join(10)
     assert not thread.is_alive()

@@ -807,13 +807,18 @@ def test_place_in_the_compile_cache_key_has_no_ports() -> None:
     assert texts[0] != json.dumps({KEY: RingSettings.of(stage_config(2, 1))}, sort_keys=True)
 
 
+def names_of_table(text: str) -> set[str]:
+    """What stands in backticks in a table's first column."""
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
 def test_identity_compares_what_the_documentation_says(external_config: Any) -> None:
     from stagewire.vllm_plugin.fingerprint import make_identity
 
     shared = make_identity(stage_config(), external_config).shared
     page = (DOCS / "vllm-seams.md").read_text()
-    table = page[page.index("## C5") : page.index("## C6")]
-    assert [name for name in shared if f"`{name}`" not in table] == []
+    assert set(shared) == names_of_table(page[page.index("## C5") : page.index("## C6")])
     assert shared["--dtype"] == "float32"
     assert make_identity(stage_config(), external_config).shared == shared, "stable, but for the incarnation"
 
@@ -2034,19 +2039,20 @@ def test_runner_asks_for_a_drafter_that_only_the_last_stage_has(monkeypatch: pyt
     for name in ("allocate_kv_cache", "bind_kv_cache", "map_kv_caches_to_kernel_blocks"):
         monkeypatch.setattr(gpu_model_runner, name, Mock(), raising=is_at_least(0, 32))
 
-    class Runner(gpu_model_runner.GPUModelRunner):  # type: ignore[misc]
-        def __init__(self, speculative_config: Any) -> None:
-            self.speculative_config, self.shared_kv_cache_layers, self.attn_groups = speculative_config, {}, []
-            self.model_config = self.cache_config = self.compilation_config = Mock()
-            self.device, self.kv_caches = torch.device("cpu"), []
+    def make_runner(speculative_config: Any) -> Any:
+        made: Any = gpu_model_runner.GPUModelRunner.__new__(gpu_model_runner.GPUModelRunner)
+        made.speculative_config, made.shared_kv_cache_layers, made.attn_groups = speculative_config, {}, []
+        made.model_config = made.cache_config = made.compilation_config = Mock()
+        made.device, made.kv_caches = torch.device("cpu"), []
+        return made
 
     if is_at_least(0, 32):
         with pytest.raises(AttributeError, match="drafter"):
-            Runner(Mock()).initialize_kv_cache_tensors(Mock(), [])
-        prepared = Runner(Mock())
+            make_runner(Mock()).initialize_kv_cache_tensors(Mock(), [])
+        prepared = make_runner(Mock())
         prepare_runner(prepared, is_tail=False)
         prepared.initialize_kv_cache_tensors(Mock(), [])
-    without = Runner(None)
+    without = make_runner(None)
     prepare_runner(without, is_tail=False)
     assert not hasattr(without, "drafter")
 
@@ -2551,8 +2557,9 @@ def test_seams_page_names_every_patch_call_and_refusal() -> None:
     missing = [patch.target for patch in compat.PATCHES if f"`{patch.target}`" not in page]
     table = page[page.index("## C1") : page.index("## C2/C3")]
     missing += [name for name in {*CALLS, *NOT_CARRIED, *ANSWERED_BY_HEAD} if f"`{name}`" not in table]
-    missing += [name for name in REFUSED if f"`--{name.replace('_', '-')}`" not in page[page.index("## C6") :]]
     assert missing == []
+    refused = {name.partition(" ")[0] for name in names_of_table(page[page.index("## C6") : page.index("## Not")])}
+    assert refused == {f"--{name.replace('_', '-')}" for name in REFUSED}
 
 
 def test_seams_page_names_every_field_of_a_step() -> None:

@@ -1,0 +1,90 @@
+"""Checks of the ring behind which another one stands: that one of them is gone shows only where it is alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from stagewire.config import Address
+from stagewire.ring.actions import Send, Side
+from stagewire.ring.admission import settings_refusal
+from stagewire.ring.state import Phase
+from stagewire.wire.messages import Call, Hello, NotHere, Redirect, Roll
+from unit.ring_harness import QUICKSTART_PORTS, Ring, make_config, make_identity
+
+
+def test_what_was_sent_in_an_epoch_that_is_over_does_not_even_leave() -> None:
+    """The successor would drop it too."""
+    ring = Ring()
+    head, one = ring.start_serving()[:2]
+    before = one.node.state.num_stale_frames
+    head.node.send(Call(head.node.state.epoch - 1, 2, "check_health"), [b""])
+    ring.settle()
+    assert one.node.state.num_stale_frames == before
+
+
+def test_a_stage_of_another_pipeline_is_not_let_in_before_the_head_is_known() -> None:
+    """Later its settings are compared; meanwhile the right one would find its place taken."""
+    ring = Ring()
+    state = ring.start(1).node.state
+    caller = make_identity(make_config(2), pipeline_id="another")
+    assert state.received(Side.SUCCESSOR, b"x", Hello(caller, 1), (), ring.clock.seconds) == [
+        Send(Side.SUCCESSOR, NotHere(1), b"x")
+    ]
+    assert state.successor_peer is None
+
+
+def test_nobody_is_sent_to_the_port_of_a_stage_that_is_gone() -> None:
+    """Or each attempt would cost the successor a connection that fails."""
+    ring = Ring(QUICKSTART_PORTS)
+    owner = ring.start(0)
+    ring.settle()
+    one = ring.start(1)
+    ring.wait(2)
+    hello = Hello(make_identity(make_config(2)), 1)
+
+    def answer() -> object:
+        (said,) = owner.node.state.received(Side.SUCCESSOR, b"x", hello, (), ring.clock.seconds)
+        assert isinstance(said, Send)
+        return said.message
+
+    assert isinstance(answer(), Redirect)
+    ring.kill(one)
+    ring.wait(6)
+    assert answer() == NotHere(1)
+
+
+def test_who_is_redirected_stays_with_its_predecessors_host() -> None:
+    """Over the network in memory, hosts do not count."""
+    ring = Ring(QUICKSTART_PORTS)
+    config = dataclasses.replace(make_config(2, QUICKSTART_PORTS), predecessor=Address("10.0.0.7", 15550))
+    stage = ring.start(config)
+    ring.settle()
+    asked: list[Address] = []
+    stage.transport.connect = lambda side, address: asked.append(address)  # type: ignore[method-assign]
+    state, now = stage.node.state, ring.clock.seconds
+    state.connected(Side.PREDECESSOR, now)
+    stage.node._perform(state.received(Side.PREDECESSOR, b"", Redirect(1, 50123), (), now))
+    assert asked == [Address("10.0.0.7", 50123)]
+
+
+def test_a_roll_with_the_stages_in_another_order_is_none() -> None:
+    ring = Ring()
+    stages = ring.start_serving()
+    state, head = stages[2].node.state, stages[0].node.state.identity
+    for identities in ([head, stages[3].node.state.identity], [head, head], [head]):
+        before = state.num_bad_messages
+        assert state.received(Side.PREDECESSOR, b"", Roll(state.epoch + 1, identities), (), ring.clock.seconds) == []
+        assert state.num_bad_messages == before + 1
+        assert state.phase is Phase.SERVING
+
+
+@pytest.mark.parametrize("who", ["the head", "the other"])
+def test_a_setting_that_only_one_of_two_stages_has_is_a_difference(who: str) -> None:
+    with_it, without = {"--new": "on"}, dict[str, str]()
+    of_head, of_other = (with_it, without) if who == "the head" else (without, with_it)
+    refusal = settings_refusal(make_identity(make_config(0), **of_head), make_identity(make_config(1), **of_other))
+    assert refusal is not None
+    assert (refusal.stage, refusal.field) == (1, "--new")
+    assert {refusal.expected, refusal.found} == {"on", "(not set)"}
