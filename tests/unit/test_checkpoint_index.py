@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagewire.checkpoint.index import TensorInfo, fingerprint, read_index
@@ -155,6 +155,7 @@ def test_a_shard_lacks_a_tensor(tmp_path: Path) -> None:
     assert "other" in index.tensors
 
 
+@settings(deadline=None)
 @given(cut=st.integers(min_value=0))
 def test_every_cut_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     model_dir = write_single(tmp_path_factory.mktemp("model"), SHAPES)

@@ -11,7 +11,7 @@ import pytest
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError, StageLost
 from stagewire.ring.actions import Side
-from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
+from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
 from stagewire.ring.link import Disconnected, MemoryTransport
 from stagewire.ring.state import Phase
 from stagewire.wire.codec import encode
@@ -723,7 +723,17 @@ class TestRefusals:
         said = f"w2 on stage {wrong} and w1 on stage {first}"
         self._check_refused(ring, wrong, [f"stage {wrong} has other weights than stage {first}", said, "sha256sum"])
 
-    @pytest.mark.parametrize("setting", [EXPORT_SETTING, WEIGHTS_SETTING])
+    @pytest.mark.parametrize("order", LATER_FIRST)
+    def test_another_model_than_the_first_that_knows_its_own(self, order: tuple[int, ...]) -> None:
+        """A folder with a part of the files has the headers of a part only, and its stage may be the head."""
+        ring = Ring(QUICKSTART_PORTS)
+        for index in order:
+            ring.start(index, shared={MODEL_SETTING: ("", "m1", "", "m2")[index]})
+            ring.settle()
+        ring.wait(5)
+        self._check_refused(ring, 3, [f"{MODEL_SETTING} is m2 on stage 3 but m1 on stage 1"])
+
+    @pytest.mark.parametrize("setting", [EXPORT_SETTING, WEIGHTS_SETTING, MODEL_SETTING])
     @pytest.mark.parametrize("values", [("e1", "", "e1", ""), ("", "e1", "e1", ""), ("",) * 4, ("e1",) * 4])
     def test_stages_that_cannot_tell_fit_any(self, values: tuple[str, ...], setting: str) -> None:
         """Full and pre-split stages, folders with all weights and with a part of them."""

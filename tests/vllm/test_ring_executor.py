@@ -212,17 +212,6 @@ def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
     assert (epoch, lost.stage, lost.step) == (1, accused, 4)
 
 
-def test_the_process_of_a_ring_that_failed_ends_with_the_errors_code() -> None:
-    from stagewire.errors import ConfigError
-    from stagewire.vllm_plugin.process import RingProcess
-
-    process: Any = RingProcess.__new__(RingProcess)
-    process._config, process._news, process._status = SimpleNamespace(stage=1), None, Mock()
-    process.on_failed(ConfigError("a wrong setting"))
-    assert process._exit_code == 2
-    assert process._status.send.call_args.args[1:] == ("a wrong setting", 2)
-
-
 def test_a_dead_process_that_nobody_has_asked_for_its_exit_code_is_dead() -> None:
     import os
     import signal

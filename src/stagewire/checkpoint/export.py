@@ -459,7 +459,8 @@ def _find_differences(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path} has {num_bytes} bytes, {MANIFEST_NAME} says {record.num_bytes}"
         elif (found := hash_file(path)) != record.sha256:
             yield f"{path} has sha256 {found}, {MANIFEST_NAME} says {record.sha256}"
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    present = {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
     for name in sorted(present - {*manifest.files, MANIFEST_NAME}):
         yield f"{folder / name} is not part of the export"
 

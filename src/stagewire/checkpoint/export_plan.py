@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagewire.checkpoint.files import checkpoint_files, is_partial_download, is_weight
-from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_index, read_metadata
+from stagewire.checkpoint.files import CheckpointFiles, is_partial_download, is_weight
+from stagewire.checkpoint.folder import Checkpoint, read_checkpoint
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_metadata
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import MANIFEST_NAME
-from stagewire.checkpoint.model_config import ModelShape, read_config, read_model_shape
+from stagewire.checkpoint.model_config import LoadFlags, read_config, read_model_shape
 from stagewire.checkpoint.ownership import Role, role_of, shares_embedding, stage_tensors
 from stagewire.checkpoint.samples import sample_tensors, sample_weights
 from stagewire.errors import ConfigError, InternalError
@@ -30,6 +31,9 @@ __all__ = ["ExportPlan", "OutputFile", "Piece", "SourceFile", "TensorSums", "pla
 _HEADER_ALIGNMENT = 8
 # model.safetensors.index.json, pytorch_model.bin.index.json, model.safetensors.index.fp32.json
 _WEIGHT_INDEX = (".safetensors.index.", ".bin.index.")
+# Names by which vLLM knows the format again.
+_HF_STEM = "model"
+_STEMS = {"mistral": "consolidated"}
 # Tokenizers have up to 40 MB. What is larger is no part of a model's folder that a stage needs, and is said.
 _MAX_COPIED_BYTES = 200_000_000
 
@@ -86,15 +90,17 @@ class TensorSums:
     stage_bytes: tuple[int, ...]
     twice: tuple[TensorInfo, ...]  # the embedding, when the head shares it: first and last stage
     everywhere: tuple[TensorInfo, ...]  # of unknown role
+    nowhere: tuple[TensorInfo, ...] = ()  # layers that only draft, which no stage builds
 
     def check(self) -> None:
         """Raises ``InternalError`` unless each tensor is where it has to be and nowhere else, by the sums."""
         again = sum(tensor.num_bytes for tensor in self.twice)
         again += sum(tensor.num_bytes for tensor in self.everywhere) * (len(self.stage_bytes) - 1)
-        if sum(self.stage_bytes) != self.checkpoint_bytes + again:
+        left_out = sum(tensor.num_bytes for tensor in self.nowhere)
+        if sum(self.stage_bytes) != self.checkpoint_bytes - left_out + again:
             raise InternalError(
                 f"the stages hold {sum(self.stage_bytes)} bytes of tensors, expected {self.checkpoint_bytes} of the "
-                f"checkpoint and {again} that several stages need"
+                f"checkpoint, less {left_out} that no stage builds, and {again} that several stages need"
             )
 
 
@@ -102,7 +108,8 @@ class TensorSums:
 class ExportPlan:
     """``files`` in the order of writing; ``left_out``: files of the source that are too large to be copied along.
 
-    ``source_samples``, ``stage_samples``: as the manifests have them, the latter of each stage.
+    ``source_samples``, ``stage_samples``: as the manifests have them, the latter of each stage. ``warnings``: what is
+    odd about the checkpoint.
     """
 
     model_dir: Path
@@ -115,6 +122,7 @@ class ExportPlan:
     files: tuple[OutputFile, ...]
     sums: TensorSums
     left_out: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -129,89 +137,102 @@ class ExportPlan:
         return digest.hexdigest()
 
 
-def plan_export(model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRange]]) -> ExportPlan:
+def plan_export(
+    model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRange]], flags: LoadFlags | None = None
+) -> ExportPlan:
     """Reads the checkpoint's headers; ``choose_ranges`` is asked with the model's depth.
 
-    Raises ``ConfigError`` as ``read_model_shape`` and ``read_index`` do, for a checkpoint without safetensors, for a
-    folder that is a pre-split stage itself, and for ranges that do not cover the model over at least two stages or that
-    vLLM cannot run (``check_kv``).
+    Raises ``ConfigError`` as ``read_checkpoint`` does, for a checkpoint without safetensors, for a folder that is a
+    pre-split stage itself, and for ranges that do not cover the model over at least two stages or that vLLM cannot run
+    (``check_kv``).
     """
-    shape = read_model_shape(model_dir)
+    shape = read_model_shape(model_dir, flags)
     if (model_dir / MANIFEST_NAME).exists():
         raise ConfigError(
             f"{model_dir} is a pre-split stage itself ({MANIFEST_NAME} is in it): export from the full checkpoint"
         )
     ranges = tuple(choose_ranges(shape.num_layers))
     check_ranges(ranges, shape.num_layers)
-    check_kv(read_layout(read_config(model_dir)), ranges)
+    check_kv(read_layout(read_config(model_dir, flags)), ranges)
     if len(ranges) < 2:
         raise ConfigError("1 stage: a pipeline has at least 2; one process serves the full checkpoint, as it is")
-    index, checkpoint = _read_safetensors(model_dir), checkpoint_files(model_dir)
-    others, left_out = _other_files(model_dir)
+    checkpoint = read_checkpoint(model_dir, flags)
+    index = _safetensors_of(checkpoint)
+    others, left_out = _other_files(checkpoint.files)
     tensors = [stage_tensors(index, shape, layers) for layers in ranges]
-    sums = _sum_up(index, shape, tensors)
+    sums = _sum_up(checkpoint, index, tensors)
     sums.check()
     copies = [(name, Piece(name, 0, source.num_bytes)) for name, source in others.items()]
-    files = [file for stage, own in enumerate(tensors) for file in _stage_files(model_dir, stage, own, copies)]
+    stages = [_stage_files(checkpoint.files, stage, own, copies) for stage, own in enumerate(tensors)]
     shards = {tensor.file for tensor in index.tensors.values()}
-    sources = others | {name: SourceFile.of(model_dir, name) for name in sorted(shards)}
     return ExportPlan(
         model_dir=model_dir,
         ranges=ranges,
         num_layers=shape.num_layers,
-        source_fingerprint=fingerprint(model_dir),
-        source_samples=sample_weights(checkpoint).digest,
-        stage_samples=tuple(sample_tensors(checkpoint, own).digest for own in tensors),
-        sources=sources,
-        files=tuple(files),
+        source_fingerprint=fingerprint(model_dir, flags),
+        source_samples=sample_weights(checkpoint.files).digest,
+        stage_samples=tuple(sample_tensors(checkpoint.files, own).digest for own in tensors),
+        sources=others | {name: SourceFile.of(model_dir, name) for name in sorted(shards)},
+        files=tuple(file for files in stages for file in files),
         sums=sums,
         left_out=tuple(left_out),
+        warnings=checkpoint.warnings,
     )
 
 
-def _read_safetensors(model_dir: Path) -> CheckpointIndex:
-    index = read_index(model_dir)
-    if index is None:
+def _safetensors_of(checkpoint: Checkpoint) -> CheckpointIndex:
+    if checkpoint.index is None:
         raise ConfigError(
-            f"{model_dir} holds no *.safetensors: other formats (.bin, .pt) are pickles, which cannot be cut without "
-            "executing what is in them; convert the checkpoint first, for instance with transformers: "
+            f"{checkpoint.folder} holds no *.safetensors: other formats (.bin, .pt) are pickles, which cannot be cut "
+            "without executing what is in them; convert the checkpoint first, for instance with transformers: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-    return index
+    return checkpoint.index
 
 
-def _sum_up(index: CheckpointIndex, shape: ModelShape, stages: Sequence[Sequence[TensorInfo]]) -> TensorSums:
-    is_shared = shares_embedding(index, shape)
+def _sum_up(checkpoint: Checkpoint, index: CheckpointIndex, stages: Sequence[Sequence[TensorInfo]]) -> TensorSums:
+    is_shared = shares_embedding(index, checkpoint.shape)
     tensors = index.tensors.values()
     return TensorSums(
         checkpoint_bytes=index.total_bytes,
         stage_bytes=tuple(sum(tensor.num_bytes for tensor in own) for own in stages),
         twice=tuple(tensor for tensor in tensors if is_shared and role_of(tensor.name) is Role.EMBEDDING),
         everywhere=tuple(tensor for tensor in tensors if role_of(tensor.name) is Role.UNKNOWN),
+        nowhere=checkpoint.unbuilt,
     )
 
 
 # ---- what is copied whole ------------------------------------------------------------------------------------------
 
 
-def _other_files(model_dir: Path) -> tuple[dict[str, SourceFile], list[str]]:
-    """What is neither weights nor hidden, by name: tokenizer, templates, custom code; and what is too large."""
+def _other_files(files: CheckpointFiles) -> tuple[dict[str, SourceFile], list[str]]:
+    """By name: tokenizer, templates, custom code, the projections of sentence-transformers; and what is too large.
+
+    Other weights are not among them, nor what is hidden or not downloaded to its end.
+    """
     copied: dict[str, SourceFile] = {}
     left_out: list[str] = []
-    for name in sorted(_walk(model_dir)):
-        if is_weight(name) or is_partial_download(name) or any(part in name for part in _WEIGHT_INDEX):
+    for name in sorted({*_walk(files.folder, files.modules), *files.module_weights}):
+        if name not in files.module_weights and not _is_copied(name):
             continue
-        source = SourceFile.of(model_dir, name)
-        if source.num_bytes > _MAX_COPIED_BYTES:
+        source = SourceFile.of(files.folder, name)
+        if source.num_bytes > _MAX_COPIED_BYTES and name not in files.module_weights:
             left_out.append(name)
         else:
             copied[name] = source
     return copied, left_out
 
 
-def _walk(model_dir: Path) -> Iterator[str]:
-    """Files below the folder, links to files included (a hub's cache is made of them), links to folders not."""
-    for folder, folders, names in os.walk(model_dir):
+def _is_copied(name: str) -> bool:
+    return not (is_weight(name) or is_partial_download(name) or any(part in name for part in _WEIGHT_INDEX))
+
+
+def _walk(model_dir: Path, modules: Sequence[str]) -> Iterator[str]:
+    """Files below the folder, links to files included (a hub's cache is made of them), links to folders not, unless
+    modules.json names them.
+    """
+    tops = [model_dir, *(model_dir / place for place in modules if (model_dir / place).is_symlink())]
+    for folder, folders, names in (entry for top in tops for entry in os.walk(top)):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
         for name in names:
             if not name.startswith("."):
@@ -222,7 +243,7 @@ def _walk(model_dir: Path) -> Iterator[str]:
 
 
 def _stage_files(
-    model_dir: Path, stage: int, tensors: Sequence[TensorInfo], copies: Sequence[tuple[str, Piece]]
+    source: CheckpointFiles, stage: int, tensors: Sequence[TensorInfo], copies: Sequence[tuple[str, Piece]]
 ) -> Iterator[OutputFile]:
     """The small files first; of the weights one file for each of the source's that has some of this stage's."""
     if not tensors:
@@ -235,17 +256,18 @@ def _stage_files(
     by_source: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:
         by_source.setdefault(tensor.file, []).append(tensor)
-    names = _shard_names(len(by_source))
+    stem = _STEMS.get(source.load_format, _HF_STEM)
+    names = _shard_names(stem, len(by_source))
     if len(names) > 1:
-        yield OutputFile(stage, "model.safetensors.index.json", _index_of(by_source, names))
-    for name, (source, own) in zip(names, by_source.items(), strict=True):
-        yield _shard(stage, name, read_metadata(model_dir / source), own)
+        yield OutputFile(stage, f"{stem}.safetensors.index.json", _index_of(by_source, names))
+    for name, (file, own) in zip(names, by_source.items(), strict=True):
+        yield _shard(stage, name, read_metadata(source.folder / file), own)
 
 
-def _shard_names(count: int) -> list[str]:
+def _shard_names(stem: str, count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def _index_of(by_source: Mapping[str, Sequence[TensorInfo]], names: Sequence[str]) -> bytes:

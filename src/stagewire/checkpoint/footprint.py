@@ -113,7 +113,7 @@ def measure(index: CheckpointIndex, shape: ModelShape, layout: KvLayout, dtype: 
         if layer is not None and layer < shape.num_layers:
             layers[layer] += num_bytes
             continue
-        for owner in _owners(tensor.name, layer, shared):
+        for owner in _owners(tensor.name, shared) if layer is None else ():
             ends[owner] += num_bytes
     return Footprint(
         weights=_running(layers),
@@ -127,10 +127,8 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
     return _quantization(config) is not None
 
 
-def _owners(name: str, layer: int | None, shared_embedding: bool) -> tuple[str, ...]:
+def _owners(name: str, shared_embedding: bool) -> tuple[str, ...]:
     """Of a tensor outside the decoder's layers, by asking for the first, a middle and the last stage of three."""
-    if layer is not None:
-        return ("last",)
     first, middle, last = (owns(name, LayerRange(i, i + 1), 3, shared_embedding=shared_embedding) for i in range(3))
     if middle:
         return ("every",)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from stagewire.checkpoint.index import INDEX_NAME
+from stagewire.checkpoint.files import INDEX_NAME
+from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags
 from stagewire.errors import ConfigError
 
-__all__ = ["INDEX_NAME", "download_own", "find_file"]
+__all__ = ["download_own", "find_file", "with_config_folder"]
 
 
 def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None = None) -> Path | None:
@@ -34,6 +36,17 @@ def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None 
         raise _not_to_be_had(repo, file, error) from error
 
 
+def with_config_folder(flags: LoadFlags, revision: str | None) -> LoadFlags:
+    """``flags`` with a folder as ``hf_config_path``, where that is a name on a hub. Raises as ``find_file``."""
+    repo = flags.hf_config_path
+    if repo is None or Path(repo).expanduser().is_dir():
+        return flags
+    config = find_file(repo, revision, CONFIG_NAME) or find_file(repo, revision, PARAMS_NAME)
+    if config is None:
+        raise ConfigError(f"--hf-config-path {repo}: neither a folder here, nor a hub model with {CONFIG_NAME}")
+    return replace(flags, hf_config_path=str(config.parent))
+
+
 def _not_to_be_had(repo: str, file: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())
     return ConfigError(
@@ -48,19 +61,20 @@ def download_own(
     subfolder: str | None,
     cache_dir: str | None,
     choose: Callable[[Sequence[str]], Iterable[str]],
-) -> tuple[Path, list[str]] | None:
-    """The folder with the files that hold the tensors that ``choose`` picks from all names, and their names in it.
+    index_name: str = INDEX_NAME,
+) -> tuple[Path, dict[str, str]] | None:
+    """The folder with the files that hold the tensors that ``choose`` picks from all names; each one's file in it.
 
     ``None`` when the repository has no safetensors index: there is nothing to choose from.
     """
     from huggingface_hub import snapshot_download
 
     inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
-    index = find_file(repo, revision, inside + INDEX_NAME, cache_dir)
+    index = find_file(repo, revision, inside + index_name, cache_dir)
     if index is None:
         return None
     weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-    files = sorted({weight_map[name] for name in choose(list(weight_map))})
-    patterns = [inside + file for file in files]
+    own = {name: weight_map[name] for name in choose(list(weight_map))}
+    patterns = [inside + file for file in sorted(set(own.values()))]
     folder = snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
-    return Path(folder) / inside, files
+    return Path(folder) / inside, own

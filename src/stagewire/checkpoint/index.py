@@ -11,18 +11,19 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from stagewire.checkpoint.files import INDEX_NAME, CheckpointFiles, checkpoint_files, natural_key
-from stagewire.checkpoint.model_config import read_config
+from stagewire.checkpoint.model_config import LoadFlags, read_config
 from stagewire.errors import ConfigError
 
 __all__ = [
     "INDEX_NAME",
     "CheckpointIndex",
     "TensorInfo",
+    "config_fingerprint",
     "fingerprint",
     "read_files",
     "read_index",
@@ -72,6 +73,9 @@ class CheckpointIndex:
     ``total_bytes`` is of the weights alone, ``header_bytes`` what was read of the files to know that. ``absent``: what
     the index places in a file that does not hold it, which vLLM minds only when the model needs it. ``copies``: of a
     tensor that several files hold, the files, the one that counts first.
+
+    ``beside``: names of tensors in the folder's other *.safetensors, hidden ones too; ``unreadable``: those of them
+    without a readable header. No weights come from there, but vLLM looks there too for a head of its own.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -79,6 +83,8 @@ class CheckpointIndex:
     header_bytes: int
     absent: tuple[str, ...] = ()
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
+    unreadable: tuple[str, ...] = ()
 
 
 def read_index(model_dir: Path, load_format: str = "auto") -> CheckpointIndex | None:
@@ -90,12 +96,16 @@ def read_index(model_dir: Path, load_format: str = "auto") -> CheckpointIndex | 
     return read_tensors(checkpoint_files(model_dir, load_format))
 
 
-def read_tensors(files: CheckpointFiles) -> CheckpointIndex | None:
-    """As ``read_index``, of files that are known already."""
+def read_tensors(files: CheckpointFiles, *, is_part: bool = False) -> CheckpointIndex | None:
+    """As ``read_index``, of files that are known already. ``is_part``: of those that are there, if any is missing."""
     if not files.weights or not files.is_safetensors:
         return None
-    files.check_complete()
-    return read_files(files.folder, files.weights, files.weight_map)
+    if not is_part:
+        files.check_complete()
+    weight_map = {name: file for name, file in files.weight_map.items() if file not in files.missing}
+    index = read_files(files.folder, files.present, weight_map)
+    beside, unreadable = _read_beside(files)
+    return replace(index, beside=beside, unreadable=unreadable)
 
 
 def read_files(folder: Path, files: Sequence[str], weight_map: Mapping[str, str] | None = None) -> CheckpointIndex:
@@ -113,7 +123,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
-def fingerprint(model_dir: Path) -> str:
+def fingerprint(model_dir: Path, flags: LoadFlags | None = None) -> str:
     """16 hexadecimal digits that are equal exactly when two folders hold the same model, as far as headers tell.
 
     Hashed are config.json without the fields that do not change the model, and the sorted (name, dtype, shape) of
@@ -122,10 +132,19 @@ def fingerprint(model_dir: Path) -> str:
     base model's fingerprint, and other samples (``checkpoint/samples.py``). Raises ``ConfigError`` as
     ``read_model_shape`` and ``read_index`` do.
     """
-    files = checkpoint_files(model_dir)
+    files = checkpoint_files(model_dir, flags.load_format if flags else "auto")
     index = read_tensors(files)
     weights = _list_files(files) if index is None else _list_tensors(index)
-    content = {"config": _without_bookkeeping(read_config(model_dir)), "weights": weights}
+    content = {"config": _without_bookkeeping(read_config(model_dir, flags)), "weights": weights}
+    return _digest(content)
+
+
+def config_fingerprint(model_dir: Path, flags: LoadFlags | None = None) -> str:
+    """As ``fingerprint``, of the configuration alone: what a folder with a part of the weights can tell too."""
+    return _digest(_without_bookkeeping(read_config(model_dir, flags)))
+
+
+def _digest(content: object) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
@@ -140,6 +159,19 @@ def _read_shards(model_dir: Path, files: Sequence[str], weight_map: Mapping[str,
     absent = tuple(name for name in weight_map if name not in tensors)
     total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     return CheckpointIndex(tensors, total_bytes, header_bytes, absent, copies)
+
+
+def _read_beside(files: CheckpointFiles) -> tuple[frozenset[str], tuple[str, ...]]:
+    names: set[str] = set()
+    unreadable = []
+    for path in sorted(files.folder.glob("*.safetensors")):
+        if path.name in files.weights or not path.is_file():
+            continue
+        try:
+            names |= _read_header(path)[0].keys()
+        except ConfigError:
+            unreadable.append(path.name)
+    return frozenset(names), tuple(unreadable)
 
 
 def _read_shard(model_dir: Path, file: str) -> tuple[list[TensorInfo], int]:

@@ -174,7 +174,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises ``ConfigError`` naming the first file that differs, and both values.
     """
     for path in sorted(folder.glob("*.safetensors")):  # vLLM loads whatever it finds when there is no index
-        if path.name not in manifest.files:
+        if path.name not in manifest.files and not path.name.startswith("."):
             raise ConfigError(
                 f"{path} is not part of this pre-split stage ({MANIFEST_NAME} does not list it): remove it"
             )

@@ -1,4 +1,4 @@
-"""What Stagewire needs to know of a model before vLLM is asked: its depth and its ends. Reads config.json only.
+"""What Stagewire needs to know of a model before vLLM is asked: its depth and its ends. Reads the configuration only.
 
 Must not import transformers: the validator runs on machines without it, and a custom config class is remote code.
 """
@@ -7,15 +7,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stagewire.checkpoint.files import describe_absence, is_mistral
+from stagewire.checkpoint.mistral_config import from_params
 from stagewire.errors import ConfigError
 
-__all__ = ["CONFIG_NAME", "ModelShape", "language_settings", "read_config", "read_model_shape", "shape_of"]
+__all__ = [
+    "CONFIG_NAME",
+    "PARAMS_NAME",
+    "LoadFlags",
+    "ModelShape",
+    "config_path",
+    "language_settings",
+    "parse_overrides",
+    "read_config",
+    "read_model_shape",
+    "shape_of",
+]
 
 CONFIG_NAME = "config.json"
+PARAMS_NAME = "params.json"
+# Of ModelOpt before 0.31, where config.json has no quantization_config.
+_QUANTIZATION_NAME = "hf_quant_config.json"
 
 # Where multimodal models keep the language model's settings: text_config, decoder and generator are transformers'
 # get_text_config(), llm_config is vLLM's own alias for it, the others are the models' own (DeepSeek-VL2, Qwen-Omni).
@@ -39,18 +55,40 @@ class ModelShape:
     setting out when it was True; since 5 the default differs by class, and True is the safe guess: of an untied model
     the head is in the checkpoint. Only the top level counts: for multimodal models vLLM overwrites the nested value
     with it (``VllmConfig.with_hf_config``), so a nested False next to no top-level value proves nothing.
-    ``torch_dtype`` is config.json's spelling ("bfloat16"), ``None`` when absent.
+    ``torch_dtype`` is config.json's spelling ("bfloat16"), ``None`` when absent. ``is_untied``: it says so itself.
     """
 
     num_layers: int
     tie_word_embeddings: bool
     architectures: tuple[str, ...]
     torch_dtype: str | None
+    is_untied: bool = field(default=False, compare=False)
 
 
-def read_model_shape(model_dir: Path) -> ModelShape:
-    """Raises ``ConfigError`` when the folder or config.json is missing or malformed, or names no depth."""
-    return shape_of(read_config(model_dir), model_dir / CONFIG_NAME)
+@dataclass(frozen=True)
+class LoadFlags:
+    """What vLLM was told about reading a checkpoint; the fields are its flags, with their defaults."""
+
+    load_format: str = "auto"
+    config_format: str = "auto"
+    hf_config_path: str | None = None
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arguments: object) -> LoadFlags:
+        """From vLLM's arguments, or its model configuration. A function as override is not called here."""
+        overrides = getattr(arguments, "hf_overrides", None)
+        return cls(
+            str(getattr(arguments, "load_format", None) or "auto"),
+            str(getattr(arguments, "config_format", None) or "auto"),
+            getattr(arguments, "hf_config_path", None),
+            overrides if isinstance(overrides, dict) else {},
+        )
+
+
+def read_model_shape(model_dir: Path, flags: LoadFlags | None = None) -> ModelShape:
+    """Raises ``ConfigError`` when the folder or its configuration is missing or malformed, or names no depth."""
+    return shape_of(read_config(model_dir, flags), config_path(model_dir, flags))
 
 
 def shape_of(config: Mapping[str, Any], path: Path | str = CONFIG_NAME) -> ModelShape:
@@ -62,26 +100,86 @@ def shape_of(config: Mapping[str, Any], path: Path | str = CONFIG_NAME) -> Model
         tie_word_embeddings=True if tied is None else bool(tied),
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         torch_dtype=_read_dtype(sections),
+        is_untied=tied is False,
     )
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
-    """config.json of a model's folder. Raises ``ConfigError`` when there is none, or it is not a JSON object."""
-    path = model_dir / CONFIG_NAME
-    if not model_dir.is_dir():
+def read_config(model_dir: Path, flags: LoadFlags | None = None) -> dict[str, Any]:
+    """The model's configuration as vLLM resolves it: config.json, or params.json of Mistral's format, with a
+    quantization that a file of its own describes, and with ``--hf-overrides``.
+
+    Raises ``ConfigError`` when there is none, or it is not a JSON object.
+    """
+    flags = flags or LoadFlags()
+    path = config_path(model_dir, flags)
+    if path.name == PARAMS_NAME:
+        beside = path.with_name(CONFIG_NAME)
+        config = from_params(_read_json(path), _read_json(beside) if beside.is_file() else {})
+    else:
+        config = _read_json(path)
+    described = path.with_name(_QUANTIZATION_NAME)
+    if config.get("quantization_config") is None and described.is_file():
+        config["quantization_config"] = _read_json(described)
+    return _with_overrides(config, flags.hf_overrides)
+
+
+def config_path(model_dir: Path, flags: LoadFlags | None = None) -> Path:
+    """The file that vLLM reads the model's configuration from (``get_config``, transformers_utils/config.py).
+
+    Raises ``ConfigError`` when the folder has none of its format.
+    """
+    flags = flags or LoadFlags()
+    folder = model_dir if flags.hf_config_path is None else Path(flags.hf_config_path).expanduser()
+    if not folder.is_dir():
+        flag = "model folder" if flags.hf_config_path is None else "--hf-config-path"
         raise ConfigError(
-            f"model folder {model_dir} does not exist or is not a folder; "
+            f"{flag} {folder} does not exist or is not a folder; "
             "expected a local HuggingFace checkpoint (a folder with config.json)"
         )
+    own, params = folder / CONFIG_NAME, folder / PARAMS_NAME
+    if flags.config_format == "mistral" or (flags.config_format == "auto" and params.is_file() and is_mistral(folder)):
+        return params
+    if not own.is_file() and params.is_file():
+        raise ConfigError(
+            f"{own} {describe_absence(own)}, and vLLM reads {PARAMS_NAME} only beside consolidated*.safetensors: give "
+            "--config-format mistral (and --load-format mistral, if the weights are Mistral's), or add config.json"
+        )
+    return own
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """``--hf-overrides`` as it is typed. Raises ``ConfigError`` for what is no JSON object."""
+    try:
+        overrides = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--hf-overrides {text!r:.80} is not JSON ({error})") from error
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"--hf-overrides must be a JSON object, found {text!r:.80}")
+    return overrides
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; expected a checkpoint in HuggingFace format") from error
+        reason = describe_absence(path)
+        reason = "does not exist" if reason == "is missing" else reason
+        raise ConfigError(f"{path} {reason}; expected a checkpoint in HuggingFace format") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}); is the download complete?") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must hold a JSON object, found {type(config).__name__}")
     return config
+
+
+def _with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are changed, not replaced (``ModelConfig._apply_dict_overrides``)."""
+    changed = dict(config)
+    for key, value in overrides.items():
+        old = config.get(key)
+        is_section = isinstance(value, dict) and isinstance(old, dict) and key in _TEXT_CONFIG_KEYS
+        changed[key] = _with_overrides(old, value) if is_section and isinstance(old, dict) else value
+    return changed
 
 
 def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:

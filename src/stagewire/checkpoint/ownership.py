@@ -10,11 +10,25 @@ from __future__ import annotations
 import re
 from enum import Enum
 
+from stagewire.checkpoint.files import CheckpointFiles
 from stagewire.checkpoint.index import CheckpointIndex, TensorInfo
 from stagewire.checkpoint.model_config import ModelShape
+from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
 
-__all__ = ["Role", "describe_load", "layer_of", "owns", "role_of", "shares_embedding", "stage_bytes", "stage_tensors"]
+__all__ = [
+    "Role",
+    "check_absent",
+    "describe_load",
+    "is_built",
+    "is_lm_head",
+    "layer_of",
+    "owns",
+    "role_of",
+    "shares_embedding",
+    "stage_bytes",
+    "stage_tensors",
+]
 
 _BYTES_PER_GB = 10**9
 
@@ -22,16 +36,16 @@ _BYTES_PER_GB = 10**9
 class Role(Enum):
     """What a tensor is for, and so who owns it."""
 
-    LAYER = "layer"  # the stage whose range holds it; beyond the model's depth (DeepSeek's MTP layers): the last
+    LAYER = "layer"  # the stage whose range holds it; beyond the model's depth (DeepSeek's MTP layers): none
     EMBEDDING = "embedding"  # of tokens: the first, and the last too when the head shares it
     HEAD = "head"  # output projection, classifier: the last
     FINAL_NORM = "final norm"  # the last
-    MTP = "multi-token prediction"  # named apart from the decoder's layers: the last
+    MTP = "multi-token prediction"  # named apart from the decoder's layers: none
     OTHER = "other"  # towers, projectors, position embeddings, whatever else precedes layer 0: the first
     UNKNOWN = "unknown"  # every stage
 
 
-_LAST_STAGE_ROLES = frozenset((Role.HEAD, Role.FINAL_NORM, Role.MTP))
+_LAST_STAGE_ROLES = frozenset((Role.HEAD, Role.FINAL_NORM))
 
 # Names of modules as checkpoints spell them, read from vLLM 0.32's models and their weight mappers.
 _LAYER_LISTS = frozenset(("layers", "h", "blocks", "layer"))
@@ -69,9 +83,42 @@ def shares_embedding(index: CheckpointIndex, shape: ModelShape) -> bool:
     """Whether the head is the token embedding, so that the last stage needs a copy of it.
 
     vLLM's own rule, to the letter (``ModelConfig.maybe_untie_word_embeddings``, vllm/config/model.py): a checkpoint
-    that holds ``lm_head.weight`` is untied, whatever its config says; a quantized head (``lm_head.qweight``) is not.
+    that holds ``lm_head.weight``, in whichever *.safetensors, is untied, whatever its config says; a quantized head
+    (``lm_head.qweight``) is not.
     """
-    return shape.tie_word_embeddings and not any(name.endswith("lm_head.weight") for name in index.tensors)
+    return shape.tie_word_embeddings and not any(map(is_lm_head, (*index.tensors, *index.beside)))
+
+
+def is_lm_head(name: str) -> bool:
+    """By vLLM's rule for a checkpoint with a head of its own."""
+    return name.endswith("lm_head.weight")
+
+
+def is_built(name: str, num_layers: int) -> bool:
+    """Whether vLLM's model of ``num_layers`` has the tensor: layers for multi-token prediction are drafters'.
+
+    Those are named ``mtp`` or numbered on from the decoder's layers; vLLM's own model skips them while it loads.
+    """
+    role, layer = _place(name)
+    return role is not Role.MTP and (layer is None or layer < num_layers)
+
+
+def check_absent(index: CheckpointIndex, shape: ModelShape, files: CheckpointFiles) -> None:
+    """Raises ``ConfigError`` for a tensor that only the index knows and that no model of this depth can do without.
+
+    That is the weight of a module in a layer, of the embedding or of the final norm, when the files hold nothing else
+    of that module. A head may be tied, other things may have defaults: vLLM decides when it loads.
+    """
+    modules = {name.rpartition(".")[0] for name in index.tensors}
+    for name in index.absent:
+        module, _, kind = name.rpartition(".")
+        role = role_of(name)
+        is_needed = kind == "weight" and role in (Role.LAYER, Role.EMBEDDING, Role.FINAL_NORM)
+        if is_needed and is_built(name, shape.num_layers) and module not in modules:
+            raise ConfigError(
+                f"{files.index_name} says that tensor {name} is in {files.folder / files.weight_map[name]}, which does "
+                "not hold it; the index and the shards are of different checkpoints: download both again"
+            )
 
 
 def owns(name: str, layers: LayerRange, num_layers: int, *, shared_embedding: bool) -> bool:
@@ -79,11 +126,13 @@ def owns(name: str, layers: LayerRange, num_layers: int, *, shared_embedding: bo
     is_first, is_last = layers.start == 0, layers.end == num_layers
     role, layer = _place(name)
     if layer is not None:
-        return layer in layers or (is_last and layer >= num_layers)
+        return layer in layers and layer < num_layers
     if role is Role.EMBEDDING:
         return is_first or (is_last and shared_embedding)
     if role in _LAST_STAGE_ROLES:
         return is_last
+    if role is Role.MTP:
+        return False
     return is_first or role is Role.UNKNOWN
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stagewire.checkpoint.export import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, TensorSums, plan_export
+from stagewire.checkpoint.index import TensorInfo
 from stagewire.checkpoint.manifest import Manifest
 from stagewire.commands import plan
 from stagewire.errors import ConfigError, StagewireError
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each stage's layers, END not included; default: vLLM's own split, or what --memory or --balance choose",
     )
     plan.add_choice_arguments(parser)
+    plan.add_load_arguments(parser)
     add("--overwrite", action="store_true", help="throw away an export that is already in the output folder")
     add("--verify", action="store_true", help="export nothing: read every byte again and compare it with the manifests")
 
@@ -82,7 +84,9 @@ def _export_flags(args: argparse.Namespace) -> list[tuple[str, object]]:
 def _export(args: argparse.Namespace, output_dir: Path) -> None:
     if args.model is None:
         raise ConfigError("--model is missing: the folder of the full checkpoint (only --verify needs none)")
-    export = plan_export(args.model.expanduser(), lambda num_layers: _choose_ranges(args, num_layers))
+    flags = plan.load_flags(args)
+    export = plan_export(args.model.expanduser(), lambda num_layers: _choose_ranges(args, num_layers), flags)
+    plan.warn(export.warnings)
     _say_plan(export)
     manifests = run_export(export, output_dir, _say, is_overwriting=args.overwrite)
     _say_sums(export.sums)
@@ -127,16 +131,24 @@ def _say_plan(export: ExportPlan) -> None:
 def _say_sums(sums: TensorSums) -> None:
     """Where each byte went; `TensorSums.check` has already held it against the checkpoint."""
     parts = [f"{sums.checkpoint_bytes} bytes in the checkpoint"]
+    if sums.nowhere:
+        parts[0] += (
+            f" - {sum(tensor.num_bytes for tensor in sums.nowhere)} of layers that only draft ({_some(sums.nowhere)}), "
+            "which vLLM does not build"
+        )
     if sums.twice:
         again = sum(tensor.num_bytes for tensor in sums.twice)
         names = ", ".join(tensor.name for tensor in sums.twice)
         parts.append(f"{again} again in the last stage ({names}, shared with the head)")
     if sums.everywhere:
         again = sum(tensor.num_bytes for tensor in sums.everywhere) * (len(sums.stage_bytes) - 1)
-        names = ", ".join(tensor.name for tensor in sums.everywhere[:_MAX_NAMED])
-        more = f" and {len(sums.everywhere) - _MAX_NAMED} more" if len(sums.everywhere) > _MAX_NAMED else ""
-        parts.append(f"{again} because every stage has {names}{more}, of unknown role")
+        parts.append(f"{again} because every stage has {_some(sums.everywhere)}, of unknown role")
     _say(f"Tensors: {' + '.join(parts)} = {sum(sums.stage_bytes)} in {len(sums.stage_bytes)} stages")
+
+
+def _some(tensors: Sequence[TensorInfo]) -> str:
+    more = f" and {len(tensors) - _MAX_NAMED} more" if len(tensors) > _MAX_NAMED else ""
+    return ", ".join(tensor.name for tensor in tensors[:_MAX_NAMED]) + more
 
 
 def _say_verified(manifests: Sequence[Manifest], output_dir: Path) -> None:

@@ -15,6 +15,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from stagewire.checkpoint.folder import Checkpoint, read_checkpoint
 from stagewire.checkpoint.footprint import (
     DTYPES,
     KV_CACHE_DTYPES,
@@ -24,15 +25,24 @@ from stagewire.checkpoint.footprint import (
     measure,
     served_dtype,
 )
-from stagewire.checkpoint.index import read_index
 from stagewire.checkpoint.kv_cache import KvLayout, read_layout
-from stagewire.checkpoint.model_config import language_settings, read_config, shape_of
+from stagewire.checkpoint.model_config import LoadFlags, language_settings, parse_overrides, read_config
 from stagewire.commands.plan_choice import Question, StageTimes, choose
 from stagewire.commands.plan_text import Source, describe, describe_details, to_json
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.plan.ranges import LayerRange
 
-__all__ = ["EPILOG", "add_arguments", "add_choice_arguments", "choose_ranges", "main", "run"]
+__all__ = [
+    "EPILOG",
+    "add_arguments",
+    "add_choice_arguments",
+    "add_load_arguments",
+    "choose_ranges",
+    "load_flags",
+    "main",
+    "run",
+    "warn",
+]
 
 # vLLM's own (CacheConfig.gpu_memory_utilization, vllm/config/cache.py).
 DEFAULT_UTILIZATION = 0.92
@@ -61,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="everything as JSON")
     add("--details", action="store_true", help="weights and KV cache of each stage, from the checkpoint's headers")
     add_choice_arguments(parser)
+    add_load_arguments(parser)
 
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +99,27 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     add("--embed-ms", metavar="MS", help="measured time of the embedding (default: 0)")
 
 
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the folder is read, spelled as for vLLM; `load_flags` reads it."""
+    add = parser.add_argument
+    add("--load-format", metavar="FORMAT", help="as for vLLM: auto, hf, safetensors, mistral, ... (default: auto)")
+    add("--config-format", metavar="FORMAT", help="as for vLLM: auto, hf or mistral (default: auto)")
+    add("--hf-config-path", metavar="PATH", help="as for vLLM: the folder with the configuration, if it is another")
+    add("--hf-overrides", metavar="JSON", help="as for vLLM: settings that replace those of the configuration")
+
+
+def load_flags(args: argparse.Namespace) -> LoadFlags:
+    """Raises ``ConfigError`` for overrides that are no JSON object."""
+    overrides = {} if args.hf_overrides is None else parse_overrides(args.hf_overrides)
+    return LoadFlags(args.load_format or "auto", args.config_format or "auto", args.hf_config_path, overrides)
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """On standard error, so that standard output is what a program expects."""
+    for warning in warnings:
+        print(f"Warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
 def run(args: argparse.Namespace, *, details: bool = False) -> int:
     """Prints the answer; 0 when the split is valid, 1 when it does not fit. ``details``: wherever there are weights.
 
@@ -102,6 +134,7 @@ def run(args: argparse.Namespace, *, details: bool = False) -> int:
         _say(json.dumps({"valid": False, "error": str(error)}, indent=2))
         return error.exit_code
     answer = choose(question)
+    warn(source.warnings)
     if args.json:
         _say(to_json(source, question, answer))
     else:
@@ -115,7 +148,7 @@ def choose_ranges(args: argparse.Namespace) -> tuple[LayerRange, ...]:
     """The split that `stagewire plan` gives for the same arguments.
 
     Args:
-        args: ``model``, ``num_stages``, ``ranges``, and those of `add_choice_arguments`.
+        args: ``model``, ``num_stages``, ``ranges``, and those of `add_choice_arguments` and `add_load_arguments`.
 
     Raises:
         ConfigError: a malformed question, or a split that does not fit.
@@ -194,6 +227,9 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
     for flag in ("details", "memory", "dtype", "kv_cache_dtype"):
         if args.model is None and getattr(args, flag):
             yield f"{_flag(flag)} is about a model's weights and KV cache: give --model PATH"
+    for flag in ("load_format", "config_format", "hf_config_path", "hf_overrides"):
+        if args.model is None and getattr(args, flag) is not None:
+            yield f"{_flag(flag)} is about reading a model: give --model PATH"
     if args.gpu_memory_utilization is not None and args.memory is None:
         yield "--gpu-memory-utilization is a share of --memory: give that too"
     if args.gpu_memory_utilization is not None and not 0 < args.gpu_memory_utilization <= 1:
@@ -250,21 +286,27 @@ def _read_model(args: argparse.Namespace, details: bool) -> tuple[KvLayout | Non
     """The weights' headers only when figures are asked for, or ``details`` and they are there."""
     if args.model is None:
         return None, Source(None), None
-    model_dir = Path(args.model).expanduser()
-    config = read_config(model_dir)
-    shape, layout = shape_of(config, model_dir / "config.json"), read_layout(config)
+    model_dir, flags = Path(args.model).expanduser(), load_flags(args)
+    config = read_config(model_dir, flags)
+    layout = read_layout(config)
     asked = [_flag(name) for name in ("details", "memory", "dtype", "kv_cache_dtype") if getattr(args, name)]
-    index = read_index(model_dir) if asked or details else None
-    if index is None and asked:
+    checkpoint = read_checkpoint(model_dir, flags) if asked or details else None
+    if checkpoint is not None and checkpoint.index is None and asked:
         raise ConfigError(f"{asked[0]} needs the headers of safetensors weights, and {model_dir} holds none")
     if args.memory is not None and (layout.unknown or not any(layer.elements_per_token for layer in layout.layers)):
         why = layout.unknown or "no layer of this model has a KV cache that grows with the tokens"
         raise ConfigError(f"--memory is planned by KV cache tokens, whose size is not known: {why}")
-    if index is None:
+    if checkpoint is None or checkpoint.index is None:
         return layout, Source(args.model), None
+    return layout, *_measure(args, checkpoint, layout)
+
+
+def _measure(args: argparse.Namespace, checkpoint: Checkpoint, layout: KvLayout) -> tuple[Source, Footprint]:
+    assert checkpoint.index is not None
+    config, shape = checkpoint.config, checkpoint.shape
     dtype = served_dtype(shape, args.dtype or "auto")
     kv = kv_cache_dtype(config, dtype, args.kv_cache_dtype or "auto")
-    weights = None if is_quantized(config) else dtype
+    weights = None if is_quantized(config) or checkpoint.quantization_file else dtype
     positions = language_settings(config).get("max_position_embeddings")
     source = Source(
         args.model,
@@ -272,8 +314,9 @@ def _read_model(args: argparse.Namespace, details: bool) -> tuple[KvLayout | Non
         kv=kv.name,
         unknown=layout.unknown,
         max_positions=positions if isinstance(positions, int) else None,
+        warnings=checkpoint.warnings,
     )
-    return layout, source, measure(index, shape, layout, weights, kv)
+    return source, measure(checkpoint.index, shape, layout, weights, kv)
 
 
 def _parse_memory(text: str) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ class Source:
     """Where the question came from. ``weights`` and ``kv``: names of dtypes, ``None`` when nothing was measured.
 
     ``unknown``: why the KV cache has no figures. ``max_positions``: config.json's max_position_embeddings.
+    ``warnings``: what is odd about the checkpoint.
     """
 
     model: str | None
@@ -35,6 +36,7 @@ class Source:
     kv: str | None = None
     unknown: str | None = None
     max_positions: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def describe(source: Source, question: Question, answer: Answer) -> str:
@@ -95,6 +97,8 @@ def to_json(source: Source, question: Question, answer: Answer) -> str:
         "stages": [_stage_json(i, layers, answer.stages) for i, layers in enumerate(answer.split)],
         "compared": [_compared_json(compared) for compared in answer.compared],
     }
+    if source.warnings:
+        content["warnings"] = list(source.warnings)
     return json.dumps(content, indent=2)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "ALIVE_S",
     "EXPORT_SETTING",
     "MAX_BAD_HANDSHAKES",
+    "MODEL_SETTING",
     "WEIGHTS_SETTING",
     "Holder",
     "Verdict",
@@ -35,12 +36,14 @@ __all__ = [
 ALIVE_S = 5.0
 # Handshakes that fail, in a row, before what listens at an address counts as no stage at all.
 MAX_BAD_HANDSHAKES = 3
-# The two shared settings that a stage may leave empty, and then fits any. Which pre-split export its folder is of: a
-# stage that loads from the full checkpoint has none.
+# The shared settings that a stage may leave empty, and then fits any. What the headers of its folder say: a stage with
+# a part of the files cannot tell.
+MODEL_SETTING = "model"
+# Which pre-split export its folder is of: a stage that loads from the full checkpoint has none.
 EXPORT_SETTING = "pre-split export"
 # A sample of the values of all weights: a stage that has only a part of them cannot tell.
 WEIGHTS_SETTING = "values of the weights"
-_MAY_BE_EMPTY = frozenset((EXPORT_SETTING, WEIGHTS_SETTING))
+_MAY_BE_EMPTY = frozenset((MODEL_SETTING, EXPORT_SETTING, WEIGHTS_SETTING))
 # Bounds what strangers can make us remember.
 MAX_CLAIMS = 16
 
@@ -104,9 +107,14 @@ def pipeline_refusal(head: StageIdentity, other: StageIdentity) -> Refused | Non
 def settings_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
     """The first thing in which a stage differs from the head; of weights and exports see `folder_refusal`."""
     names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
-    names = [name for name in names if name not in _MAY_BE_EMPTY]
+    names = [name for name in names if name not in _MAY_BE_EMPTY or _is_model_known(name, head, other)]
     pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
     return pipeline_refusal(head, other) or _first_difference(other.stage, pairs)
+
+
+def _is_model_known(name: str, head: StageIdentity, other: StageIdentity) -> bool:
+    """Of what may be empty, the model is compared with the head's like any other setting, where both know theirs."""
+    return name == MODEL_SETTING and all(each.shared.get(name) != "" for each in (head, other))
 
 
 def folder_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
@@ -114,7 +122,19 @@ def folder_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refus
 
     The head may not know, so the head alone is not enough to compare with.
     """
-    return _weights_refusal(roll, other) or _export_refusal(roll, other)
+    return _model_refusal(roll, other) or _weights_refusal(roll, other) or _export_refusal(roll, other)
+
+
+def _model_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
+    first = _first_to_know(MODEL_SETTING, roll, other)
+    if first is None:
+        return None
+    expected, found = first.shared[MODEL_SETTING], other.shared[MODEL_SETTING]
+    text = (
+        f"{MODEL_SETTING} is {clip(found)} on stage {other.stage} but {clip(expected)} on stage {first.stage}: all "
+        f"stages need the same; start stage {other.stage} with stage {first.stage}'s value"
+    )
+    return Refused(other.stage, MODEL_SETTING, expected, found, text)
 
 
 def _weights_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:

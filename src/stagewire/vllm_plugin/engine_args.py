@@ -15,7 +15,7 @@ from stagewire.errors import ConfigError
 from stagewire.vllm_plugin.settings import KEY, RingSettings
 from stagewire.wire.messages import MAX_RANKS
 
-__all__ = ["apply_external_mode", "set_process_environment"]
+__all__ = ["apply_external_mode", "asked_load_format", "set_process_environment"]
 
 # vLLM derives these from the card and the world size; one fixed value on every stage, or stages with the same flags
 # would disagree about buffer sizes. The single-process defaults of `vllm serve`: 128 sequences on CPU, 256 elsewhere.
@@ -23,9 +23,11 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS_CPU = 128
 DEFAULT_MAX_NUM_SEQS = 256
 
-# vLLM reads whole checkpoints in these; other formats are somebody's choice.
-REPLACED_LOAD_FORMATS = ("auto", "hf", "safetensors")
-LOAD_FORMAT = "stagewire"  # vllm_plugin/range_loader.py
+# vLLM reads whole checkpoints in these; other formats are somebody's choice. vllm_plugin/range_loader.py chooses the
+# same files by them, so each has a name of its own there.
+LOAD_FORMAT = "stagewire"
+REPLACED_LOAD_FORMATS = ("auto", "hf", "safetensors", "mistral")
+OWN_LOAD_FORMATS = {name: LOAD_FORMAT if name == "auto" else f"{LOAD_FORMAT}_{name}" for name in REPLACED_LOAD_FORMATS}
 
 _BY_RING = "the ring does this between stages"
 _NOT_YET = "not carried between stages yet"
@@ -105,7 +107,7 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
     engine_args.scheduler_cls = RingScheduler
     engine_args.async_scheduling = False
     if engine_args.load_format in REPLACED_LOAD_FORMATS:
-        engine_args.load_format = LOAD_FORMAT
+        engine_args.load_format = OWN_LOAD_FORMATS[engine_args.load_format]
     if engine_args.max_num_batched_tokens is None:
         engine_args.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS
     if engine_args.max_num_seqs is None:
@@ -116,6 +118,11 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
 
         cpu.apply_kv_budget(engine_args, config)
         cpu.apply_compiler(engine_args, config)
+
+
+def asked_load_format(load_format: str) -> str:
+    """The load format that somebody asked for, from the one that external mode has set."""
+    return next((name for name, own in OWN_LOAD_FORMATS.items() if own == load_format), load_format)
 
 
 def set_process_environment() -> None:

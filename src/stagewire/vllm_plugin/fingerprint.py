@@ -15,20 +15,23 @@ from typing import Any
 
 from stagewire import __version__
 from stagewire.checkpoint import hub
-from stagewire.checkpoint.files import checkpoint_files
-from stagewire.checkpoint.index import fingerprint
+from stagewire.checkpoint.files import CheckpointFiles, checkpoint_files
+from stagewire.checkpoint.index import config_fingerprint, fingerprint
 from stagewire.checkpoint.manifest import check_place, check_samples, read_manifest
-from stagewire.checkpoint.model_config import CONFIG_NAME
+from stagewire.checkpoint.model_config import CONFIG_NAME, LoadFlags
 from stagewire.checkpoint.samples import sample_weights
 from stagewire.config import StageConfig
-from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
+from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
 from stagewire.ring.runtime import new_incarnation
+from stagewire.vllm_plugin.engine_args import asked_load_format
 from stagewire.vllm_plugin.speculation import describe_speculation
 from stagewire.wire.messages import StageIdentity
 
 __all__ = ["identify_model", "make_identity"]
 
 logger = logging.getLogger("vllm.stagewire")
+
+_CONFIG = "configuration of the model"
 
 
 def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
@@ -54,7 +57,7 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
 
     model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
     return {
-        **identify_model(config, model),
+        **identify_model(config, model, _load_flags(vllm_config)),
         "vLLM version": vllm_version.partition("+")[0],
         "Stagewire version": __version__,
         "--dtype": str(model.dtype).removeprefix("torch."),
@@ -97,7 +100,13 @@ def _by_name(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
 
-def identify_model(config: StageConfig, model: Any) -> dict[str, str]:
+def _load_flags(vllm_config: Any) -> LoadFlags:
+    model = vllm_config.model_config
+    flags = hub.with_config_folder(LoadFlags.of(model), model.revision)
+    return dataclasses.replace(flags, load_format=asked_load_format(str(vllm_config.load_config.load_format)))
+
+
+def identify_model(config: StageConfig, model: Any, flags: LoadFlags | None = None) -> dict[str, str]:
     """Of the config, the headers and samples of the weights: stages may keep the checkpoint under different paths.
 
     A pre-split stage has its source's fingerprint and samples, and so may sit between stages that load from the full
@@ -106,11 +115,15 @@ def identify_model(config: StageConfig, model: Any) -> dict[str, str]:
     path = Path(model.model)
     if not path.is_dir():
         # The hub's cache has compared every file with the commit's hashes.
-        return {"model": _hub_commit(model), WEIGHTS_SETTING: "", EXPORT_SETTING: ""}
-    manifest = read_manifest(path)
-    own = _sample(config.stage, path)
+        return {MODEL_SETTING: _hub_commit(model), _CONFIG: "", WEIGHTS_SETTING: "", EXPORT_SETTING: ""}
+    manifest, configuration = read_manifest(path), config_fingerprint(path, flags)
+    files = checkpoint_files(path, flags.load_format if flags else "auto")
+    if manifest is None and files.missing:
+        return {MODEL_SETTING: "", _CONFIG: configuration, WEIGHTS_SETTING: "", EXPORT_SETTING: ""}
+    own = _sample(config.stage, files)
     if manifest is None:
-        return {"model": fingerprint(path), WEIGHTS_SETTING: own, EXPORT_SETTING: ""}
+        whole = fingerprint(path, flags)
+        return {MODEL_SETTING: whole, _CONFIG: configuration, WEIGHTS_SETTING: own, EXPORT_SETTING: ""}
     check_place(manifest, path, config.stage, config.num_stages, config.layers)
     check_samples(path, manifest, own)
     if not manifest.source_samples:
@@ -121,21 +134,22 @@ def identify_model(config: StageConfig, model: Any) -> dict[str, str]:
             path,
         )
     return {
-        "model": manifest.source_fingerprint,
+        MODEL_SETTING: manifest.source_fingerprint,
+        _CONFIG: configuration,
         WEIGHTS_SETTING: manifest.source_samples,
         EXPORT_SETTING: manifest.export_id,
     }
 
 
-def _sample(stage: int, path: Path) -> str:
-    samples = sample_weights(checkpoint_files(path))
+def _sample(stage: int, files: CheckpointFiles) -> str:
+    samples = sample_weights(files)
     if samples.blank:
         first = samples.blank[0]
         logger.warning(
             "Stage %d: %s holds nothing but zeros wherever it was looked at for %d large tensors, the first of them "
             "%s: is the copy complete?",
             stage,
-            path / first.file,
+            files.folder / first.file,
             len(samples.blank),
             first.name,
         )

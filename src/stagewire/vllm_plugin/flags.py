@@ -15,10 +15,10 @@ from typing import Any
 
 from stagewire.checkpoint import hub
 from stagewire.checkpoint.adapter import ROOT_FLAG, check_roots
-from stagewire.checkpoint.index import read_index
+from stagewire.checkpoint.folder import read_checkpoint
 from stagewire.checkpoint.kv_cache import check_own_kv
 from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, check_place, read_manifest
-from stagewire.checkpoint.model_config import CONFIG_NAME, read_config, read_model_shape
+from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags, read_config, read_model_shape
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
 from stagewire.config import (
     ALLOW_INSECURE_FLAG,
@@ -183,7 +183,8 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     _check_entry_point(config, args)
     check_roots(config.lora_roots)
     secure_stage(config)
-    _check_checkpoint(config, args.model, args.revision)
+    flags = hub.with_config_folder(LoadFlags.of(args), args.revision)
+    _check_checkpoint(config, args, flags)
     vllm_config = _resolve(args)
     from stagewire.vllm_plugin.stage_worker import check_model
 
@@ -201,7 +202,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
             cpu.reexec_with_libraries()
     else:
         sys.stdout.write(f"Stage {config.stage}: async scheduling and the V2 model runner are off in external mode\n")
-    text = announce_load(config, vllm_config.model_config.model)
+    text = announce_load(config, vllm_config.model_config.model, flags)
     status.send(Phase.LOADING, text)
     if config.is_head:
         from stagewire.vllm_plugin.head import serve_head
@@ -236,15 +237,15 @@ def _refuse_stage_alone(args: argparse.Namespace) -> None:
         )
 
 
-def announce_load(config: StageConfig, model: str) -> str:
+def announce_load(config: StageConfig, model: str, flags: LoadFlags) -> str:
     """Prints the stage's line (``Stage 0: Loading layers 0-7... (4.54 GB)``); returns its short form for progress."""
     path = Path(model)
-    index = read_index(path) if path.is_dir() else None
-    if index is None:
+    checkpoint = read_checkpoint(path, flags, layers=config.layers) if path.is_dir() else None
+    if checkpoint is None or checkpoint.index is None:
         line = f"Stage {config.stage}: Loading {config.layers.describe()}..."
         short = config.layers.describe()
     else:
-        num_bytes = stage_bytes(index, read_model_shape(path), config.layers)
+        num_bytes = stage_bytes(checkpoint.index, checkpoint.shape, config.layers)
         line = describe_load(config.stage, config.layers, num_bytes)
         short = f"{config.layers.describe()} ({num_bytes / 1e9:.2f} GB)"
     sys.stdout.write(line + "\n")
@@ -252,29 +253,32 @@ def announce_load(config: StageConfig, model: str) -> str:
     return short
 
 
-def _check_checkpoint(config: StageConfig, model: str, revision: str | None) -> None:
-    """The range against config.json, and a folder's index against its files, in a moment and before vLLM."""
-    path = Path(model)
-    folder = path if path.is_dir() else _hub_folder(model, revision)
+def _check_checkpoint(config: StageConfig, args: argparse.Namespace, flags: LoadFlags) -> None:
+    """The range against the configuration, and a folder's index against its files, in a moment and before vLLM."""
+    path = Path(args.model)
+    folder = path if path.is_dir() else _hub_folder(args.model, args.revision)
+    if folder is not path and not (folder / CONFIG_NAME).is_file():
+        flags = dataclasses.replace(flags, config_format="mistral")
     manifest = read_manifest(folder)
     if manifest is not None:
         check_files(folder, manifest)
-    check_own_range(config.stage, config.num_stages, config.layers, read_model_shape(folder).num_layers)
-    problems = check_own_kv(read_config(folder), config.layers)
+    check_own_range(config.stage, config.num_stages, config.layers, read_model_shape(folder, flags).num_layers)
+    problems = check_own_kv(read_config(folder, flags), config.layers)
     if problems:
         raise ConfigError(
             f"stage {config.stage} cannot run --pipeline-layer-range {config.layers}: {'; '.join(problems)}; "
-            f"`stagewire plan --model {model} --num-stages {config.num_stages}` gives a split that works"
+            f"`stagewire plan --model {args.model} --num-stages {config.num_stages}` gives a split that works"
         )
     if folder is path:
-        read_index(path)
+        for warning in read_checkpoint(path, flags, layers=config.layers).warnings:
+            sys.stdout.write(f"Stage {config.stage}: warning: {warning}\n")
 
 
 def _hub_folder(model: str, revision: str | None) -> Path:
     """Where the cache has config.json of a name on a model hub."""
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError(f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name")
-    config = hub.find_file(model, revision, CONFIG_NAME)
+    config = hub.find_file(model, revision, CONFIG_NAME) or hub.find_file(model, revision, PARAMS_NAME)
     if config is None:
         raise ConfigError(f"{model} on the hub has no {CONFIG_NAME}: give a model in HuggingFace format")
     return config.parent

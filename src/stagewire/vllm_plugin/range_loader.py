@@ -1,8 +1,9 @@
 """Loads the tensors that a stage owns and reads no others, whatever files they lie in.
 
-A subclass of vLLM's default loader: which files a model has, what it asks for besides (secondary weights, patterns of
-its own), and the check that every parameter was initialised stay vLLM's. Only where the bytes come from is ours.
-External mode chooses it (engine_args.py); other load formats that a user asked for are left alone.
+A subclass of vLLM's default loader: what a model asks for besides its folder (secondary weights, patterns of its own)
+and the check that every parameter was initialised stay vLLM's. Which files of a folder are the model says
+checkpoint/files.py, by vLLM's rule. External mode chooses this loader (engine_args.py); load formats that do not read
+whole checkpoints are left alone.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,9 +25,11 @@ from vllm.config.load import LoadConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 
 from stagewire.checkpoint import hub
-from stagewire.checkpoint.index import TensorInfo, read_files, read_index
+from stagewire.checkpoint.files import CONSOLIDATED_INDEX_NAME, INDEX_NAME, CheckpointFiles, checkpoint_files
+from stagewire.checkpoint.index import TensorInfo, read_files, read_tensors
 from stagewire.checkpoint.manifest import read_manifest
 from stagewire.checkpoint.ownership import Role, layer_of, owns, role_of
 from stagewire.checkpoint.reader import TensorReader
@@ -34,7 +37,7 @@ from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.vllm_plugin import compat
-from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
+from stagewire.vllm_plugin.engine_args import OWN_LOAD_FORMATS, asked_load_format
 from stagewire.vllm_plugin.model_patches import heads_without_embedding, load_head
 from stagewire.vllm_plugin.presplit import drop_absent
 from stagewire.vllm_plugin.settings import RingSettings
@@ -64,17 +67,27 @@ def register() -> None:
     """In the process that loads: vLLM's table of loaders is per process."""
     from vllm.model_executor import model_loader
 
-    if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not RangeLoader:
-        register_model_loader(LOAD_FORMAT)(RangeLoader)
+    for load_format in OWN_LOAD_FORMATS.values():
+        if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(load_format) is not RangeLoader:
+            register_model_loader(load_format)(RangeLoader)
+
+
+class _Found(NamedTuple):
+    """Names of files relative to ``folder``; ``weight_map``: which of them a tensor comes from, where an index says."""
+
+    folder: Path
+    files: Sequence[str]
+    is_safetensors: bool
+    weight_map: Mapping[str, str]
 
 
 class RangeLoader(DefaultModelLoader):
     """See the module."""
 
     def __init__(self, load_config: LoadConfig) -> None:
-        # Everything that vLLM decides by load format is decided as for "auto".
+        # What vLLM decides by load format is decided as for the one that was asked for.
         load_config = copy.copy(load_config)
-        load_config.load_format = "auto"
+        load_config.load_format = asked_load_format(str(load_config.load_format))
         super().__init__(load_config)
         self._stage: StageConfig | None = None
         self._own: _Ownership | None = None
@@ -83,8 +96,8 @@ class RangeLoader(DefaultModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._stage = RingSettings.read(get_current_vllm_config())
-        if read_manifest(Path(model_config.model)) is not None:
-            _drop_absent(self._stage, model, model_config)
+        if os.path.isdir(model_config.model):
+            self._drop_absent(self._stage, model, model_config)
         self._own = _Ownership(self._stage, model, model_config)
         self._heads = heads_without_embedding(model)
         self._progress = _Progress(self._stage)
@@ -92,57 +105,77 @@ class RangeLoader(DefaultModelLoader):
         super().load_weights(model, model_config)
         self._progress.report()
 
-    def _prepare_weights(
-        self,
-        model_name_or_path: str,
-        subfolder: str | None,
-        revision: str | None,
-        fall_back_to_pt: bool,
-        allow_patterns_overrides: list[str] | None,
-    ) -> tuple[Any, ...]:
-        """vLLM's own, but of a sharded checkpoint on a hub only the files that hold own tensors are downloaded.
+    def _drop_absent(self, stage: StageConfig, model: nn.Module, model_config: ModelConfig) -> None:
+        """From a folder with a part of the model only, what vLLM builds of other stages' is taken out."""
+        files = checkpoint_files(Path(model_config.model), str(self.load_config.load_format))
+        if not files.missing and read_manifest(files.folder) is None:
+            return
+        index = read_tensors(files, is_part=True)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        names = list(index.tensors) if index else []
+        mapped = [mapped for name in names if (mapped := compat.mapped_name(mapper, name)) is not None]
+        num_layers = model_config.get_total_num_hidden_layers()
+        drop_absent(model, stage, num_layers, is_tied=_is_tied(model_config), present=mapped)
 
-        Folder, files, whether they are safetensors, and since vLLM 0.31 the name of their index.
-        """
-        if self._own is not None and allow_patterns_overrides is None and not os.path.isdir(model_name_or_path):
-            found = hub.download_own(
-                model_name_or_path, revision, subfolder, self.load_config.download_dir, self._own.choose_names
-            )
+    def _find(self, source: DefaultModelLoader.Source) -> _Found:
+        """The files of a folder by our own rule, of a hub's repository those with own tensors, of others vLLM's."""
+        path = source.model_or_path
+        is_whole = source.allow_patterns_overrides is None
+        if is_whole and source.subfolder is None and os.path.isdir(path):
+            return self._find_own(checkpoint_files(Path(path), str(self.load_config.load_format)))
+        if is_whole and not os.path.isdir(path):
+            found = self._download_own(source)
             if found is not None:
-                folder, files = found
-                named = (hub.INDEX_NAME,) if compat.is_at_least(0, 31) else ()
-                return str(folder), [str(folder / file) for file in files], True, *named
-        prepared: tuple[Any, ...] = super()._prepare_weights(
-            model_name_or_path, subfolder, revision, fall_back_to_pt, allow_patterns_overrides
+                return found
+        folder, files, is_safetensors, *_ = self._prepare_weights(
+            path, source.subfolder, source.revision, source.fall_back_to_pt, source.allow_patterns_overrides
         )
-        return prepared
+        return _Found(Path(folder), [os.path.relpath(file, folder) for file in files], is_safetensors, {})
+
+    def _find_own(self, files: CheckpointFiles) -> _Found:
+        assert self._own is not None
+        absent = [name for name, file in files.weight_map.items() if file in files.missing]
+        for name in self._own.choose_names(absent):
+            raise files.absence(files.weight_map[name], name, needed_by="this stage needs it: ")
+        return _Found(files.folder, files.present, files.is_safetensors, files.weight_map)
+
+    def _download_own(self, source: DefaultModelLoader.Source) -> _Found | None:
+        """``None`` for a repository without an index of the format that vLLM would load."""
+        assert self._own is not None
+        load_format = str(self.load_config.load_format)
+        if load_format == "auto" and is_mistral_model_repo(source.model_or_path, revision=source.revision):
+            load_format = "mistral"
+        found = hub.download_own(
+            source.model_or_path,
+            source.revision,
+            source.subfolder,
+            self.load_config.download_dir,
+            self._own.choose_names,
+            CONSOLIDATED_INDEX_NAME if load_format == "mistral" else INDEX_NAME,
+        )
+        return None if found is None else _Found(found[0], sorted(set(found[1].values())), True, found[1])
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """``source``'s own tensors. A checkpoint without safetensors is read by vLLM, whole."""
-        assert self._own is not None
         assert self._progress is not None
-        folder, files, is_safetensors, *_ = self._prepare_weights(
-            source.model_or_path,
-            source.subfolder,
-            source.revision,
-            source.fall_back_to_pt,
-            source.allow_patterns_overrides,
-        )
-        if not is_safetensors or self.load_config.safetensors_load_strategy == "torchao":
-            kind = "torchao's own format" if is_safetensors else "not safetensors"
+        found = self._find(source)
+        if not found.is_safetensors or self.load_config.safetensors_load_strategy == "torchao":
+            kind = "torchao's own format" if found.is_safetensors else "not safetensors"
             self._progress.say(f"{source.model_or_path} is {kind}: vLLM's own loader reads it, and reads all of it")
             whole: Generator[tuple[str, torch.Tensor], None, None] = super()._get_weights_iterator(source)
             return whole
-        return self._read_own(source, Path(folder), files)
+        return self._read_own(source, found)
 
     def _read_own(
-        self, source: DefaultModelLoader.Source, folder: Path, files: Sequence[str]
+        self, source: DefaultModelLoader.Source, found: _Found
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         assert self._own is not None
         assert self._progress is not None
-        index = read_files(folder, sorted(os.path.relpath(file, folder) for file in files))
+        folder = found.folder
+        placed = {name: file for name, file in found.weight_map.items() if file in found.files}
+        index = read_files(folder, found.files, placed)
         chosen = self._own.choose(index.tensors.values(), source.prefix)
         is_unused = getattr(source, "is_unused_weight", None)  # since vLLM 0.32
         if is_unused is not None:
@@ -165,15 +198,6 @@ def _is_tied(model_config: ModelConfig) -> bool:
     """As vLLM resolved it, after its own look at the checkpoint (maybe_untie_word_embeddings)."""
     configs = (model_config.hf_config, model_config.hf_text_config)
     return any(getattr(config, "tie_word_embeddings", False) for config in configs)
-
-
-def _drop_absent(stage: StageConfig, model: nn.Module, model_config: ModelConfig) -> None:
-    index = read_index(Path(model_config.model))
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    names = list(index.tensors) if index else []
-    mapped = [mapped for name in names if (mapped := compat.mapped_name(mapper, name)) is not None]
-    num_layers = model_config.get_total_num_hidden_layers()
-    drop_absent(model, stage, num_layers, is_tied=_is_tied(model_config), present=mapped)
 
 
 class _Ownership:
@@ -202,7 +226,8 @@ class _Ownership:
     def _is_own(self, name: str) -> bool:
         if owns(name, self._layers, self._num_layers, shared_embedding=self._is_tied):
             return True
-        return layer_of(name) is None and self._is_built(name)
+        layer = layer_of(name)
+        return (layer is None or layer >= self._num_layers) and self._is_built(name)
 
     def _is_built(self, name: str) -> bool:
         mapped = compat.mapped_name(self._mapper, name)
