@@ -2,10 +2,16 @@
 
 A Unix socket's path has at most 107 bytes. TMPDIR may be longer than that alone, and vLLM puts a name of 36
 characters on top. Whoever makes a folder for sockets asks here.
+
+Who is killed leaves his folder behind; the next one who makes a folder there removes it. A folder belongs to whoever
+holds the lock on the file `owner` in it, which the kernel takes back with the last process that has it open.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -15,7 +21,7 @@ from pathlib import Path
 
 from stagewire.errors import ConfigError
 
-__all__ = ["MAX_SOCKET_PATH_BYTES", "fits_sockets", "private_folder", "short_base"]
+__all__ = ["MAX_SOCKET_PATH_BYTES", "fits_sockets", "private_folder", "remove_abandoned", "short_base"]
 
 # What the kernel takes for a Unix socket's path (sun_path, without its closing zero).
 MAX_SOCKET_PATH_BYTES = 107
@@ -24,6 +30,7 @@ SOCKET_NAME_BYTES = 37
 # Of the private folder's own name, with room.
 FOLDER_NAME_BYTES = 32
 PREFIX = "stagewire-"
+OWNER = "owner"
 
 
 def fits_sockets(folder: str | Path) -> bool:
@@ -54,9 +61,63 @@ def _places(environ: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder of this user only, which is removed at the end."""
-    path = tempfile.mkdtemp(prefix=PREFIX, dir=short_base())
+    """A folder of this user only, which is removed at the end; so are those at the same place that nobody owns."""
+    base = short_base()
+    remove_abandoned(base)
+    path, lock = _make_owned(base)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _make_owned(base: str) -> tuple[str, int]:
+    """A new folder, and the descriptor that holds its lock."""
+    while True:
+        path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+        lock = os.open(f"{path}/{OWNER}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if _lock(lock) is not False and os.fstat(lock).st_nlink:
+            return path, lock
+        os.close(lock)  # somebody who tidied up was faster, and removes it
+
+
+def remove_abandoned(base: str | None = None) -> None:
+    """The private folders at this place whose owner has ended, whatever can be removed of them.
+
+    Of this user only, and never one without a lock file: that one is not known to be ours.
+    """
+    base = short_base() if base is None else base
+    for path in glob.iglob(f"{glob.escape(base)}/{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = _open_lock(path)
+            try:
+                if _lock(lock):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _open_lock(path: str) -> int:
+    """Raises OSError unless this is a folder of this user alone, with a lock file of his."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        lock = os.open(OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        for found in (os.fstat(folder), os.fstat(lock)):
+            if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                os.close(lock)
+                raise PermissionError(path)
+    finally:
+        os.close(folder)
+    return lock
+
+
+def _lock(lock: int) -> bool | None:
+    """Whether it is ours now; None on a file system without locks, where nobody can know."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

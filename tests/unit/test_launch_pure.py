@@ -108,7 +108,7 @@ def test_a_stage_gets_private_files_and_the_user_s_own_choices() -> None:
     (resources,) = assign_resources(1, {}, is_cpu=True)
     environ = stage_environment(resources, "/tmp/x", {"VLLM_NO_USAGE_STATS": "0", "TMPDIR": "/elsewhere"})
     assert environ["TMPDIR"] == environ["VLLM_RPC_BASE_PATH"] == "/tmp/x"
-    assert environ["STAGEWIRE_LAUNCHER_PID"] == str(os.getpid())
+    assert environ["STAGEWIRE_LAUNCHER_PID"].startswith(f"{os.getpid()}:")
     assert (environ["VLLM_NO_USAGE_STATS"], environ["DO_NOT_TRACK"]) == ("0", "1")
 
 

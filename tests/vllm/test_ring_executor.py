@@ -210,25 +210,3 @@ def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
     process.accuse(1, 4, "step 4 did not come back")
     epoch, lost = process.ring.end_epoch.call_args.args
     assert (epoch, lost.stage, lost.step) == (1, accused, 4)
-
-
-def test_a_dead_process_that_nobody_has_asked_for_its_exit_code_is_dead() -> None:
-    import os
-    import signal
-
-    from stagewire.vllm_plugin.process import _is_alive
-
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(write)
-        os.read(read, 1)  # lives until then
-        os._exit(0)
-    os.close(read)
-    assert _is_alive(pid)
-    os.kill(pid, signal.SIGKILL)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert not _is_alive(pid)
-    os.waitpid(pid, 0)
-    os.close(write)
-    assert not _is_alive(pid)

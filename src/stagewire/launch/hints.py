@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 
+from stagewire.observe.processes import describe_exit
+
 __all__ = ["describe_exit", "hint", "last_error"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -46,16 +48,6 @@ _SIGNAL_HINTS = {
     signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk and /dev/shm; "
     + _COMPILE_CACHE,
 }
-
-
-def describe_exit(returncode: int) -> str:
-    """``-9`` -> ``was killed by SIGKILL``."""
-    if returncode >= 0:
-        return f"ended with exit code {returncode}"
-    try:
-        return f"was killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"was killed by signal {-returncode}"
 
 
 def hint(returncode: int, log_tail: str) -> str | None:

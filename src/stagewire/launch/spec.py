@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stagewire.errors import ConfigError
 from stagewire.launch.cores import assign_cores
+from stagewire.observe.processes import mark_of
 from stagewire.observe.status import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
 from stagewire.plan.ranges import LayerRange
 
@@ -215,7 +216,7 @@ def stage_environment(resources: Resources, private_dir: str, environ: Mapping[s
         **environ,
         **resources.environ,
         LAUNCHER_SOCKET_ENV: f"{private_dir}/status.sock",
-        LAUNCHER_PID_ENV: str(os.getpid()),
+        LAUNCHER_PID_ENV: mark_of(os.getpid()),
         "TMPDIR": private_dir,
         "VLLM_RPC_BASE_PATH": private_dir,
     }

@@ -20,8 +20,9 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from stagewire.errors import ConfigError, PeerError, StagewireError
@@ -31,6 +32,7 @@ from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import Screen
 from stagewire.launch.signals import stop_signals
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
+from stagewire.observe.processes import die_with
 from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
 
 __all__ = ["DEFAULT_MAX_RESTARTS", "Progress", "StageFailed", "Supervisor", "Timeouts"]
@@ -58,9 +60,9 @@ class Timeouts:
 
     start: float = 600.0
     root_cause: float = 1.0
-    head_stop: float = 10.0
+    head_stop: float = 2.0
     drain: float = 0.0  # more for a head that may have open requests
-    stop: float = 5.0
+    stop: float = 0.7
     poll: float = 0.2
     back_off: float = 1.0
     most_back_off: float = 30.0
@@ -162,6 +164,13 @@ class _Stage:
         parts = [f"{self.name} {how}: {reason}" if reason else f"{self.name} {how}"]
         parts += [f"  hint: {advice}"] if advice else []
         return "\n".join([*parts, f"  its log: {self.log}"])
+
+
+def _begin_stage(launcher: int, cores: Collection[int]) -> None:
+    """In the child, before it becomes the stage."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    die_with(launcher)
 
 
 def _read_tail(path: Path) -> str:
@@ -279,7 +288,7 @@ class Supervisor:
                 env=stage_environment(resources, self._private_dir, self._environ),
                 # A terminal's Ctrl-C reaches the launcher alone, which stops the stages in order.
                 start_new_session=True,
-                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+                preexec_fn=partial(_begin_stage, os.getpid(), cores),
             )
         stage = _Stage(spec, process, self._logs.path / name)
         stage.exited = asyncio.create_task(self._watch(stage))
@@ -436,7 +445,8 @@ class Supervisor:
                 self._queue.put_nowait(event)
 
     def _on_signal(self, signum: int) -> None:
-        if signum == signal.SIGINT and self._is_stopping:
+        is_told_before = self._asked is not None or self._is_stopping
+        if is_told_before and signum != signal.SIGHUP:  # a terminal's end comes with several of those
             self._kill_groups()
         elif self._asked is None:
             self._asked = signum
@@ -544,7 +554,7 @@ class Supervisor:
     # ---- stopping --------------------------------------------------------------------------------------------------
 
     async def _stop(self) -> None:
-        """The head first: it closes the API and tells the ring, so that the workers end by themselves."""
+        """Of a ring that serves the head first: it answers what it may, and the workers end with the ring."""
         self._is_stopping = True
         for task in [*self._restarts, *filter(None, [self._announcing])]:
             task.cancel()
@@ -552,10 +562,12 @@ class Supervisor:
         running = [stage for stage in self._stages if stage.process.returncode is None]
         if running:
             self._screen.say("stopping")
-        if self._stages:
-            drain = self._timeouts.drain if self._stages[0].phase is Phase.READY else 0.0
-            await self._terminate(self._stages[:1], self._timeouts.head_stop + drain)
-            await self._terminate([*self._stages[1:], *self._standbys.values()], self._timeouts.stop)
+        everybody = [*self._stages, *self._standbys.values()]
+        if self._stages and self._stages[0].phase is Phase.READY:
+            await self._terminate(self._stages[:1], self._timeouts.head_stop + self._timeouts.drain)
+            await self._terminate(everybody[1:], self._timeouts.stop)
+        else:
+            await self._terminate(everybody, self._timeouts.head_stop)
         self._kill_groups()
         for stage in (*self._stages, *self._standbys.values()):
             await stage.exited

@@ -33,7 +33,7 @@ __all__ = [
     "StatusSender",
 ]
 
-LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"  # a stage ends itself when this process is gone
+LAUNCHER_PID_ENV = "STAGEWIRE_LAUNCHER_PID"  # a stage ends itself when this process is gone (observe/processes.py)
 LAUNCHER_SOCKET_ENV = "STAGEWIRE_LAUNCHER_SOCKET"
 HEAD_SOCKET_ENV = "STAGEWIRE_HEAD_SOCKET"
 NEWS_SOCKET_ENV = "STAGEWIRE_NEWS_SOCKET"

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from stagewire.errors import ConfigError
+from stagewire.observe.processes import watch_spawned
 
 __all__ = [
     "PATCHES",
@@ -29,8 +30,10 @@ __all__ = [
     "let_engine_say_goodbye",
     "mapped_name",
     "mend_lora",
+    "on_engine_shutdown",
     "plan_kv_cache",
     "returns_routed_experts",
+    "watch_engine",
     "wrap",
 ]
 
@@ -80,6 +83,18 @@ PATCHES = (
         "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a "
         "head's process, where it gets the grace that ROCm gets",
         "the grace is not for ROCm alone",
+    ),
+    Patch(
+        "vllm.v1.engine.utils:CoreEngineProcManager.__init__",
+        "EngineCore imports for seconds before it can notice that its parent was killed, and a killed EngineCore is "
+        "noticed by vLLM but told to nobody; only in a process that starts EngineCore",
+        "vLLM's EngineCore ends with its parent from the start, and its API server with EngineCore",
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+        "the first thing that vLLM's API server does when it is told to stop while it serves: from here on a second "
+        "signal counts, which vLLM ignores, and a deadline; only in a head's process",
+        "vLLM ends at a second signal, and within a time",
     ),
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
@@ -255,6 +270,41 @@ def let_engine_say_goodbye() -> None:
         return get_engine_process_shutdown_timeout
 
     wrap(utils, "get_engine_process_shutdown_timeout", make)
+
+
+def watch_engine(act: Callable[[Any], None] | None = None) -> None:
+    """In the process that starts EngineCore: that one ends with this one, whatever it does.
+
+    Args:
+        act: called with EngineCore's process of multiprocessing once it is started.
+    """
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            with watch_spawned("EngineCore"):
+                original(self, *args, **kwargs)
+            if act is not None:
+                for process in self.processes:
+                    act(process)
+
+        return init
+
+    wrap(CoreEngineProcManager, "__init__", make)
+
+
+def on_engine_shutdown(act: Callable[[float], None]) -> None:
+    """In an API server: ``act`` is called when it begins to stop, with the seconds that open requests may take."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def shutdown(self: Any, timeout: float | None = None) -> None:
+            act(timeout or 0.0)
+            original(self, timeout)
+
+        return shutdown
+
+    wrap(AsyncLLM, "shutdown", make)
 
 
 def keep_generators_of_discarded_rows() -> None:

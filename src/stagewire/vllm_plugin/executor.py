@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +29,13 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 
 from stagewire.errors import ConfigError, InternalError, PeerError, ProtocolError, StageLost, StagewireError
 from stagewire.observe.deadlines import StepDeadlines
+from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
 from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
-from stagewire.vllm_plugin.process import RingProcess
+from stagewire.vllm_plugin.process import RingProcess, as_stagewire_error
 from stagewire.vllm_plugin.recovery import Loss, Restored
 from stagewire.vllm_plugin.settings import RingSettings
 from stagewire.vllm_plugin.stage_ranks import StageRanks, call_limit_s, is_step_failure
@@ -48,6 +50,8 @@ from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, Sta
 __all__ = ["RingExecutor"]
 
 
+# For vLLM to abort what is open and leave its loop; it does not look while it waits for a step.
+STOP_GRACE_S = 1.0
 # A deadline passes in pieces, and none counts for more: a head that was held up has not waited.
 PATIENCE_PIECE_S = 1.0
 
@@ -112,8 +116,11 @@ class RingExecutor(Executor):
         self._last_result_at = 0.0
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = RingProcess(self._stage, self.vllm_config, self._ranks, self._status)
-        if self._process.is_child:
+        if self._process.is_child:  # a user's own Python has its output and its signals for itself
             keep_writing()
+            # A terminal's Ctrl-C is sent to this process too; its parent says what it means.
+            end = self._process.stop_at_once, self._process.end
+            SignalWatch(self._go_on_for, *end, installs=False, numbers=[signal.SIGTERM])
         self._process.start()
         try:
             self._ranks.load()
@@ -538,11 +545,19 @@ class RingExecutor(Executor):
         head, and clients hear why.
         """
         error = sys.exc_info()[1]
+        exit_code = 0
         if self._process.is_child and isinstance(error, Exception):
+            exit_code = as_stagewire_error(error).exit_code
             self._process.fail_from(error)
         else:
             self._process.stop("stage 0 is stopping")
         self._ranks.shutdown()
+        if self._process.is_child:  # what vLLM would still do takes seconds, and nobody waits for it
+            self._process.end(exit_code)
+
+    def _go_on_for(self, number: int) -> float:
+        """After a first signal, in seconds: vLLM's own handler takes it once this head serves, and not before."""
+        return self.vllm_config.shutdown_timeout + STOP_GRACE_S if self._is_started else 0.0
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:

@@ -36,6 +36,7 @@ from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
 from stagewire.ring.zmq_link import secure_stage
 from stagewire.vllm_plugin import compat
+from stagewire.vllm_plugin.stopping import begin
 
 __all__ = ["announce_load", "with_flags", "with_stages", "with_translation"]
 
@@ -178,6 +179,7 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     if getattr(args, "model_tag", None) is not None:
         args.model = args.model_tag
     config = _parse_stage(args)
+    signals = begin(config.stage)
     status = StatusSender(config.stage)
     status.send(Phase.IMPORTING)
     _check_entry_point(config, args)
@@ -207,11 +209,11 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     if config.is_head:
         from stagewire.vllm_plugin.head import serve_head
 
-        serve_head(original, args, config)
+        serve_head(original, args, config, signals)
         return
     from stagewire.vllm_plugin.stage_host import serve_stage
 
-    serve_stage(config, vllm_config, status)
+    serve_stage(config, vllm_config, status, signals)
 
 
 def _parse_stage(args: argparse.Namespace) -> StageConfig:

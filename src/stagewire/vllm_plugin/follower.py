@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import sys
-import threading
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -41,7 +39,6 @@ logger = logging.getLogger("vllm.stagewire")
 
 
 def run_follower(
-    leader: int,
     config: StageConfig,
     vllm_config: VllmConfig,
     place: RankPlace,
@@ -49,10 +46,9 @@ def run_follower(
     words: Connection[Any, Any],
     block: Block,
 ) -> NoReturn:
-    """The whole process; ``leader`` is its pid. Ends without teardown: there is nothing to save."""
+    """The whole process. Ends without teardown: there is nothing to save; and with its leader (`watch_spawned`)."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the leader, who ends us in order
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(leader,), name="stagewire-leader", daemon=True).start()
     keep_writing()
     name = f"Stage{config.stage}_TP{place.rank}"
     set_process_title(name)
@@ -69,15 +65,6 @@ def run_follower(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _end_with(leader: int) -> None:
-    """Waits for the leader's death, also while the model's thread waits for it in a collective."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(leader)
-        if os.getppid() == leader:
-            select.select([descriptor], [], [])
-    os._exit(0)
 
 
 def _serve(link: LeaderLink, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:

@@ -7,39 +7,50 @@ process knows whether to answer 503, with which reason, which exit code is right
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stagewire.config import StageConfig
-from stagewire.folders import fits_sockets, private_folder
+from stagewire.folders import fits_sockets, private_folder, remove_abandoned
+from stagewire.observe.processes import Guard, find_launcher, take_launcher
+from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import (
     HEAD_SOCKET_ENV,
-    LAUNCHER_PID_ENV,
+    LAUNCHER_SOCKET_ENV,
     NEWS_SOCKET_ENV,
     DatagramReceiver,
     Phase,
     StatusReceiver,
+    StatusSender,
 )
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.http import EarlyServer, HeadHealth
 from stagewire.vllm_plugin.pipeline_status import PipelineStatus
+from stagewire.vllm_plugin.stopping import HeadEnd
 
 __all__ = ["HEALTH", "linger", "serve_head"]
 
 # How long the head of a broken ring goes on answering 503 with the reason before it exits.
 LINGER_S = 30.0
+# Under a launcher, which says why and starts the head again: long enough for open requests to hear the reason.
+LINGER_WITH_LAUNCHER_S = 0.5
 MIDDLEWARE = "stagewire.vllm_plugin.http.RingMiddleware"
 
 HEALTH = HeadHealth()
 
 
-def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: StageConfig) -> None:
+def serve_head(
+    original: Callable[..., Any], args: argparse.Namespace, config: StageConfig, signals: SignalWatch
+) -> None:
     """Runs vLLM's own API server, with our health and exit codes. Raises SystemExit with the ring's reason."""
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
@@ -53,24 +64,41 @@ def serve_head(original: Callable[..., Any], args: argparse.Namespace, config: S
             os.environ["VLLM_RPC_BASE_PATH"] = folder
         news = DatagramReceiver(str(Path(folder) / "news.sock"))
         os.environ[NEWS_SOCKET_ENV] = news.path
-        threading.Thread(target=_listen, args=(receiver,), name="stagewire-status", daemon=True).start()
-        threading.Thread(target=_hear, args=(news, HEALTH.pipeline), name="stagewire-news", daemon=True).start()
-        _patch_server()
-        _run(original, args)
+        end = HeadEnd(HEALTH, partial(_clean_up, folder))
+        signals.direct(lambda _: 0.0, end.end_now, end.end_now)
+        launcher = take_launcher()
+        if launcher is not None:
+            Guard(launcher, end.launcher_ended)
+        _start(_listen, receiver, end)
+        _start(_hear, news, HEALTH.pipeline)
+        _start(_mind_failure, end)
+        _patch_server(end)
+        _run(original, args, end)
     if HEALTH.failure is not None:
         sys.exit(HEALTH.exit_code)
 
 
-def _run(original: Callable[..., Any], args: argparse.Namespace) -> None:
+def _clean_up(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    remove_abandoned()  # a killed EngineCore's
+
+
+def _start(work: Callable[..., None], *args: Any) -> None:
+    threading.Thread(target=work, args=args, name=f"stagewire{work.__name__}", daemon=True).start()
+
+
+def _run(original: Callable[..., Any], args: argparse.Namespace, end: HeadEnd) -> None:
     try:
         original(args)
-    except (RuntimeError, KeyboardInterrupt, SystemExit):
+    except BaseException:  # the top of this process: vLLM's own words are told where there are no better ones
         if HEALTH.wait_for_failure(1.0) is None:
             raise
         sys.stderr.write(f"Stage 0: {HEALTH.failure}\n")
+    finally:
+        end.take_signals()
 
 
-def _patch_server() -> None:
+def _patch_server(end: HeadEnd) -> None:
     """vLLM binds its socket before the engine starts and listens after: in between we answer."""
     from vllm.entrypoints.launchers.api_server import entry
 
@@ -78,6 +106,7 @@ def _patch_server() -> None:
 
     def setup(original: Callable[..., Any]) -> Callable[..., Any]:
         def setup_server(args: argparse.Namespace, **kwargs: Any) -> Any:
+            end.take_signals()
             address, sock = original(args, **kwargs)
             if not args.uds and not args.ssl_keyfile:
                 early.append(EarlyServer(sock, HEALTH))
@@ -87,6 +116,7 @@ def _patch_server() -> None:
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
         async def build_and_serve(*args: Any, **kwargs: Any) -> Any:
+            end.serve_in(asyncio.get_running_loop())
             for server in early:
                 server.close()
             return await original(*args, **kwargs)
@@ -94,20 +124,20 @@ def _patch_server() -> None:
         return build_and_serve
 
     compat.let_engine_say_goodbye()
+    compat.watch_engine(end.meet_engine)
+    compat.on_engine_shutdown(end.begin_stop)
     compat.wrap(entry, "setup_server", setup)
     compat.wrap(entry, "build_and_serve", build)
 
 
-def _listen(receiver: StatusReceiver) -> None:
+def _listen(receiver: StatusReceiver, end: HeadEnd) -> None:
     while True:
         select.select([receiver], [], [])
         for event in receiver.receive():
             HEALTH.update(event)
-            if event.phase is Phase.FAILED:
-                _end_after_linger()
-                return
             if event.phase is Phase.STOPPED:
-                # EngineCore stopped the ring: because we told it to, or because the launcher is gone.
+                # EngineCore stopped the ring: because we told it to, because somebody else did, or with the launcher.
+                end.is_engine_to_end = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -119,25 +149,24 @@ def _hear(news: DatagramReceiver, pipeline: PipelineStatus) -> None:
             pipeline.update(data)
 
 
-def _end_after_linger() -> None:
+def _mind_failure(end: HeadEnd) -> None:
     """While serving: answers 503 for a while, then ends. While starting the main thread ends by itself."""
+    reason = HEALTH.wait_for_failure() or ""
+    launcher = os.environ.get(LAUNCHER_SOCKET_ENV)
+    if launcher is not None:
+        StatusSender(0, [launcher]).send(Phase.FAILED, reason, HEALTH.exit_code)
     if not HEALTH.is_serving:
-        return
-    linger(LINGER_S)
+        end.give_up_start()
+    sys.stderr.write(f"Stage 0: {reason}\n")
+    sys.stderr.flush()
+    linger(LINGER_S if launcher is None else LINGER_WITH_LAUNCHER_S)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def linger(seconds: float) -> None:
     """Waits ``seconds``, or until the launcher is gone: a stage that saw it go first looks like a lost one here."""
-    launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
-    if not launcher:
-        select.select([], [], [], seconds)
-        return
-    try:
-        process = os.pidfd_open(launcher)
-    except ProcessLookupError:
-        return
-    try:
-        select.select([process], [], [], seconds)
-    finally:
-        os.close(process)
+    launcher = find_launcher()
+    if launcher is None:
+        threading.Event().wait(seconds)
+    else:
+        launcher.wait(seconds)

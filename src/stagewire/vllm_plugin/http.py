@@ -97,7 +97,11 @@ class HeadHealth:
     def refusal(self) -> str | None:
         return self.failure or (self.outage if self._is_given_up else None)
 
-    def wait_for_failure(self, timeout_s: float) -> str | None:
+    def fail(self, text: str, exit_code: int) -> None:
+        """This head is ending, as this process has seen by itself. Only the first reason counts."""
+        self.update(StatusEvent(0, Phase.FAILED, text, exit_code))
+
+    def wait_for_failure(self, timeout_s: float | None = None) -> str | None:
         self._failed.wait(timeout_s)
         return self.failure
 

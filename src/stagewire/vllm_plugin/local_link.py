@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 import msgspec
 
 from stagewire.errors import InternalError, ProtocolError, RankError, StagewireError
+from stagewire.observe.processes import describe_exit
 from stagewire.wire.codec import MAX_HEADER_BYTES, MAX_TENSORS, Frame
 from stagewire.wire.messages import TensorSpec
 
@@ -349,7 +349,7 @@ class Followers:
                     words = _WORDS.decode(each.words.recv_bytes(MAX_HEADER_BYTES))
                     return RankError(f"{each} failed: {words.text}", words.exit_code)
             if exit_code is not None:
-                return RankError(f"{each} {_describe_exit(exit_code)}")
+                return RankError(f"{each} {describe_exit(exit_code)}")
         return self._find_delay()
 
     def _find_delay(self) -> RankError | None:
@@ -383,12 +383,3 @@ class Followers:
         for each in self._followers:
             each.process.join(max(0.0, ends_at - time.monotonic()))
         self.kill()
-
-
-def _describe_exit(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
-    try:
-        return f"was killed by {signal.Signals(-exit_code).name}"
-    except ValueError:
-        return f"was killed by signal {-exit_code}"

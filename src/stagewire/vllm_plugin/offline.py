@@ -35,6 +35,7 @@ def head_arguments(
     compat.let_engine_say_goodbye()
     if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
         os.environ["VLLM_RPC_BASE_PATH"] = short_base()
+    compat.watch_engine()
     flags: dict[str, Any] = {
         "pipeline_stage_mode": "external",
         "pipeline_stage_idx": 0,

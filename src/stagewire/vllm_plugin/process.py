@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import multiprocessing
 import os
 import secrets
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,8 @@ from vllm.utils.system_utils import set_ulimit
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError, RankError, StageLost, StagewireError
-from stagewire.observe.status import LAUNCHER_PID_ENV, Phase, StatusSender
+from stagewire.observe.processes import ORPHAN_EXIT_CODE, take_launcher, take_parent
+from stagewire.observe.status import Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
 from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
@@ -124,10 +123,11 @@ class RingProcess(Observer):
         self.last_step = -1
         self.steps = StepStatistics()
         self._awake = AwakeCores.for_stage(on_cpu=current_platform.is_cpu())
-        self._parent = os.getppid()
-        self._launcher = int(os.environ.get(LAUNCHER_PID_ENV, "0"))
+        self._launcher = take_launcher()
         # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
-        self.is_child = multiprocessing.parent_process() is not None
+        self._parent = take_parent()
+        self.is_child = self._parent is not None
+        self._is_told_to_stop = False
         self._bind_host, security, warnings = secure_stage(config)
         for warning in warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
@@ -151,18 +151,31 @@ class RingProcess(Observer):
         """Ends the ring in order."""
         self.ring.stop(text)
 
-    def leave(self, text: str, timeout_s: float) -> None:
-        """Ends the ring in order once this stage has no requests, at the latest after ``timeout_s``; again: at once.
+    def leave(self, text: str, timeout_s: float) -> float:
+        """Ends the ring in order once this stage has no requests; for how many seconds at most it waits for that.
 
-        Safe in a signal handler. The head lets no more requests in, as soon as it has heard of it; the ring's thread
-        looks when the last one has ended.
+        From any thread. The head lets no more requests in, as soon as it has heard of it; the ring's thread looks when
+        the last one has ended.
         """
-        if timeout_s and self._leaving is None and self._state == "serving":
-            self._leaving = (text, time.monotonic() + timeout_s)
-            self._state = "draining"
-            self.ring.node.transport.wake()
-        else:
-            self.ring.node.request_stop(text)
+        if not timeout_s or self._state != "serving":
+            return 0.0
+        self._leaving = (text, time.monotonic() + timeout_s)
+        self._state = "draining"
+        self.ring.node.transport.wake()
+        return timeout_s
+
+    def stop_at_once(self) -> None:
+        """From any thread: ends the ring in order, and with it the process."""
+        self._is_told_to_stop = True
+        self.ring.node.request_stop(f"stage {self._config.stage} was told to stop")
+
+    def end(self, exit_code: int = 0) -> None:
+        """From any thread: ends this process and its ranks, whatever they do."""
+        self._ranks.kill()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code)
 
     def mark_loaded(self, count_requests: Callable[[], int]) -> None:
         """``count_requests``: how many the model's runner has in its cache; asked from the ring's thread."""
@@ -247,7 +260,7 @@ class RingProcess(Observer):
         problem = self._ranks.problem()
         if problem is not None:
             self.ring.node.request_fail(problem)
-        if self.is_child and os.getppid() != self._parent:
+        if self._parent is not None and self._parent.has_ended():
             # Not a stop: nobody told the API server to end, so the other stages wait for the next head.
             self.ring.node.request_fail(PeerError("its API server is gone"))
         if self._prepare is not None and time.monotonic() >= self._prepare_until:
@@ -273,7 +286,7 @@ class RingProcess(Observer):
             self._status.send(Phase.GIVEN_UP, text)
 
     def _reason_to_end(self) -> str | None:
-        if self._launcher and not _is_alive(self._launcher):
+        if self._launcher is not None and self._launcher.has_ended():
             return "the launcher is gone"
         return None
 
@@ -404,25 +417,14 @@ class RingProcess(Observer):
     def on_stopped(self, text: str) -> None:
         logger.info("Stage %d: stopped (%s)", self._config.stage, text)
         self._status.send(Phase.STOPPED, text)
-        if not self._config.is_head or self._reason_to_end() is not None:
-            self._exit_code = 0  # a head that was asked to stop is ended by vLLM
+        if self._reason_to_end() is not None:
+            self._exit_code = ORPHAN_EXIT_CODE
+        elif not self._config.is_head or self._is_told_to_stop:
+            self._exit_code = 0  # else a head that was asked to stop is ended by vLLM
 
     def on_ended(self) -> None:
         """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""
         self._ranks.kill()
         self._awake.release_when_idle(math.inf)
-        if self._exit_code is None or (self._config.is_head and not self.is_child):
-            return
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(self._exit_code)
-
-
-def _is_alive(pid: int) -> bool:
-    """A zombie, whose parent has not asked for its exit code, is as dead as one that is gone."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+        if self._exit_code is not None and not (self._config.is_head and not self.is_child):
+            self.end(self._exit_code)

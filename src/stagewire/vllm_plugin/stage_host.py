@@ -16,6 +16,7 @@ from typing import Any
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
+from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
@@ -31,13 +32,16 @@ __all__ = ["serve_stage"]
 logger = logging.getLogger("vllm.stagewire")
 
 
-def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender) -> None:
+def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender, signals: SignalWatch) -> None:
     """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
     ranks = StageRanks(config, vllm_config)
     process = RingProcess(config, vllm_config, ranks, status)
     drain_s = vllm_config.shutdown_timeout
-    signal.signal(signal.SIGTERM, lambda *_: process.leave(f"stage {config.stage} was told to stop", drain_s))
-    signal.signal(signal.SIGINT, lambda *_: process.ring.node.request_stop(f"stage {config.stage} was interrupted"))
+
+    def ask(number: int) -> float:
+        return process.leave(f"stage {config.stage} was told to stop", drain_s if number == signal.SIGTERM else 0.0)
+
+    signals.direct(ask, process.stop_at_once, process.end)
     process.start()
     try:
         process.open_health_port()

@@ -7,10 +7,8 @@ has no followers and is the same code.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import os
-import secrets
-import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.util import Finalize
@@ -24,7 +22,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, RankError
+from stagewire.folders import private_folder
 from stagewire.observe.deadlines import StepDeadlines
+from stagewire.observe.processes import watch_spawned
 from stagewire.vllm_plugin.call_codec import CALLS, encode_value
 from stagewire.vllm_plugin.follower import run_follower
 from stagewire.vllm_plugin.local_link import Block, Follower, Followers, RunCall, RunSample, RunStep
@@ -71,8 +71,8 @@ class StageRanks:
         self.config = config
         self.vllm_config = vllm_config
         self.num_ranks = vllm_config.parallel_config.tensor_parallel_size
-        self._folder = tempfile.TemporaryDirectory(prefix="stagewire-")
-        self._store = Path(self._folder.name) / f"stagewire-{secrets.token_hex(8)}"
+        self._folder = contextlib.ExitStack()
+        self._store = Path(self._folder.enter_context(private_folder())) / "store"
         self._is_pooling = vllm_config.model_config.runner_type == "pooling"
         self._unsettled: list[int] = []
         # As the head's, of less: it is this stage that says so, and which rank.
@@ -95,10 +95,11 @@ class StageRanks:
         connection, their_end = context.Pipe()
         words, their_words = context.Pipe(duplex=False)
         place = RankPlace(rank, self.num_ranks, self._store)
-        arguments = (os.getpid(), self.config, self.vllm_config, place, their_end, their_words, block)
+        arguments = (self.config, self.vllm_config, place, their_end, their_words, block)
         name = f"Stage{self.config.stage}_TP{rank}"
         process = context.Process(target=run_follower, args=arguments, name=name, daemon=True)
-        process.start()
+        with watch_spawned(f"Stage {self.config.stage}, tensor parallel rank {rank}"):
+            process.start()
         their_end.close()
         their_words.close()
         return Follower(rank, process, connection, words)
@@ -112,7 +113,7 @@ class StageRanks:
         with self.followers.work("loading", None):
             self.own = StageWorker(self.config, self.vllm_config, RankPlace(0, self.num_ranks, self._store))
             self.followers.settle(0)
-        self._folder.cleanup()
+        self._folder.close()
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -214,8 +215,9 @@ class StageRanks:
         return self.followers.problem()
 
     def kill(self) -> None:
-        """Ends the followers at once, from any thread."""
+        """Ends the followers at once, from any thread; nothing of this stage is left behind."""
         self.followers.kill()
+        self._folder.close()
 
     def shutdown(self) -> None:
         self.followers.close()
