@@ -7,25 +7,36 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support import stages
+from support import schedule, stages
 from support.forkserver import ForkServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter is there
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and config.option.verbose <= 0:
+        config.pluginmanager.register(schedule.Progress(config.pluginmanager.get_plugin("terminalreporter")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Cheap tests first, so that a mistake shows in seconds and not after the real model has run.
-    items.sort(key=lambda item: ("vllm" in item.keywords, "process" in item.keywords))
-    if config.getoption("--slow"):
+    items.sort(key=schedule.place_of)
+    if config.getoption("--all"):
         return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="minutes long: run with --slow"))
+    items[:], others = schedule.without_slow(items, config.args)
+    if others:
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return schedule.make_scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,10 +53,18 @@ def socket_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def say(capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Prints a measured figure to the terminal, past pytest's capture."""
+def say(
+    request: pytest.FixtureRequest,
+    capfd: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+) -> Callable[[str], None]:
+    """Prints a measured figure to the terminal, past pytest's capture; a worker's, when its test is over."""
+    is_worker = hasattr(request.config, "workerinput")
 
     def tell(text: str) -> None:
+        if is_worker:
+            record_property(schedule.SAID, text)
+            return
         with capfd.disabled():
             print(f"\n  {text}", flush=True)
 

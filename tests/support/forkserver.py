@@ -189,6 +189,9 @@ def _fork_for_each_request(control: socket.socket) -> dict[str, Any] | None:
                 continue
             message, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
             if not message:
+                for child in children.values():  # who asked for them was killed
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGKILL)
                 return None
             news_number, log_number = descriptors
             pid = os.fork()

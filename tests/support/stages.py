@@ -32,6 +32,7 @@ from support.forkserver import ForkedProcess, ForkServer
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_DEADLINE_S = 480.0
 STOP_DEADLINE_S = 30.0
+MAX_WORKERS = 16
 # Only in pytest (conftest.py): benchmarks measure, and soak runs, what a person starts.
 fork_server: ForkServer | None = None
 
@@ -40,10 +41,11 @@ def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on right now, all different.
 
     Below the range that the system picks from: every stage opens a dozen such ports (gloo), and one of them was once
-    the very port that another stage was about to bind.
+    the very port that another stage was about to bind. For the same reason each worker of pytest-xdist has its own.
     """
     found: list[int] = []
-    for port in random.SystemRandom().sample(range(18000, 32000), 500):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % MAX_WORKERS
+    for port in random.SystemRandom().sample(range(18000 + worker, 32000, MAX_WORKERS), 500):
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             found.append(port)
