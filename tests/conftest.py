@@ -13,6 +13,7 @@ import pytest
 
 from support import schedule, stages
 from support.forkserver import ForkServer
+from support.models import make_llama
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # after the terminal reporter is there
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and config.option.verbose <= 0:
-        config.pluginmanager.register(schedule.Progress(config.pluginmanager.get_plugin("terminalreporter")))
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        assert reporter is not None
+        config.pluginmanager.register(schedule.Progress(reporter))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,3 +81,12 @@ def model_dir() -> Path:
     path = Path(os.environ.get("STAGEWIRE_TEST_MODEL", default))
     assert (path / "config.json").is_file(), f"no model at {path}: run scripts/test, which fetches it"
     return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """Six random layers with the demo model's tokenizer, for all that does not depend on what the text says.
+
+    Its weights are spread enough for answers that depend on the prompt and have no ties.
+    """
+    return make_llama(tmp_path_factory.mktemp("llama6"), model_dir, num_layers=6, initializer_range=0.1)

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 # Of tests/vllm; all others take less.
 LONGEST_FIRST = (
-    *("test_recovery.py", "test_quickstart.py", "test_bad_rings.py", "test_api_features.py", "test_serving.py"),
-    *("test_parity.py", "test_launcher.py", "test_front.py", "test_lora.py", "test_pooling.py", "test_architectures.py"),
-    *("test_tensor_parallel.py", "test_multimodal.py", "test_speculation.py", "test_cut_links.py"),
+    *("test_recovery.py", "test_quickstart.py", "test_api_features.py", "test_parity.py", "test_launcher.py"),
+    *("test_bad_rings.py", "test_serving.py", "test_front.py", "test_lora.py", "test_pooling.py"),
+    *("test_architectures.py", "test_tensor_parallel.py", "test_multimodal.py", "test_speculation.py"),
+    *("test_cut_links.py", "test_entry_points.py"),
 )
 SAID = "said"  # the name of the property of a test that the fixture `say` fills
 TELL_EVERY_S = 30.0

@@ -27,12 +27,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 SETTINGS = ("--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", "50M", "--dtype", "float32")
 
 
-@pytest.fixture(autouse=True)
-def _from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a person who makes these mistakes starts them."""
-    monkeypatch.setattr(stages, "fork_server", None)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     return make_llama(tmp_path_factory.mktemp("llama8"), model_dir, num_layers=8)
@@ -157,8 +151,14 @@ def test_a_step_past_its_deadline_ends_the_stage_that_has_not_run_it(model: Path
         ring.stop()
 
 
-def test_head_refuses_with_its_own_exit_code(model: Path, web_server: int, tmp_path: Path) -> None:
-    """What EngineCore finds out reaches the person: the API server's process ends with the ring's reason and code."""
+def test_head_refuses_with_its_own_exit_code(
+    model: Path, web_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What EngineCore finds out reaches the person: the API server's process ends with the ring's reason and code.
+
+    Started from nothing, as a person who makes these mistakes starts it.
+    """
+    monkeypatch.setattr(stages, "fork_server", None)
     ring = Ring(model, ("0-4", "4-8"), SETTINGS)
     try:
         command = changed(ring.command(0), "--pipeline-prev-stage-addr", f"127.0.0.1:{web_server}")

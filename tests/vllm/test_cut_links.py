@@ -40,8 +40,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def ring(model_dir: Path) -> Iterator[ProxiedRing]:
-    with proxied(model_dir, NUM_STAGES) as running:
+def ring(small_model: Path) -> Iterator[ProxiedRing]:
+    with proxied(small_model, NUM_STAGES) as running:
         yield running
 
 

@@ -253,6 +253,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_llm_in_python_names_an_adapter_that_nobody_loaded(model: Path, folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "offline.py"
     script.write_text(OFFLINE)

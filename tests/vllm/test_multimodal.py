@@ -33,7 +33,7 @@ SETTINGS = [
     *("--enforce-eager", "--kv-cache-memory-bytes", "40M", "--block-size", "32"),
 ]
 CONCURRENCY = 8
-NUM_REQUESTS = 24
+NUM_REQUESTS = 12
 # How each is made, and how many images a prompt may have.
 MODELS = [
     pytest.param((make_blip2, 1), id="BLIP-2", marks=pytest.mark.slow),

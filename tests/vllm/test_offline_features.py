@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "256", "--max-num-seqs", "16"),
-    *("--kv-cache-memory-bytes", "200M", "--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
+    *("--kv-cache-memory-bytes", "60M", "--block-size", "32", "--enforce-eager", "--no-enable-prefix-caching"),
 ]
 SCRIPT = """
 import json, sys
@@ -33,10 +33,10 @@ def prompt_logprobs(done):
 if __name__ == "__main__":
     model, *ports = sys.argv[1:]
     settings = dict(dtype="float32", max_model_len=512, max_num_batched_tokens=256, max_num_seqs=16, block_size=32,
-                    kv_cache_memory_bytes=200_000_000, enforce_eager=True, enable_prefix_caching=False,
+                    kv_cache_memory_bytes=60_000_000, enforce_eager=True, enable_prefix_caching=False,
                     disable_log_stats=False)
     if ports:
-        place = dict(total_stages=2, layer_range="0-11", bind_port=int(ports[0]),
+        place = dict(total_stages=2, layer_range="0-2", bind_port=int(ports[0]),
                      prev_stage_addr=f"127.0.0.1:{ports[1]}")
         settings = stagewire.head(**place, **settings)
     llm = LLM(model, **settings)
@@ -59,16 +59,16 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def found(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+def found(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the script prints, over two stages and in one process; both run at the same time."""
     script = tmp_path_factory.mktemp("offline") / "offline.py"
     script.write_text(SCRIPT)
-    ring = Ring(model_dir, ("0-11", "11-30"), SETTINGS)
+    ring = Ring(small_model, ("0-2", "2-6"), SETTINGS)
     commands = {"over_stages": [*map(str, ring.ports)], "alone": []}
     try:
         worker = ring.start_stage(1)
         running = [
-            start(name, [sys.executable, str(script), str(model_dir), *ports], script.with_name(f"{name}.log"))
+            start(name, [sys.executable, str(script), str(small_model), *ports], script.with_name(f"{name}.log"))
             for name, ports in commands.items()
         ]
         for process in running:

@@ -207,6 +207,7 @@ def test_classes_and_scores_of_a_classifier(classifier: Pair, say: Callable[[str
     assert max(classes, scores, ranks) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_tail_of_two_ranks(embedder: Pair) -> None:
     """Every rank pools when it runs a step, and none of them is asked to sample."""
     settings = [*SETTINGS, "--convert", "embed", "--served-model-name", "m"]

@@ -1,4 +1,4 @@
-"""Prompts given as embeddings, mixed with ordinary ones: the tokens of one process. One ring of the real model.
+"""Prompts given as embeddings, mixed with ordinary ones: the tokens of one process. One ring.
 
 The vectors reach the head only; the other stages know their number.
 """
@@ -21,33 +21,33 @@ from support.workload import LOGPROB_TOLERANCE, Answer, Request, compare, counte
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-RANGES = ("0-9", "9-20", "20-30")
+RANGES = ("0-1", "1-4", "4-6")
 # A budget that cuts long prompts, and a KV cache that is too small for all of them at once.
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "768", "--max-num-batched-tokens", "128", "--max-num-seqs", "16"),
-    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "26", "--kv-cache-memory-bytes", "300M"),
+    *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "26", "--kv-cache-memory-bytes", "60M"),
     "--enable-prompt-embeds",
 ]
 CONCURRENCY = 16
 
 
 @pytest.fixture(scope="module")
-def embedding(model_dir: Path) -> torch.Tensor:
+def embedding(small_model: Path) -> torch.Tensor:
     """# [vocab_size, hidden_size]"""
     from safetensors import safe_open
 
     name = "model.embed_tokens.weight"
-    index = json.loads((model_dir / "model.safetensors.index.json").read_text())["weight_map"]
-    with safe_open(model_dir / index[name], "pt") as file:
+    index = json.loads((small_model / "model.safetensors.index.json").read_text())["weight_map"]
+    with safe_open(small_model / index[name], "pt") as file:
         weight: torch.Tensor = file.get_tensor(name)
         return weight
 
 
 @pytest.fixture(scope="module")
-def encode(model_dir: Path) -> Callable[[str], list[int]]:
+def encode(small_model: Path) -> Callable[[str], list[int]]:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(small_model / "tokenizer.json"))
     return lambda text: tokenizer.encode(text).ids
 
 
@@ -73,8 +73,8 @@ def work(embedding: torch.Tensor, encode: Callable[[str], list[int]]) -> Work:
 
 
 @pytest.fixture(scope="module")
-def pair(model_dir: Path) -> Iterator[tuple[Ring, SingleProcess]]:
-    ring, single = Ring(model_dir, RANGES, SETTINGS), SingleProcess(model_dir, SETTINGS)
+def pair(small_model: Path) -> Iterator[tuple[Ring, SingleProcess]]:
+    ring, single = Ring(small_model, RANGES, SETTINGS), SingleProcess(small_model, SETTINGS)
     with together(ring, single):
         yield ring, single
 
@@ -85,9 +85,9 @@ def ring(pair: tuple[Ring, SingleProcess]) -> Ring:
 
 
 @pytest.fixture(scope="module")
-def references(pair: tuple[Ring, SingleProcess], model_dir: Path, work: Work) -> list[list[Answer]]:
+def references(pair: tuple[Ring, SingleProcess], work: Work) -> list[list[Answer]]:
     """One process at the ring's concurrency, and one request after another."""
-    return [run_each(pair[1].url, model_dir, work, concurrency) for concurrency in (CONCURRENCY, 1)]
+    return [run_each(pair[1].url, pair[1].model, work, concurrency) for concurrency in (CONCURRENCY, 1)]
 
 
 def test_embedded_prompts_give_the_tokens_of_one_process(

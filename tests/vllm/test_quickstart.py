@@ -190,6 +190,7 @@ def network_commands(model: Path, addresses: Sequence[str]) -> list[str]:
     return [*changed, request_line]
 
 
+@pytest.mark.slow
 @can_make_namespaces
 def test_each_stage_on_its_own_host(launch: Launch, model: Path, namespaces: list[Host]) -> None:
     *commands, request_line = network_commands(model, [f"10.77.0.{stage + 1}" for stage in range(4)])

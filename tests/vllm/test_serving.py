@@ -1,4 +1,4 @@
-"""What a running ring does: one ring of four stages of the real model, shared by all tests of this file.
+"""What a running ring does: one ring of four stages, shared by all tests of this file.
 
 The last tests kill stages, so the order of the file matters.
 """
@@ -27,11 +27,11 @@ from support.workload import Request, complete, license_text, requests, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-RANGES = ("0-7", "7-15", "15-23", "23-30")
+RANGES = ("0-1", "1-3", "3-4", "4-6")
 RECOVERY_TIMEOUT_S = 8
 SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", "64"),
-    *("--enforce-eager", "--kv-cache-memory-bytes", "300M", "--block-size", "32"),
+    *("--enforce-eager", "--kv-cache-memory-bytes", "60M", "--block-size", "32"),
     *("--pipeline-recovery-timeout", str(RECOVERY_TIMEOUT_S)),
 ]
 
@@ -49,11 +49,11 @@ def health_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def ring(model_dir: Path, trace_path: Path, health_port: int) -> Iterator[Ring]:
+def ring(small_model: Path, trace_path: Path, health_port: int) -> Iterator[Ring]:
     # The development mode of vLLM's API opens /collective_rpc, through which the tests ask stages for their state.
     env = {"VLLM_SERVER_DEV_MODE": "1", "STAGEWIRE_STEP_TRACE": str(trace_path)}
     own = {2: ("--pipeline-health-port", str(health_port))}
-    with Ring(model_dir, RANGES, SETTINGS, env, own) as running:
+    with Ring(small_model, RANGES, SETTINGS, env, own) as running:
         yield running
 
 
@@ -205,13 +205,13 @@ def test_aborts_in_prefill_and_decode_leave_nothing_behind(ring: Ring) -> None:
 
 
 @pytest.mark.slow
-def test_preemption_gives_the_same_tokens(ring: Ring, model_dir: Path) -> None:
+def test_preemption_gives_the_same_tokens(ring: Ring) -> None:
     """A KV cache far too small for the load on one stage: vLLM preempts, every stage follows, tokens stay the same."""
     work = [Request(" ".join(license_text().split()[i * 20 : i * 20 + 100]), 64) for i in range(8)]
     expected = run(ring.url, ring.model, work, 1)
     until_idle(ring)
     settings = [*SETTINGS, "--num-gpu-blocks-override", "36"]
-    with Ring(model_dir, ("0-20", "20-30"), settings) as small:
+    with Ring(ring.model, ("0-4", "4-6"), settings) as small:
         answers = run(small.url, small.model, work, 8)
         metrics = httpx.get(f"{small.url}/metrics", trust_env=False).text
     (line,) = [each for each in metrics.splitlines() if each.startswith("vllm:num_preemptions_total{")]

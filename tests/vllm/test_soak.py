@@ -15,6 +15,7 @@ from support.soak import MAX_GROWTH_WARM, Footprint, leaks, proxied, soak
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_and_nothing_left_behind(model_dir: Path, say: Callable[[str], None]) -> None:
     with proxied(model_dir, 4) as ring:
         report = soak(ring, 120, seed=7, is_quiet=False, say=say, is_warm=False)

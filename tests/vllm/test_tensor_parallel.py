@@ -185,6 +185,7 @@ def replace(ring: UnevenRing, stage: int, size: int) -> None:
     ring.wait_for(lambda: httpx.get(f"{ring.url}/ready", trust_env=False).status_code == 200, 60)
 
 
+@pytest.mark.slow
 def test_a_stage_is_replaced_by_one_of_another_size(ring: UnevenRing, reference: Any) -> None:
     """2, 1, 2 becomes 2, 2, 2: the KV cache of a rank is another one, its blocks are not."""
     replace(ring, 1, 2)
@@ -197,6 +198,7 @@ def test_a_stage_is_replaced_by_one_of_another_size(ring: UnevenRing, reference:
 # ---- 2, 1: the head's own rank -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_head_of_two_ranks(model: Path, reference: Any) -> None:
     with UnevenRing(model, ("0-3", "3-6"), SETTINGS, ENV, sizes=[2, 1]) as ring:
         assert_same(ring, reference[0])
