@@ -1,5 +1,7 @@
 """Forks `vllm serve` processes from one that has done vLLM's imports, which take seven seconds of each start.
 
+Python scripts that use vLLM too.
+
 The parent stops where `vllm`'s own ``main`` is about to read its arguments, before it loads a plugin; a child goes on
 from there with a command line and an environment of its own. So what is imported, and in which order, is as in a
 process that was started from nothing. Whoever starts stages otherwise, the launcher and the README's commands, has
@@ -20,6 +22,7 @@ import json
 import multiprocessing.util
 import os
 import re
+import runpy
 import select
 import signal
 import socket
@@ -63,8 +66,12 @@ class ForkServer:
                 self._parent.wait(30)
 
     def fork(self, command: Sequence[str], env: Mapping[str, str], log: BinaryIO) -> ForkedProcess | None:
-        """Runs ``command`` as the leader of its own session; None if only a process from nothing would be the same."""
-        if list(command[:2]) != [self._script, "serve"]:
+        """Runs ``command`` as the leader of its own session; None if only a process from nothing would be the same.
+
+        It is `vllm serve`, or Python with a script, which finds vLLM imported.
+        """
+        is_serve, is_script = list(command[:2]) == [self._script, "serve"], _is_script(command)
+        if not is_serve and not is_script:
             return None
         with self._lock:
             if self._control is None:
@@ -166,9 +173,17 @@ def main() -> None:
     request = _fork_for_each_request(control)
     if request is None:
         os._exit(0)  # without what libraries have to say of an orderly end
-    _become(request)
+    command = request["command"]
+    _become(command if _is_script(command) else [sys.executable, *command], request["environ"])
     _spawn_by_forking()
+    if _is_script(command):
+        runpy.run_path(command[1], run_name="__main__")
+        sys.exit()
     sys.exit(vllm_main())
+
+
+def _is_script(command: Sequence[str]) -> bool:
+    return command[0] == sys.executable and command[1].endswith(".py")
 
 
 def _fork_for_each_request(control: socket.socket) -> dict[str, Any] | None:
@@ -213,17 +228,16 @@ def _fork_for_each_request(control: socket.socket) -> dict[str, Any] | None:
             poll.register(descriptor, select.POLLIN)
 
 
-def _become(request: dict[str, Any]) -> None:
+def _become(command: Sequence[str], environ: dict[str, str]) -> None:
     """What a program finds that was started with this command: its arguments, environment, and name in `ps`."""
     import setproctitle
 
-    command = request["command"]
     os.environ.clear()
-    os.environ.update(request["environ"])
-    sys.argv = command
-    sys.orig_argv[:] = [sys.executable, *command]
+    os.environ.update(environ)
+    sys.argv = list(command[1:])
+    sys.orig_argv[:] = command
     this = sys.modules["__main__"]
-    this.__spec__, this.__file__ = None, command[0]  # for what multiprocessing spawns
+    this.__spec__, this.__file__ = None, command[1]  # for what multiprocessing spawns
     setproctitle.setproctitle(" ".join(sys.orig_argv))
 
 

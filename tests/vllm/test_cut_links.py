@@ -21,8 +21,8 @@ from support.stages import free_ports
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 NUM_STAGES = 3
-BODIES = mixed_bodies(18, seed=9)
-CONCURRENCY = 12
+BODIES = mixed_bodies(12, seed=9)
+CONCURRENCY = 8
 DISTURBANCES: dict[str, Callable[[Proxy], None]] = {
     "cut": lambda proxy: proxy.cut(),
     "both ways": lambda proxy: proxy.hold("to target", "from target"),

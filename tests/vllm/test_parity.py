@@ -21,7 +21,7 @@ SETTINGS = [
     *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "256", "--max-num-seqs", "64"),
     *("--enforce-eager", "--kv-cache-memory-bytes", "300M", "--block-size", "32"),
 ]
-CONCURRENCIES = (1, 8, 64)
+CONCURRENCIES = (1, 8, 32)
 RINGS = [
     ("0-12", "12-13", "13-20", "20-30"),
 ]
@@ -36,7 +36,7 @@ MORE_RINGS = [
 
 
 def work_for(concurrency: int) -> list[Request]:
-    return requests({1: 4, 8: 16, 64: 64}[concurrency], seed=concurrency, text=license_text())
+    return requests({1: 4, 8: 16, 32: 32}[concurrency], seed=concurrency, text=license_text())
 
 
 @pytest.fixture(scope="module")

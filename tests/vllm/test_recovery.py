@@ -26,8 +26,8 @@ SETTINGS = [
 ]
 POISON = ("--logits-processors", "support.poison:Poison")
 TESTS = str(Path(__file__).parents[1])
-BODIES = mixed_bodies(18, seed=5)
-CONCURRENCY = 12
+BODIES = mixed_bodies(12, seed=5)
+CONCURRENCY = 8
 
 
 @pytest.fixture(scope="module")
