@@ -1,6 +1,6 @@
 """The quick start's HTTP entry point with real stages: one pipeline of two, shared by the tests of this file.
 
-The last test kills a stage, so the order of the file matters.
+The last tests kill a stage and the launcher, so the order of the file matters.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -187,3 +188,14 @@ def test_a_lost_stage_ends_readiness_and_no_stream(pipeline: Pipeline) -> None:
         until(lambda: client.get(f"{pipeline.url}/ready").status_code == 200, "the front is ready again")
     pipeline.up.read_until("serving again", DEADLINE_S)
     assert "stage 1 was killed by SIGKILL" in pipeline.up.text
+
+
+def test_stages_end_when_their_launcher_was_killed(pipeline: Pipeline) -> None:
+    """Last in this file. SIGKILL leaves the launcher no time to stop anything: each stage sees it by itself."""
+    running = [os.pidfd_open(pid) for pid in stages_of(pipeline.model)]
+    assert len(running) == 2
+    # (The launcher stays a zombie until the fixture asks for its exit code.)
+    pipeline.up.popen.kill()
+    for descriptor in running:
+        assert select.select([descriptor], [], [], 30)[0], f"left behind: {stages_of(pipeline.model)}"
+        os.close(descriptor)

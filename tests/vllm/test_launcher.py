@@ -99,6 +99,7 @@ def test_the_quick_starts_script(model: Path, tmp_path: Path, ports: tuple[int, 
     assert not stages_of(model), "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_stages_end_when_their_launcher_was_killed(model: Path, tmp_path: Path, ports: tuple[int, int]) -> None:
     """SIGKILL leaves the launcher no time to stop anything: each stage sees it by itself."""
     api_port, base_port = ports
