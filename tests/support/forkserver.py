@@ -39,7 +39,8 @@ MAX_REQUEST_BYTES = 1 << 17
 # Variables that nothing reads before the arguments are read (pytest's name the running test); a process in which others
 # differ is started from nothing.
 FREE_VARIABLES = re.compile(
-    r"STAGEWIRE_\w+|PYTEST_\w+|LD_PRELOAD|PYTHONPATH|VLLM_SERVER_DEV_MODE|VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+    r"STAGEWIRE_\w+|PYTEST_\w+|LD_PRELOAD|PATH|PYTHONPATH|CUDA_VISIBLE_DEVICES"
+    r"|VLLM_CPU_CI_ENV|VLLM_SERVER_DEV_MODE|VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 )
 # Threads would keep locks that a child has copies of.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -65,10 +66,15 @@ class ForkServer:
                 self._control.close()
                 self._parent.wait(30)
 
-    def fork(self, command: Sequence[str], env: Mapping[str, str], log: BinaryIO) -> ForkedProcess | None:
+    def fork(
+        self, command: Sequence[str], env: Mapping[str, str], log: BinaryIO, network: str | None = None
+    ) -> ForkedProcess | None:
         """Runs ``command`` as the leader of its own session; None if only a process from nothing would be the same.
 
         It is `vllm serve`, or Python with a script, which finds vLLM imported.
+
+        Args:
+            network: the namespace that it is to live in, as `ip netns` names it.
         """
         is_serve, is_script = list(command[:2]) == [self._script, "serve"], _is_script(command)
         if not is_serve and not is_script:
@@ -81,7 +87,7 @@ class ForkServer:
             if not all(map(FREE_VARIABLES.fullmatch, changed)):
                 return None
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            request = json.dumps({"command": list(command), "environ": dict(env)}).encode()
+            request = json.dumps({"command": list(command), "environ": dict(env), "network": network}).encode()
             assert len(request) < MAX_REQUEST_BYTES, len(request)
             with theirs:
                 socket.send_fds(self._control, [request], [theirs.fileno(), log.fileno()])
@@ -174,12 +180,24 @@ def main() -> None:
     if request is None:
         os._exit(0)  # without what libraries have to say of an orderly end
     command = request["command"]
+    if request["network"]:
+        _enter_network(request["network"])
     _become(command if _is_script(command) else [sys.executable, *command], request["environ"])
     _spawn_by_forking()
     if _is_script(command):
         runpy.run_path(command[1], run_name="__main__")
         sys.exit()
     sys.exit(vllm_main())
+
+
+CLONE_NEWNET = 0x40000000
+
+
+def _enter_network(name: str) -> None:
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
+    os.close(descriptor)
 
 
 def _is_script(command: Sequence[str]) -> bool:

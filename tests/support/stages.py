@@ -107,12 +107,15 @@ class Process:
         self.popen.wait(STOP_DEADLINE_S)
 
 
-def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Process:
+def start(
+    name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, network: str | None = None
+) -> Process:
+    """``network``: the namespace that the process is to live in, as `ip netns` names it."""
     environ = child_environment(env)
     with log.open("wb") as output:
-        forked = fork_server.fork(command, environ, output) if fork_server else None
+        forked = fork_server.fork(command, environ, output, network) if fork_server else None
         popen = forked or subprocess.Popen(
-            command,
+            [*(("ip", "netns", "exec", network) if network else ()), *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ import pytest
 
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusReceiver
 from support.models import make_llama
-from support.stages import Process, StageFailedError, start
+from support.stages import VLLM, Process, StageFailedError, start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -73,11 +73,18 @@ class Launch:
         self.ready: set[int] = set()
         self.lines: dict[int, str] = {}
 
-    def type(self, command: str, host: Host) -> Process:
+    def type(self, command: str, host: Host, *, is_forked: bool) -> Process:
+        """``is_forked``: from a process that has imported vLLM, without a shell; else as it stands."""
         index = len(self.processes)
         env = {**ENVIRONMENT, LAUNCHER_SOCKET_ENV: self.receiver.path}
         log = self.folder / f"{index}.log"
-        process = start(f"command {index}", [*host.prefix(), "bash", "-c", f"exec env {command}"], log, env)
+        words = ["bash", "-c", f"exec env {command}"]
+        if is_forked:
+            assignment, program, *arguments = shlex.split(command.replace("\\\n", " "))
+            name, _, value = assignment.partition("=")
+            assert (name, program) == ("CUDA_VISIBLE_DEVICES", "vllm")
+            words, env = [VLLM, *arguments], {**env, name: value}
+        process = start(f"command {index}", words, log, env, host.name)
         self.processes.append(process)
         return process
 
@@ -140,10 +147,12 @@ def ask(command: str, host: Host) -> str:
     return done.stdout
 
 
-def serve(launch: Launch, commands: Sequence[str], hosts: Sequence[Host], order: Sequence[int]) -> None:
+def serve(
+    launch: Launch, commands: Sequence[str], hosts: Sequence[Host], order: Sequence[int], *, is_forked: bool = False
+) -> None:
     """Types the commands in ``order``, each when the one before has bound its port."""
     for stage in order:
-        process = launch.type(commands[stage], hosts[stage])
+        process = launch.type(commands[stage], hosts[stage], is_forked=is_forked)
         if stage != 0:
             launch.wait(lambda process=process: "listening on" in process.text())
     launch.wait(lambda: launch.ready == set(range(4)))
@@ -194,7 +203,7 @@ def network_commands(model: Path, addresses: Sequence[str]) -> list[str]:
 @can_make_namespaces
 def test_each_stage_on_its_own_host(launch: Launch, model: Path, namespaces: list[Host]) -> None:
     *commands, request_line = network_commands(model, [f"10.77.0.{stage + 1}" for stage in range(4)])
-    serve(launch, commands, namespaces, (2, 0, 3, 1))
+    serve(launch, commands, namespaces, (2, 0, 3, 1), is_forked=True)
     bound = [re.findall(r"listening on (\S+)", process.text())[0] for process in launch.processes]
     assert sorted(bound) == ["10.77.0.1:15550", "10.77.0.2:15550", "10.77.0.3:15550", "10.77.0.4:15554"]
     check_answer(ask(request_line, namespaces[0]))
@@ -205,5 +214,5 @@ def test_two_stages_on_each_of_two_hosts(launch: Launch, model: Path, namespaces
     """Stages 0 and 1 share a port of host A, 2 and 3 have one each on host B; LAN addresses everywhere."""
     hosts = [namespaces[0], namespaces[0], namespaces[1], namespaces[1]]
     *commands, request_line = network_commands(model, ["10.77.0.1", "10.77.0.1", "10.77.0.2", "10.77.0.2"])
-    serve(launch, commands, hosts, (3, 1, 2, 0))
+    serve(launch, commands, hosts, (3, 1, 2, 0), is_forked=True)
     check_answer(ask(request_line, hosts[0]))
