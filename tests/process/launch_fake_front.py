@@ -27,7 +27,7 @@ def main() -> int:
     resources = [Resources({"FAKE_DIR": folder})] * len(specs)
     head, public = Api("127.0.0.1", int(head_port)), Api("127.0.0.1", int(public_port))
     logs = LogFolder.claim(Path(folder))
-    launch = Launch(specs, command, resources, head, Path("fake-model"), logs, False, 60.0, 0, False, 0.0)
+    launch = Launch(specs, command, resources, head, Path("fake-model"), logs, False, 60.0, 0, False)
     try:
         with listen("127.0.0.1", public.port) as sock, private_folder() as private:
             return run_in_loop(serve_launch(launch, public, sock, private))

@@ -2,9 +2,10 @@
 
 usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `stubborn`
 (serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends with words in its log only), `lost` (serves
-until SIGUSR1, then ends as a stage does that lost its peer), `standby` (loads, is ready as soon as it has the port).
-`standby:fail` cannot load, `standby:held` loads until a test has opened and closed the FIFO `loading`, `standby:S`
-loads for S seconds. In place of a port there is a lock.
+until SIGUSR1, then ends as a stage does that lost its peer), `api:JSON` (a head that tells where and how it answers:
+`task`, `key`, `uds`), `standby` (loads, is ready as soon as it has the port). `standby:fail` cannot load,
+`standby:held` loads until a test has opened and closed the FIFO `loading`, `standby:S` loads for S seconds. In place of
+a port there is a lock.
 """
 
 from __future__ import annotations
@@ -13,35 +14,55 @@ import fcntl
 import json
 import os
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status import HeadApi, Phase, StatusSender
 
 ANSWERS: dict[str, object] = {
     "/v1/models": {"data": [{"id": "fake-model"}]},
     "/pipeline/status": {"is_ready": True, "state": "serving", "reason": "", "steps": None, "stages": []},
 }
+ROUTES = {"generate": "/v1/completions", "embed": "/v1/embeddings", "score": "/score", "token_classify": "/pooling"}
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Has the routes of its task and no others; keeps /v1 to those who know the key."""
+
+    task = "generate"
+    key = ""
+
     def do_GET(self) -> None:
-        self._answer(ANSWERS.get(self.path, {}))
+        answer = ANSWERS.get(self.path, {})
+        if self.path == "/pipeline/status":
+            answer = {**dict(ANSWERS[self.path]), "api_server": {"pid": os.getpid(), "task": self.task}}  # type: ignore[call-overload]
+        self._answer(answer, self._status())
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert asked == {**asked, "model": "fake-model", "max_tokens": 1, "temperature": 0}
-        self._answer({"choices": [{"text": "city"}]})
+        is_right = self.path == ROUTES.get(self.task) and asked["model"] == "fake-model"
+        if self.task == "generate":
+            assert asked == {**asked, "max_tokens": 1, "temperature": 0}
+        self._answer({"choices": [{"text": "city"}]}, self._status() if is_right else 404)
+
+    def _status(self) -> int:
+        is_known = not self.key or self.headers["Authorization"] == f"Bearer {self.key}"
+        return 200 if is_known or not self.path.startswith("/v1") else 401
+
+    def address_string(self) -> str:
+        return "a Unix socket has none"
 
     def log_message(self, *args: object) -> None:
         pass
 
-    def _answer(self, body: object) -> None:
+    def _answer(self, body: object, status: int) -> None:
         data = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -66,6 +87,23 @@ def stand_by(sender: StatusSender, lock: int, how: str) -> None:
         time.sleep(float(how))
     sender.send(Phase.LOADED)
     is_loaded.set()
+
+
+class UnixServer(ThreadingHTTPServer):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+
+
+def serve(sender: StatusSender, port: int, api: dict[str, str]) -> None:
+    """``api``: told to the launcher, if anything is."""
+    Handler.task, Handler.key = api.get("task", "generate"), api.get("key", "")
+    uds = api.get("uds", "")
+    server = UnixServer(uds, Handler) if uds else ThreadingHTTPServer(("127.0.0.1", port), Handler)  # type: ignore[arg-type]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if api:
+        sender.tell_api(HeadApi("127.0.0.1", port, uds, api_key=Handler.key))
 
 
 def main() -> None:
@@ -98,8 +136,7 @@ def main() -> None:
         # Like EngineCore: in the head's process group, and deaf to its end.
         engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         sender.send(Phase.LOADED, f"engine {engine.pid}")
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        serve(sender, port, json.loads(code) if behaviour == "api" else {})
     if behaviour not in ("hang", "standby"):
         sender.send(Phase.LINKED)
         sender.send(Phase.READY)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stagewire.errors import StagewireError
 from stagewire.folders import private_folder
-from stagewire.launch.api import Api
+from stagewire.launch.api import Api, Served
 from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import open_screen
 from stagewire.launch.spec import Resources, StageSpec, place_stages
@@ -37,18 +37,18 @@ def main() -> int:
         behaviour = f"standby:{how}" if spec.stands_by else serving
         return [sys.executable, str(FAKE_STAGE), str(spec.index), port, behaviour]
 
-    def serving(model: str) -> str:
+    def serving(api: Api, served: Served) -> str:
         heard = Path(folder) / "serving"  # a FIFO, where a test cannot read what is printed
         if heard.exists():
             heard.write_text("serving\n")
-        return f"serving {model} from {private}"
+        return f"serving {served.model} ({served.task}) at {api.place} from {private}"
 
     with private_folder() as private:
         supervisor = Supervisor(
             specs,
             command,
             [Resources({"FAKE_DIR": folder})] * len(specs),
-            Api("127.0.0.1", int(port)),
+            Api("127.0.0.1", int(settings.pop("api_port", port))),
             open_screen(specs),
             private,
             LogFolder.claim(Path(os.environ.get("FAKE_LOGS", folder))),

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,11 @@ class Launcher:
 Launch = Callable[..., Launcher]
 
 
+def short_folder() -> tempfile.TemporaryDirectory[str]:
+    """Short enough for a Unix socket."""
+    return tempfile.TemporaryDirectory(dir="/tmp")
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     started: list[subprocess.Popen[str]] = []
@@ -167,6 +173,29 @@ def test_other_ways_to_ask_for_a_stop(launch: Launch, signum: signal.Signals) ->
     assert launcher.end() == 0
     for stage in (0, 1):
         assert_gone(launcher.number("pid", stage))
+
+
+@pytest.mark.parametrize(
+    "api",
+    [
+        {"task": "generate", "key": "s3cret"},
+        {"task": "embed", "key": "s3cret"},
+        {"task": "score"},
+        {"task": "token_classify"},
+        {"task": "plugin"},
+        {"task": "generate", "uds": "api.sock"},
+    ],
+    ids=str,
+)
+def test_a_head_is_asked_as_it_tells_and_for_what_it_is_there(launch: Launch, api: dict[str, str]) -> None:
+    """The launcher itself knows another port, no key, and nothing of the model."""
+    with short_folder() as folder:
+        told = {**api, "uds": f"{folder}/{api['uds']}"} if "uds" in api else api
+        launcher = launch(f"api:{json.dumps(told)}", "serve", api_port=1)
+        line = launcher.wait_for("serving fake-model")
+        assert f"serving fake-model ({api['task']}) at " in line
+        launcher.process.send_signal(signal.SIGTERM)
+        assert launcher.end() == 0
 
 
 def test_a_stop_during_start_is_not_a_success(launch: Launch) -> None:

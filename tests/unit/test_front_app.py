@@ -457,7 +457,7 @@ class TestReady:
         head = Head(answer)
 
         async def test() -> None:
-            async with running(head, api_key="secret") as world:
+            async with running(head, api_key=lambda: "secret") as world:
                 for _ in range(5):
                     status, text = await ready(world)
                     assert (status, text) == (503, "no token has gone round the ring yet, a first one is asked for")
@@ -465,6 +465,32 @@ class TestReady:
                 while (await ready(world))[0] != 200:
                     pass
                 assert head.requests == [("GET", "/v1/models"), ("POST", "/v1/completions")]
+
+        run(test())
+
+    @pytest.mark.parametrize(
+        ("task", "requests"),
+        [
+            ("embed", [("GET", "/v1/models"), ("POST", "/v1/embeddings")]),
+            ("score", [("GET", "/v1/models"), ("POST", "/score")]),
+            ("plugin", []),
+        ],
+    )
+    def test_a_ring_is_asked_for_what_its_model_is_for(self, task: str, requests: list[tuple[str, str]]) -> None:
+        async def answer(scope: Message, receive: Receive, send: Send) -> None:
+            if scope["method"] == "POST":
+                await body_of(receive)
+                head.status["steps"] = {"num_answered": 1}
+            await respond(send, 200, b'{"data": [{"id": "m"}]}')
+
+        head = Head(answer)
+        head.status["api_server"] = {"pid": 7, "task": task}
+
+        async def test() -> None:
+            async with running(head) as world:
+                while (await ready(world))[0] != 200:
+                    pass
+                assert head.requests == requests
 
         run(test())
 

@@ -13,8 +13,9 @@ import pytest
 
 from stagewire.errors import ConfigError
 from stagewire.launch import up
-from stagewire.launch.api import Api, chat_template_exists, option_value, usage
+from stagewire.launch.api import Api, Served, chat_template_exists, usage
 from stagewire.launch.cores import assign_cores
+from stagewire.launch.early import read_early
 from stagewire.launch.hints import describe_exit, hint, last_error
 from stagewire.launch.screen import PlainScreen
 from stagewire.launch.spec import (
@@ -64,8 +65,9 @@ def test_the_command_lines_are_those_of_the_quick_start() -> None:
     )
     assert " ".join(command(worker)) == (
         f"vllm serve /m {common.format(1)} --pipeline-layer-range 7-15 --pipeline-local-bind-port 15551"
-        " --pipeline-prev-stage-service-addr 127.0.0.1:15550 --external-pp-worker --dtype float32"
+        " --pipeline-prev-stage-service-addr 127.0.0.1:15550 --external-pp-worker --dtype float32 --ssl-keyfile k"
     )
+    assert "--port" not in VllmCommand("vllm", "/m", None, None)(head), "vLLM's own rule: a --config file may say"
 
 
 def test_one_gpu_for_each_stage() -> None:
@@ -102,6 +104,11 @@ def test_cpu_stages_share_the_cores_that_this_process_may_use() -> None:
 
 def test_preload_keeps_what_the_user_chose() -> None:
     assert preload_libraries("/x/libiomp5.so:/y/libtcmalloc.so.4") == "/x/libiomp5.so:/y/libtcmalloc.so.4"
+
+
+def test_a_split_of_vllm_s_own_is_kept_from_the_stages() -> None:
+    (resources,) = assign_resources(1, {}, is_cpu=True)
+    assert "VLLM_PP_LAYER_PARTITION" not in stage_environment(resources, "/x", {"VLLM_PP_LAYER_PARTITION": "3,3"})
 
 
 def test_a_stage_gets_private_files_and_the_user_s_own_choices() -> None:
@@ -174,10 +181,10 @@ def test_the_address_to_use(host: str | None, url: str) -> None:
 
 
 def test_what_to_copy_names_the_model_and_fits_it(tmp_path: Path) -> None:
-    chat = usage(Api(None, 8000), "/my model's", has_chat_template=True)
+    chat = usage(Api(None, 8000), Served("/my model's"), has_chat_template=True)
     assert "http://localhost:8000/v1/chat/completions" in chat
     assert '"/my model\'s"' in chat
-    plain = usage(Api(None, 8000, api_key="secret"), "m", has_chat_template=False)
+    plain = usage(Api(None, 8000, api_key="secret"), Served("m"), has_chat_template=False)
     assert "/v1/completions" in plain
     assert "secret" not in plain
     assert not chat_template_exists(tmp_path)
@@ -185,14 +192,43 @@ def test_what_to_copy_names_the_model_and_fits_it(tmp_path: Path) -> None:
     assert chat_template_exists(tmp_path)
 
 
-def test_option_values_as_argparse_reads_them() -> None:
-    assert option_value(["--a", "1", "--b=2", "--a=3"], "--a") == "3"
-    assert option_value(["--a"], "--a") is None
+@pytest.mark.parametrize(
+    ("task", "route"),
+    [
+        ("embed", "/v1/embeddings"),
+        ("classify", "/classify"),
+        ("score", "/score"),
+        ("token_classify", "/pooling"),
+        ("token_embed", "/pooling"),
+    ],
+)
+def test_what_to_copy_is_what_the_model_is_for(task: str, route: str) -> None:
+    text = usage(Api(None, 8000), Served("m", task), has_chat_template=True)
+    assert f"http://localhost:8000{route}" in text
+    assert "max_tokens" not in text
+    assert ("OpenAI(" in text) == (task == "embed"), "the package openai knows embeddings"
+
+
+def test_of_a_model_that_nobody_knows_how_to_ask_nothing_is_invented() -> None:
+    assert (
+        usage(Api(None, 8000), Served("m", "plugin"), has_chat_template=True) == "Serving m at http://localhost:8000\n"
+    )
+
+
+def test_what_to_copy_for_a_unix_socket() -> None:
+    text = usage(Api(None, uds="/run/my api"), Served("m"), has_chat_template=False)
+    assert "Serving m at the Unix socket /run/my api" in text
+    assert "curl --unix-socket '/run/my api' http://localhost/v1/completions" in text
+    assert 'httpx.HTTPTransport(uds="/run/my api")' in text
 
 
 def test_flags_of_the_launcher_are_refused_among_the_extra_ones() -> None:
-    with pytest.raises(ConfigError, match="--pipeline-stage-idx after `--`"):
-        up._check_extra(["--dtype", "float32", "--pipeline_stage_idx=3"])
+    args = argparse.Namespace(host=None, port=8000)
+    for extra in (["--dtype", "float32", "--pipeline_stage_idx=3"], ["--external-pp"], ["--port", "1"], ["--model=x"]):
+        with pytest.raises(ConfigError, match=r"--[a-z-]+ after `--`"):
+            up._check_extra(args, read_early(extra))
+    up._check_extra(args, read_early(["--host", "::1"]))
+    up._check_extra(argparse.Namespace(host=None, port=None), read_early(["--port", "1"]))
 
 
 def test_ranges_or_a_number_of_stages() -> None:

@@ -12,6 +12,7 @@ from stagewire.errors import ConfigError
 from stagewire.folders import private_folder
 from stagewire.launch import up
 from stagewire.launch.api import Api
+from stagewire.launch.early import ADDRESS_FLAGS, TLS_FLAGS, read_early
 from stagewire.launch.spec import is_cpu_build
 
 __all__ = ["EPILOG", "USAGE", "add_arguments", "run"]
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
 def _front_launch(args: argparse.Namespace, extra: Sequence[str]) -> int:
     _check_ports(args)
-    _check_tls(extra)
+    _check_api(extra)
     of_head = argparse.Namespace(**vars(args))
     of_head.host, of_head.port = HEAD_HOST, args.api_port
     environ = {**os.environ, **_choose_gpus(of_head)}
@@ -59,7 +60,7 @@ def _front_launch(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     with listen(args.host, args.port) as sock, private_folder() as folder:
         launch = up.decide(of_head, extra, environ)
-        public = Api(args.host, args.port, launch.api.api_key)
+        public = Api(args.host, args.port)
         with closing(launch.logs):
             return run_in_loop(serve_launch(launch, public, sock, folder))
 
@@ -104,13 +105,19 @@ def _check_ports(args: argparse.Namespace) -> None:
         raise ConfigError(f"--port and --api-port are both {args.port}: the public port and the head's must differ")
 
 
-def _check_tls(extra: Sequence[str]) -> None:
-    for argument in extra:
-        if argument.startswith("--ssl-"):
-            raise ConfigError(
-                f"{argument} after `--`: the head listens on loopback, and the front speaks plain HTTP: "
-                "put a TLS proxy before the public port, or use `stagewire up`, whose head is public"
-            )
+def _check_api(extra: Sequence[str]) -> None:
+    """The head's API is the front's alone."""
+    early = read_early(extra)
+    if tls := early.describe(TLS_FLAGS):
+        raise ConfigError(
+            f"{tls}: the head listens on loopback, and the front speaks plain HTTP: "
+            "put a TLS proxy before the public port, or use `stagewire up`, whose head is public"
+        )
+    if address := early.describe(ADDRESS_FLAGS):
+        raise ConfigError(
+            f"{address}: the head listens on loopback, at --api-port; --host and --port before `--` say where clients "
+            "ask"
+        )
 
 
 def _choose_gpus(args: argparse.Namespace) -> dict[str, str]:

@@ -6,28 +6,48 @@ import contextlib
 import http.client
 import json
 import shlex
+import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stagewire.errors import PeerError
+from stagewire.launch.examples import Example, example_for, first_request
+from stagewire.observe.status import HeadApi
 
-__all__ = ["Api", "chat_template_exists", "option_value", "usage"]
+__all__ = ["DEFAULT_PORT", "Api", "Served", "chat_template_exists", "usage"]
 
 _POLL_TIMEOUT_S = 5.0
-_PROMPT = "San Francisco is a"
+DEFAULT_PORT = 8000  # vLLM's own
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a first request has shown: the model's name, and what it is for (launch/examples.py; empty: unknown)."""
+
+    model: str
+    task: str = "generate"
 
 
 @dataclass(frozen=True)
 class Api:
-    """Where the head answers. ``host`` is what it binds (``None``: every interface)."""
+    """Where the head answers. ``host`` is what it binds (``None``: every interface); ``uds``: a path in its place."""
 
     host: str | None
-    port: int
+    port: int = DEFAULT_PORT
     api_key: str | None = field(default=None, repr=False)
     is_tls: bool = False
+    uds: str | None = None
+    needs_client_certificate: bool = False
+
+    @classmethod
+    def told(cls, api: HeadApi) -> Api:
+        """As the head has resolved it."""
+        return cls(
+            api.host or None, api.port, api.api_key or None, api.is_tls, api.uds or None, api.needs_client_certificate
+        )
 
     @property
     def client_host(self) -> str:
@@ -37,29 +57,43 @@ class Api:
 
     @property
     def url(self) -> str:
+        if self.uds:
+            return "http://localhost"
         host = {"127.0.0.1": "localhost"}.get(self.client_host, self.client_host)
         return f"http{'s' if self.is_tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def place(self) -> str:
+        """For people."""
+        return f"the Unix socket {self.uds}" if self.uds else self.url
 
     def is_ready(self) -> bool:
         """Whether the whole ring answers. False also while nobody listens yet."""
         try:
+            if self.needs_client_certificate:  # which we have not; nobody listens there before the ring is ready
+                self._plain(_POLL_TIMEOUT_S).close()
+                return True
             return self._request("GET", "/ready", None, _POLL_TIMEOUT_S)[0] == http.HTTPStatus.OK
         except (OSError, http.client.HTTPException):
             return False
 
-    def first_request(self, timeout_s: float) -> str:
-        """Asks for one token; returns the served model's name.
+    def first_request(self, timeout_s: float) -> Served:
+        """Asks for what the model is for, as cheaply as can be.
 
         Raises:
             PeerError: no answer, or not the expected one.
         """
+        if self.needs_client_certificate:
+            return Served("the model", "")
         try:
+            task = str(self._json("GET", "/pipeline/status", None, timeout_s)["api_server"]["task"])
             model = str(self._json("GET", "/v1/models", None, timeout_s)["data"][0]["id"])
-            body = {"model": model, "prompt": _PROMPT, "max_tokens": 1, "temperature": 0}
-            self._json("POST", "/v1/completions", body, timeout_s)
+            request = first_request(task)
+            if request is not None:
+                self._json("POST", request.route, {"model": model, **request.body}, timeout_s)
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            raise PeerError(f"stage 0 did not answer a first request at {self.url}: {error!r}") from error
-        return model
+            raise PeerError(f"stage 0 did not answer a first request at {self.place}: {error!r}") from error
+        return Served(model, task)
 
     def _json(self, method: str, path: str, body: Mapping[str, object] | None, timeout_s: float) -> Any:
         status, data = self._request(method, path, body, timeout_s)
@@ -81,23 +115,26 @@ class Api:
             return response.status, response.read()
 
     def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        if not self.is_tls:
-            return http.client.HTTPConnection(self.client_host, self.port, timeout=timeout_s)
-        # Our own child on this machine, with a certificate for some other name.
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return http.client.HTTPSConnection(self.client_host, self.port, timeout=timeout_s, context=context)
+        connection = http.client.HTTPConnection(self.client_host, self.port, timeout=timeout_s)
+        connection.sock = self._plain(timeout_s)
+        if self.is_tls:
+            # Our own child on this machine, with a certificate for some other name.
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            connection.sock = context.wrap_socket(connection.sock, server_hostname=self.client_host)
+        return connection
 
-
-def option_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of ``--flag VALUE`` or ``--flag=VALUE``, the last one given."""
-    value = None
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            value = argument.partition("=")[2]
-        elif argument == flag and i + 1 < len(arguments):
-            value = arguments[i + 1]
-    return value
+    def _plain(self, timeout_s: float) -> socket.socket:
+        if not self.uds:
+            return socket.create_connection((self.client_host, self.port), timeout_s)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(self.uds)
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
 
 def chat_template_exists(model_dir: Path) -> bool:
@@ -109,27 +146,36 @@ def chat_template_exists(model_dir: Path) -> bool:
         return False
 
 
-def usage(api: Api, model: str, has_chat_template: bool) -> str:
-    """The lines to copy: `curl`, and Python's `openai`."""
-    body: dict[str, object] = {"model": model}
-    if has_chat_template:
-        path, call, answer = "chat/completions", "chat.completions", "choices[0].message.content"
-        content = "What is a pipeline?"
-        body["messages"] = [{"role": "user", "content": content}]
-        argument = f'messages=[{{"role": "user", "content": "{content}"}}]'
-    else:
-        path, call, answer = "completions", "completions", "choices[0].text"
-        body["prompt"] = _PROMPT
-        argument = f'prompt="{_PROMPT}"'
-    body |= {"max_tokens": 50, "temperature": 0}
+def usage(api: Api, served: Served, has_chat_template: bool) -> str:
+    """The lines to copy: `curl`, and Python's `openai` where that has a word for it."""
+    lines = [f"Serving {served.model} at {api.place}", ""]
+    example = example_for(served.task, has_chat_template)
+    if api.needs_client_certificate:
+        lines += ["  Clients need a certificate that it accepts (--ssl-cert-reqs).", ""]
+    if example is not None:
+        lines += [f"  {_curl(api, served.model, example)}", ""]
+        lines += [*(f"  {line}" for line in _python(api, served.model, example)), ""] if example.call else []
+    return "\n".join(lines)
+
+
+def _curl(api: Api, model: str, example: Example) -> str:
+    uds = f"--unix-socket {shlex.quote(api.uds)} " if api.uds else ""
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api.api_key else ""
-    python_key = 'os.environ["VLLM_API_KEY"]' if api.api_key else '"none"'
-    return f"""Serving {model} at {api.url}
+    body = shlex.quote(json.dumps({"model": model, **example.body}))
+    return f'curl {uds}{api.url}{example.route} -H "Content-Type: application/json"{key} -d {body}'
 
-  curl {api.url}/v1/{path} -H "Content-Type: application/json"{key} -d {shlex.quote(json.dumps(body))}
 
-  from openai import OpenAI
-  client = OpenAI(base_url="{api.url}/v1", api_key={python_key})
-  answer = client.{call}.create(model={json.dumps(model)}, {argument}, max_tokens=50, temperature=0)
-  print(answer.{answer})
-"""
+def _python(api: Api, model: str, example: Example) -> list[str]:
+    key = 'os.environ["VLLM_API_KEY"]' if api.api_key else '"none"'
+    client = ""
+    if api.uds:
+        client = f", http_client=openai.DefaultHttpxClient(transport=httpx.HTTPTransport(uds={json.dumps(api.uds)}))"
+    imports = ["import httpx, openai"] if api.uds else []
+    arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in {"model": model, **example.body}.items())
+    return [
+        *imports,
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{api.url}/v1", api_key={key}{client})',
+        f"answer = client.{example.call}.create({arguments})",
+        f"print(answer.{example.answer})",
+    ]

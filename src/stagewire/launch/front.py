@@ -23,6 +23,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -31,7 +32,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from stagewire.errors import ConfigError
-from stagewire.launch.api import Api
+from stagewire.launch.api import Api, Served
+from stagewire.launch.examples import Example, first_request
 from stagewire.launch.screen import open_screen
 from stagewire.launch.signals import stop_signals
 from stagewire.launch.supervisor import Progress
@@ -72,11 +74,16 @@ class Front:
 
     Args:
         head: URL of the head's API, without a path.
-        api_key: for the one request that the front may make itself.
+        api_key: for the one request that the front may make itself; asked when it makes it.
         stages: what is known of local stages; empty for a ring that was started by others.
     """
 
-    def __init__(self, head: str, api_key: str | None = None, stages: Callable[[], Sequence[Progress]] = tuple) -> None:
+    def __init__(
+        self,
+        head: str,
+        api_key: Callable[[], str | None] = lambda: None,
+        stages: Callable[[], Sequence[Progress]] = tuple,
+    ) -> None:
         self.is_proven = False  # a token has gone round the ring, as somebody else saw
         self._proven_head: int | None = None  # whose ring that was: its process
         self._head = head
@@ -234,32 +241,33 @@ class Front:
         if self._proven_head is None:
             self._proven_head = head
         is_proven = self.is_proven and head == self._proven_head
-        if is_proven or (found.get("steps") or {}).get("num_answered"):
+        request = first_request((found.get("api_server") or {}).get("task", "generate"))
+        if request is None or is_proven or (found.get("steps") or {}).get("num_answered"):
             return True, "the whole ring answers"
-        self._ask_for_first_token()
+        self._ask_first(request)
         return (
             False,
             f"no token has gone round the ring yet, a first one is asked for {self._first_token_error}".strip(),
         )
 
-    def _ask_for_first_token(self) -> None:
+    def _ask_first(self, request: Example) -> None:
         """Once at a time, and never again for a ring that has answered a step: its head counts them."""
         if self._first_token is None or self._first_token.done():
-            self._first_token = asyncio.create_task(self._first())
+            self._first_token = asyncio.create_task(self._first(request))
 
-    async def _first(self) -> None:
+    async def _first(self, request: Example) -> None:
         assert self._session is not None
         headers = {"Content-Type": "application/json"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
+        if api_key := self._api_key():
+            headers["Authorization"] = f"Bearer {api_key}"
         self._first_token_error = ""
         try:
             async with asyncio.timeout(FIRST_TOKEN_TIMEOUT_S):
                 async with self._session.get(f"{self._head}/v1/models", headers=headers) as response:
                     response.raise_for_status()
                     model = json.loads(await response.read())["data"][0]["id"]
-                body = json.dumps({"model": model, "prompt": "San Francisco is a", "max_tokens": 1})
-                async with self._session.post(f"{self._head}/v1/completions", headers=headers, data=body) as response:
+                body = json.dumps({"model": model, **request.body})
+                async with self._session.post(f"{self._head}{request.route}", headers=headers, data=body) as response:
                     response.raise_for_status()
         except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError) as error:
             self._first_token_error = f"(the last one failed: {error or type(error).__name__})"
@@ -440,12 +448,13 @@ async def serve_launch(launch: Launch, public: Api, sock: socket.socket, private
         StagewireError: as `Supervisor.run`.
     """
 
-    def serving(model: str) -> str:
+    def serving(api: Api, served: Served) -> str:
         front.is_proven = True
-        return launch.usage(public, model)
+        return launch.usage(replace(public, api_key=api.api_key), served)
 
     supervisor = launch.supervisor(open_screen(launch.specs), private_dir, serving)
-    front = Front(f"http://{launch.api.client_host}:{launch.api.port}", launch.api.api_key, supervisor.progress)
+    url = f"http://{launch.api.client_host}:{launch.api.port}"
+    front = Front(url, lambda: supervisor.api.api_key, supervisor.progress)
     return await serve(front, sock, supervisor.run())
 
 
@@ -461,7 +470,7 @@ async def serve_head(head: str, api_key: str | None, public: Api, sock: socket.s
         await asked.wait()
         return 0
 
-    return await serve(Front(head, api_key), sock, until_asked())
+    return await serve(Front(head, lambda: api_key), sock, until_asked())
 
 
 def run_in_loop(work: Coroutine[Any, Any, int]) -> int:

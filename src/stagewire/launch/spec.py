@@ -18,10 +18,9 @@ from stagewire.errors import ConfigError
 from stagewire.launch.cores import assign_cores
 from stagewire.observe.processes import mark_of
 from stagewire.observe.status import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
-from stagewire.plan.ranges import LayerRange
+from stagewire.plan.ranges import PARTITION_ENV, LayerRange
 
 __all__ = [
-    "API_FLAGS",
     "CommandBuilder",
     "Resources",
     "StageSpec",
@@ -32,9 +31,6 @@ __all__ = [
     "place_stages",
     "stage_environment",
 ]
-
-# Only the head has an API; workers refuse these on their command line.
-API_FLAGS = ("--host", "--port", "--uds", "--ssl-")
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,16 @@ def place_stages(ranges: Sequence[LayerRange], base_port: int) -> list[StageSpec
 
 @dataclass(frozen=True)
 class VllmCommand:
-    """Builds each stage's `vllm serve` command line. ``model``: of all stages, or one folder for each."""
+    """Builds each stage's `vllm serve` command line. ``model``: of all stages, or one folder for each.
+
+    All stages get the same ``extra``: a worker under a launcher passes over what is of the API alone. Without a host or
+    a port vLLM's own rule decides, a --config file among it.
+    """
 
     vllm: str
     model: str | Sequence[str]
     host: str | None
-    port: int
+    port: int | None
     extra: tuple[str, ...] = ()
 
     def __call__(self, spec: StageSpec) -> list[str]:
@@ -81,22 +81,12 @@ class VllmCommand:
         command += ["--pipeline-layer-range", str(spec.layers), "--pipeline-local-bind-port", str(spec.bind_port)]
         predecessor = f"127.0.0.1:{spec.prev_port}"
         if spec.is_head:
-            command += ["--pipeline-prev-stage-addr", predecessor, "--port", str(self.port)]
+            command += ["--pipeline-prev-stage-addr", predecessor]
+            command += ["--port", str(self.port)] if self.port is not None else []
             return command + (["--host", self.host] if self.host else []) + list(self.extra)
         command += ["--pipeline-prev-stage-service-addr", predecessor, "--external-pp-worker"]
         command += ["--pipeline-standby"] if spec.stands_by else []
-        return command + _without_api_flags(self.extra)
-
-
-def _without_api_flags(arguments: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    is_dropping = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            is_dropping = argument.startswith(API_FLAGS)
-        if not is_dropping:
-            kept.append(argument)
-    return kept
+        return command + list(self.extra)
 
 
 def find_vllm() -> str:
@@ -213,7 +203,7 @@ def stage_environment(resources: Resources, private_dir: str, environ: Mapping[s
     return {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        **environ,
+        **{name: value for name, value in environ.items() if name != PARTITION_ENV},
         **resources.environ,
         LAUNCHER_SOCKET_ENV: f"{private_dir}/status.sock",
         LAUNCHER_PID_ENV: mark_of(os.getpid()),

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from stagewire.errors import ConfigError, PeerError, StagewireError
-from stagewire.launch.api import Api
+from stagewire.launch.api import Api, Served
 from stagewire.launch.hints import describe_exit, hint, last_error
 from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import Screen
@@ -98,8 +98,7 @@ class _StopAsked:
 
 @dataclass(frozen=True)
 class _Answered:
-    model: str
-    error: StagewireError | None = None
+    found: Served | StagewireError
 
 
 _Event = StatusEvent | _Exited | _StartDue | _StopAsked | _Answered
@@ -187,10 +186,10 @@ class Supervisor:
         specs: in the order of their index.
         command: builds a stage's command line.
         resources: environment and cores for each stage.
-        api: the head's.
+        api: the head's, as far as it is known before the head tells.
         private_dir: short (AF_UNIX paths end at 107 bytes), private to the user; whoever made it removes it.
         logs: stage_<i>.log are written there.
-        serving: called with the model's name once the ring has answered; its text is shown.
+        serving: called once the ring has answered, with where and what; its text is shown.
         max_restarts: how often in a row a stage is started again, or taken over by its standby, while serving.
         has_standbys: whether a second process of each stage but the head stands by; it takes over once also if
             ``max_restarts`` is 0.
@@ -205,7 +204,7 @@ class Supervisor:
         screen: Screen,
         private_dir: str,
         logs: LogFolder,
-        serving: Callable[[str], str],
+        serving: Callable[[Api, Served], str],
         timeouts: Timeouts | None = None,
         environ: Mapping[str, str] = os.environ,
         max_restarts: int = DEFAULT_MAX_RESTARTS,
@@ -234,6 +233,11 @@ class Supervisor:
     def __repr__(self) -> str:
         phases = ", ".join(f"{stage.spec.index}: {stage.phase.value}" for stage in self._stages)
         return f"Supervisor({phases or 'nothing started'})"
+
+    @property
+    def api(self) -> Api:
+        """The head's, as it has told it."""
+        return self._api
 
     def progress(self) -> list[Progress]:
         """Of every stage that was started, in order."""
@@ -266,13 +270,13 @@ class Supervisor:
             self._screen.show(StatusEvent(spec.index, Phase.IMPORTING))
         try:
             async with asyncio.timeout_at(deadline):
-                model = await self._until_answered(deadline)
+                served = await self._until_answered(deadline)
         except TimeoutError:
             raise PeerError(self._describe_timeout()) from None
-        if model is None:
+        if served is None:
             return 128 + (self._asked or 0)
         self._screen.finish()
-        self._screen.say(self._serving(model))
+        self._screen.say(self._serving(self._api, served))
         await self._serve()
         return 0
 
@@ -441,7 +445,10 @@ class Supervisor:
 
     def _receive(self) -> None:
         for event in self._receiver.receive():
-            if 0 <= event.stage < len(self._specs):
+            if event.api is not None:
+                self._api = Api.told(event.api)
+                self._timeouts = replace(self._timeouts, drain=event.api.drain_s)
+            elif 0 <= event.stage < len(self._specs):
                 self._queue.put_nowait(event)
 
     def _on_signal(self, signum: int) -> None:
@@ -454,8 +461,8 @@ class Supervisor:
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
-    async def _until_answered(self, deadline: float) -> str | None:
-        """The served model's name after a first answer; None when asked to stop before that."""
+    async def _until_answered(self, deadline: float) -> Served | None:
+        """What a first answer has shown; None when asked to stop before that."""
         asking: asyncio.Task[None] | None = None
         try:
             while True:
@@ -463,9 +470,9 @@ class Supervisor:
                 if isinstance(event, _StopAsked):
                     return None
                 if isinstance(event, _Answered):
-                    if event.error is not None:
-                        raise event.error
-                    return event.model
+                    if isinstance(event.found, StagewireError):
+                        raise event.found
+                    return event.found
                 if asking is None and all(stage.phase is Phase.READY for stage in self._stages):
                     asking = asyncio.create_task(self._ask(deadline))
         finally:
@@ -477,10 +484,10 @@ class Supervisor:
         try:
             while not await asyncio.to_thread(self._api.is_ready):
                 await asyncio.sleep(self._timeouts.poll)
-            model = await asyncio.to_thread(self._api.first_request, max(1.0, deadline - loop.time()))
-            self._queue.put_nowait(_Answered(model))
+            served = await asyncio.to_thread(self._api.first_request, max(1.0, deadline - loop.time()))
+            self._queue.put_nowait(_Answered(served))
         except StagewireError as error:
-            self._queue.put_nowait(_Answered("", error))
+            self._queue.put_nowait(_Answered(error))
 
     async def _say_when_serving(self) -> None:
         while not await asyncio.to_thread(self._api.is_ready):
@@ -546,7 +553,7 @@ class Supervisor:
         late = [stage for stage in self._stages if stage.phase is not Phase.READY]
         if not late:
             return (
-                f"{self._api.url}/ready and a first request: no answer within {self._timeouts.start:g} s of the start"
+                f"{self._api.place}/ready and a first request: no answer within {self._timeouts.start:g} s of the start"
             )
         where = "; ".join(f"stage {stage.spec.index} is at {stage.phase.value!r} (log: {stage.log})" for stage in late)
         return f"not ready within {self._timeouts.start:g} s (--start-timeout): {where}"

@@ -15,7 +15,8 @@ from stagewire.checkpoint.manifest import check_files, read_export, stage_folder
 from stagewire.checkpoint.model_config import read_config, shape_of
 from stagewire.errors import ConfigError
 from stagewire.folders import private_folder
-from stagewire.launch.api import Api, chat_template_exists, option_value, usage
+from stagewire.launch.api import DEFAULT_PORT, Api, Served, chat_template_exists, usage
+from stagewire.launch.early import ADDRESS_FLAGS, OWN_FLAGS, START_TIMEOUT_FLAG, EarlyArguments, read_early
 from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import Screen, open_screen
 from stagewire.launch.spec import (
@@ -29,28 +30,12 @@ from stagewire.launch.spec import (
     place_stages,
 )
 from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS, Supervisor, Timeouts
-from stagewire.plan.ranges import LayerRange, check_ranges, split_evenly
+from stagewire.plan.ranges import PARTITION_ENV, LayerRange, check_ranges, split_evenly
 
 __all__ = ["EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "run"]
 
 DEFAULT_NUM_STAGES = 4
 DEFAULT_START_TIMEOUT_S = 600.0
-# Set for each stage by this command.
-_OWN_FLAGS = (
-    "--host",
-    "--port",
-    "--uds",
-    "--external-pp-worker",
-    "--pipeline-stage-mode",
-    "--pipeline-stage-idx",
-    "--pipeline-total-stages",
-    "--pipeline-layer-range",
-    "--pipeline-local-bind-port",
-    "--pipeline-prev-stage-addr",
-    "--pipeline-prev-stage-service-addr",
-    "--pipeline-standby",
-)
-
 EPILOG = """\
 Everything after `--` goes to every stage's `vllm serve`, for instance: stagewire up --model DIR -- --dtype float32
 
@@ -63,7 +48,7 @@ failed (1 an error of a stage or a kill, 2 a setting, 3 another stage or the net
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launch_arguments(parser)
     parser.add_argument("--host", help="address that the API binds; default: vLLM's")
-    parser.add_argument("--port", type=int, default=8000, help="port of the API (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="port of the API; default: vLLM's, 8000")
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -127,18 +112,21 @@ class Launch:
     start_timeout_s: float
     max_restarts: int
     has_standbys: bool
-    drain_s: float
 
-    def usage(self, api: Api, model: str) -> str:
+    def usage(self, api: Api, served: Served) -> str:
         """What to copy once it serves; ``api`` is where clients ask."""
         where = f"Logs in {self.logs.path}{os.sep}stage_*.log. Ctrl-C stops everything."
-        return f"{usage(api, model, self.has_template)}\n{where}"
+        return f"{usage(api, served, self.has_template)}\n{where}"
 
-    def supervisor(self, screen: Screen, private_dir: str, serving: Callable[[str], str]) -> Supervisor:
+    def supervisor(self, screen: Screen, private_dir: str, serving: Callable[[Api, Served], str]) -> Supervisor:
         layers = ", ".join(str(spec.layers) for spec in self.specs)
         note = f" ({self.logs.note})" if self.logs.note else ""
         screen.say(f"{self.source}: layers {layers} on {len(self.specs)} stages; logs in {self.logs.path}{note}")
-        timeouts = Timeouts(start=self.start_timeout_s, drain=self.drain_s)
+        if partition := os.environ.get(PARTITION_ENV):
+            screen.say(
+                f"{PARTITION_ENV}={partition} in the environment is not used: --ranges says which layers each has"
+            )
+        timeouts = Timeouts(start=self.start_timeout_s)
         parts = (self.specs, self.command, self.resources, self.api, screen, private_dir, self.logs, serving)
         return Supervisor(*parts, timeouts, max_restarts=self.max_restarts, has_standbys=self.has_standbys)
 
@@ -151,7 +139,7 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """
     launch = decide(args, extra)
     with closing(launch.logs), private_folder() as folder:
-        supervisor = launch.supervisor(open_screen(launch.specs), folder, lambda model: launch.usage(launch.api, model))
+        supervisor = launch.supervisor(open_screen(launch.specs), folder, launch.usage)
         return asyncio.run(supervisor.run())
 
 
@@ -166,27 +154,22 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     Raises:
         ConfigError: a wrong setting.
     """
-    _check_extra(extra)
+    early = read_early(extra)
+    _check_extra(args, early)
     if args.restarts < 0:
         raise ConfigError(f"--restarts {args.restarts}: a number of 0 or more")
     ranges, folders = _choose_stages(args)
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
-    is_cpu = is_cpu_build()
-    resources = assign_resources(len(specs), environ, is_cpu, _num_ranks(extra))
-    if args.start_timeout != DEFAULT_START_TIMEOUT_S and option_value(extra, "--pipeline-start-timeout") is None:
-        extra = [*extra, "--pipeline-start-timeout", f"{args.start_timeout:g}"]
+    resources = assign_resources(len(specs), environ, is_cpu_build(), early.num_ranks)
+    if args.start_timeout != DEFAULT_START_TIMEOUT_S and START_TIMEOUT_FLAG not in early.given:
+        extra = [*extra, START_TIMEOUT_FLAG, f"{args.start_timeout:g}"]
     command = VllmCommand(find_vllm(), [str(folder) for folder in folders], args.host, args.port, tuple(extra))
-    api = Api(
-        args.host,
-        args.port,
-        option_value(extra, "--api-key") or os.environ.get("VLLM_API_KEY"),
-        is_tls=option_value(extra, "--ssl-certfile") is not None,
-    )
-    has_template = chat_template_exists(model_dir) or option_value(extra, "--chat-template") is not None
+    api = Api(args.host, args.port or DEFAULT_PORT)
     source = args.pipeline_dir or model_dir
-    limits = (args.start_timeout, args.restarts, args.standby, _drain_s(extra))
-    return Launch(specs, command, resources, api, source, LogFolder.claim(args.log_dir), has_template, *limits)
+    limits = (args.start_timeout, args.restarts, args.standby)
+    logs = LogFolder.claim(args.log_dir)
+    return Launch(specs, command, resources, api, source, logs, chat_template_exists(model_dir), *limits)
 
 
 def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:
@@ -234,20 +217,8 @@ def _choose_ranges(texts: Sequence[str] | None, num_stages: int | None, num_laye
     return ranges
 
 
-def _check_extra(extra: Sequence[str]) -> None:
-    for argument in extra:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in _OWN_FLAGS:
-            raise ConfigError(f"{flag} after `--`: `stagewire up` sets it for each stage; see `stagewire up --help`")
-
-
-def _num_ranks(extra: Sequence[str]) -> int:
-    """Tensor parallel ranks of each stage; what is no number is refused by vLLM, in its own words."""
-    text = option_value(extra, "--tensor-parallel-size") or option_value(extra, "-tp") or "1"
-    return int(text) if text.isdecimal() and int(text) else 1
-
-
-def _drain_s(extra: Sequence[str]) -> float:
-    """How long the head may take to answer what it has accepted; what is no number is refused by vLLM."""
-    text = option_value(extra, "--shutdown-timeout") or "0"
-    return float(text) if text.isdecimal() else 0.0
+def _check_extra(args: argparse.Namespace, early: EarlyArguments) -> None:
+    """Refuses what the launcher gives to each stage itself, and an address that is given twice."""
+    twice = [flag for flag in ADDRESS_FLAGS if flag in early.typed and getattr(args, flag.strip("-"), None) is not None]
+    for flag in [*(flag for flag in OWN_FLAGS if flag in early.typed), *twice]:
+        raise ConfigError(f"{flag} after `--`: `stagewire up` sets it for each stage; see `stagewire up --help`")

@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "NEWS_SOCKET_ENV",
     "DatagramReceiver",
     "DatagramSender",
+    "HeadApi",
     "Phase",
     "StatusEvent",
     "StatusReceiver",
@@ -59,8 +60,29 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class HeadApi:
+    """Where and how the head answers HTTP, as vLLM's parser has read its arguments, files and environment.
+
+    ``host`` is empty for every interface; ``uds`` is a Unix socket's path, and then host and port mean nothing.
+    ``drain_s``: how long it may take to answer what it has accepted, once it is told to stop.
+    """
+
+    host: str = ""
+    port: int = 8000
+    uds: str = ""
+    is_tls: bool = False
+    needs_client_certificate: bool = False
+    api_key: str = field(default="", repr=False)
+    has_chat_template: bool = False  # one that was given; the model's own is not looked for
+    drain_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class StatusEvent:
-    """``share``: how much of a phase is done, where that is known; 0 at its beginning."""
+    """``share``: how much of a phase is done, where that is known; 0 at its beginning.
+
+    ``api``: of the head, once; for the launcher alone.
+    """
 
     stage: int
     phase: Phase
@@ -68,6 +90,7 @@ class StatusEvent:
     exit_code: int = 0
     pid: int = 0
     share: float = 0.0
+    api: HeadApi | None = None
 
 
 class DatagramSender:
@@ -158,11 +181,30 @@ class StatusSender:
         """The same phase as before, with news: whom the stage waits for."""
         self._send(StatusEvent(self._stage, self._phase, _clip(text), 0, os.getpid()), is_droppable=True)
 
+    def tell_api(self, api: HeadApi) -> None:
+        """Of the head, to its launcher; nothing without one."""
+        path = os.environ.get(LAUNCHER_SOCKET_ENV)
+        if path is not None:
+            event = StatusEvent(self._stage, self._phase, pid=os.getpid(), api=api)
+            sender = DatagramSender([path])
+            sender.send(_encode(event), is_droppable=False)
+            sender.close()
+
     def _send(self, event: StatusEvent, *, is_droppable: bool) -> None:
-        self._sender.send(json.dumps(asdict(event)).encode(), is_droppable=is_droppable)
+        self._sender.send(_encode(event), is_droppable=is_droppable)
 
     def close(self) -> None:
         self._sender.close()
+
+
+def _encode(event: StatusEvent) -> bytes:
+    return json.dumps(asdict(event)).encode()
+
+
+def _decode(data: bytes) -> StatusEvent:
+    fields = json.loads(data)
+    api = HeadApi(**fields["api"]) if fields.get("api") else None
+    return StatusEvent(**{**fields, "phase": Phase(fields["phase"]), "api": api})
 
 
 def _clip(text: str) -> str:
@@ -175,6 +217,5 @@ class StatusReceiver(DatagramReceiver):
         events: list[StatusEvent] = []
         for data in self.receive_all():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                fields = json.loads(data)
-                events.append(StatusEvent(**{**fields, "phase": Phase(fields["phase"])}))
+                events.append(_decode(data))
         return events

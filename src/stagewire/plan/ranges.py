@@ -16,6 +16,7 @@ from itertools import combinations, groupby, pairwise
 from stagewire.errors import ConfigError
 
 __all__ = [
+    "PARTITION_ENV",
     "LayerRange",
     "check_adjacent",
     "check_own_range",
@@ -26,6 +27,9 @@ __all__ = [
     "repairs",
     "split_evenly",
 ]
+
+# vLLM's own way to divide layers among stages. A stage writes it for vLLM; what a user wrote there is not used.
+PARTITION_ENV = "VLLM_PP_LAYER_PARTITION"
 
 _IDX_FLAG = "--pipeline-stage-idx"
 _TOTAL_FLAG = "--pipeline-total-stages"
@@ -184,7 +188,7 @@ def ranges_line(ranges: Sequence[LayerRange]) -> str:
 
 
 def partition_counts(stage: int, num_stages: int, layers: LayerRange, num_layers: int) -> tuple[int, ...]:
-    """What a stage that knows only its own range writes into ``VLLM_PP_LAYER_PARTITION``: one count per stage.
+    """What a stage that knows only its own range writes into `PARTITION_ENV`: one count per stage.
 
     They sum to ``num_layers`` and make vLLM's ``get_pp_indices`` give exactly ``layers`` for this stage; what they say
     of other stages is meaningless. 16-24 of 32 on stage 2 of 4 is ``16, 0, 8, 8``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -196,6 +196,17 @@ def frontend_args() -> Any:
     """The dataclass of the API server's own arguments."""
     package = "common" if is_at_least(0, 33) else "launchers"
     return importlib.import_module(f"vllm.entrypoints.{package}.cli_args").FrontendArgs
+
+
+def main_task(supported_tasks: Sequence[str], model_config: Any) -> str:
+    """What a model is for, as vLLM's API server picks its routes; ``score`` if that is to compare two texts."""
+    if "generate" in supported_tasks:
+        return "generate"
+    task: str | None = model_config.get_pooling_task(tuple(supported_tasks))
+    if task is None:
+        return supported_tasks[0] if supported_tasks else ""
+    is_cross_encoder = task == "classify" and getattr(model_config.hf_config, "num_labels", 0) == 1
+    return "score" if is_cross_encoder else task
 
 
 def mapped_name(mapper: Any, name: str) -> str | None:

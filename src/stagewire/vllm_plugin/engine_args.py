@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from typing import Any
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
+from stagewire.plan.ranges import PARTITION_ENV
 from stagewire.vllm_plugin.settings import KEY, RingSettings
 from stagewire.wire.messages import MAX_RANKS
 
@@ -131,6 +133,11 @@ def set_process_environment() -> None:
         raise ConfigError("VLLM_USE_V2_MODEL_RUNNER=1: stages need the V1 model runner; unset it")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise ConfigError("VLLM_USE_RUST_FRONTEND: the ring's status needs the Python API server; unset it")
+    if partition := os.environ.pop(PARTITION_ENV, ""):
+        sys.stderr.write(
+            f"Stagewire: {PARTITION_ENV}={partition} in the environment is not used: each stage has the layers of its "
+            "own --pipeline-layer-range\n"
+        )
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ from stagewire.config import (
     parse_stage,
 )
 from stagewire.errors import ConfigError, StagewireError
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
 from stagewire.ring.zmq_link import secure_stage
@@ -183,6 +185,8 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     status = StatusSender(config.stage)
     status.send(Phase.IMPORTING)
     _check_entry_point(config, args)
+    if config.is_head:
+        status.tell_api(_api_of(args))
     check_roots(config.lora_roots)
     secure_stage(config)
     flags = hub.with_config_folder(LoadFlags.of(args), args.revision)
@@ -313,17 +317,34 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
     for name in ("headless", "grpc"):
         if getattr(args, name, False):
             raise ConfigError(f"--{name} cannot be combined with --pipeline-stage-mode external")
+    if getattr(args, "config", None) is not None:  # vLLM takes the words from its command line once it has read it
+        raise ConfigError(f"vLLM does not read --config={args.config} written like this: write --config {args.config}")
     if (getattr(args, "api_server_count", None) or 1) != 1:
         raise ConfigError("--api-server-count: the head has one API server")
     if config.is_head:
         return
     typed = [arg.partition("=")[0].replace("_", "-") for arg in sys.argv[1:] if arg.startswith("--")]
     wrong = [flag for flag in typed if _ADDRESS_FLAGS.fullmatch(flag)]
-    if wrong:
+    if wrong and LAUNCHER_SOCKET_ENV not in os.environ:  # a launcher gives all stages the same arguments
         raise ConfigError(
             f"{', '.join(wrong)} on stage {config.stage}: only stage 0 serves HTTP; drop it here, or give it to stage 0"
         )
     _mention_ignored(config, args)
+
+
+def _api_of(args: argparse.Namespace) -> HeadApi:
+    """As vLLM's API server will read them; the first of several keys."""
+    keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+    return HeadApi(
+        host=args.host or "",
+        port=args.port,
+        uds=args.uds or "",
+        is_tls=bool(args.ssl_certfile),
+        needs_client_certificate=args.ssl_cert_reqs == ssl.CERT_REQUIRED,
+        api_key=keys[0] if keys else "",
+        has_chat_template=args.chat_template is not None,
+        drain_s=float(args.shutdown_timeout or 0),
+    )
 
 
 def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:

@@ -115,11 +115,14 @@ def _patch_server(end: HeadEnd) -> None:
         return setup_server
 
     def build(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def build_and_serve(*args: Any, **kwargs: Any) -> Any:
+        async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
             end.serve_in(asyncio.get_running_loop())
             for server in early:
                 server.close()
-            return await original(*args, **kwargs)
+            if HEALTH.pipeline is not None:
+                tasks = await engine_client.get_supported_tasks()
+                HEALTH.pipeline.task = compat.main_task(tasks, engine_client.model_config)
+            return await original(engine_client, *args, **kwargs)
 
         return build_and_serve
 

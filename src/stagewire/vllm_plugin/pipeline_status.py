@@ -139,6 +139,7 @@ class PipelineStatus:
         self._ring: RingNews | None = None
         self._ring_at = 0.0
         self._stages: dict[int, _Heard] = {}
+        self.task = ""  # what the model is for; empty until the API server knows
 
     def __repr__(self) -> str:
         phase = self._ring.phase if self._ring else None
@@ -188,7 +189,7 @@ class PipelineStatus:
             "reason": reason,
             "epoch": ring.epoch if ring else 0,
             "num_stages": self._config.num_stages,
-            "api_server": {"pid": os.getpid(), "rss_bytes": resident_bytes()},
+            "api_server": {"pid": os.getpid(), "rss_bytes": resident_bytes(), "task": self.task},
             "steps": asdict(ring.steps) if ring else None,
             "stages": rows,
         }

@@ -25,7 +25,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
-from stagewire.plan.ranges import check_own_range, partition_counts
+from stagewire.plan.ranges import PARTITION_ENV, check_own_range, partition_counts
 from stagewire.vllm_plugin import compat, cpu, model_patches, pipeline_group, range_loader
 from stagewire.vllm_plugin.adapters import Adapters
 from stagewire.vllm_plugin.call_codec import CALLS, check_call, decode_value, encode_value
@@ -114,7 +114,7 @@ class StageWorker:
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         counts = partition_counts(config.stage, config.num_stages, config.layers, num_layers)
         # Read by vllm.distributed.utils.get_pp_indices when the model is built, in this process.
-        os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
+        os.environ[PARTITION_ENV] = ",".join(str(count) for count in counts)
         compat.keep_generators_of_discarded_rows()
         compat.keep_logprobs_of_neighbours()
         self._wrapper = WorkerWrapperBase(rpc_rank=0)
