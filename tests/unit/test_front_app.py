@@ -455,6 +455,7 @@ class TestReady:
             await respond(send, 200, b"{}")
 
         head = Head(answer)
+        head.status["steps"] = {"num_answered": 0}
 
         async def test() -> None:
             async with running(head, api_key=lambda: "secret") as world:

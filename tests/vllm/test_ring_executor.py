@@ -210,3 +210,14 @@ def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
     process.accuse(1, 4, "step 4 did not come back")
     epoch, lost = process.ring.end_epoch.call_args.args
     assert (epoch, lost.stage, lost.step) == (1, accused, 4)
+
+
+def test_the_process_of_a_ring_that_failed_ends_with_the_errors_code() -> None:
+    from stagewire.errors import ConfigError
+    from stagewire.vllm_plugin.process import RingProcess
+
+    process: Any = RingProcess.__new__(RingProcess)
+    process._config, process._news, process._status = SimpleNamespace(stage=1), None, Mock()
+    process.on_failed(ConfigError("a wrong setting"))
+    assert process._exit_code == 2
+    assert process._status.send.call_args.args[1:] == ("a wrong setting", 2)

@@ -2150,6 +2150,7 @@ class FakeRing:
     def __init__(self) -> None:
         self.epoch, self.is_whole, self.is_draining = 1, True, False
         self.restored: list[list[tuple[str, list[int]]]] = []
+        self.is_restoring = True
         self._losses: list[Loss] = []
 
     def poll(self, pause_s: float = 0.0) -> None: ...
@@ -2160,7 +2161,7 @@ class FakeRing:
 
     def restore(self, requests: Sequence[Restored]) -> bool:
         self.restored.append([(each.request.req_id, each.output_token_ids) for each in requests])
-        return True
+        return self.is_restoring
 
     def lose(self, in_flight: Sequence[Any], failed: Any = None) -> None:
         """``failed``: the schedule of the step that failed, if one did."""
@@ -2448,6 +2449,20 @@ def test_after_a_loss_live_requests_are_restored_and_computed_again(scheduler: A
     answer(scheduler, again)
     assert len(until_done(scheduler, 5)) == 6
     assert len(ring.restored) == 1
+
+
+def test_nothing_is_scheduled_on_stages_that_have_not_got_their_requests_back(scheduler: Any) -> None:
+    """The ring may break again while they are given them; the ring's own word of that comes a moment later."""
+    ring = scheduler._ring
+    add_requests(scheduler, 3)
+    answer_prompts(scheduler)
+    ring.lose([])
+    ring.mend()
+    ring.is_restoring = False
+    assert is_nothing(scheduler.schedule())
+    ring.is_restoring = True
+    assert sum(len(scheduler.schedule().num_scheduled_tokens) for _ in range(NUM_STAGES)) == 3
+    assert len(ring.restored) == 2
 
 
 def answer_chunks(scheduler: Any, schedule: Any) -> None:

@@ -146,6 +146,25 @@ def test_activations_keep_their_bytes_while_the_next_step_runs(worker: Any) -> N
     finish(worker, "c", "d")
 
 
+def test_of_its_own_buffers_a_stage_sends_copies(worker: Any) -> None:
+    """Some models hand on what came in, which lies where the next step's tensors are written."""
+    buffers = worker.runner.intermediate_tensors.tensors
+    _, frames = worker._send(2, dict(buffers))
+    before = [bytes(frame) for frame in frames]
+    for tensor in buffers.values():
+        tensor.add_(1)
+    assert [bytes(frame) for frame in frames] == before
+
+
+def test_every_row_that_came_in_is_used(worker: Any) -> None:
+    for tensor in worker.runner.intermediate_tensors.tensors.values():
+        tensor.fill_(7)
+    specs, frames = tensors(6)
+    received = worker._receive(6, specs, frames)
+    assert [received[spec.name][:6].numpy().tobytes() for spec in specs] == frames
+    assert all(tensor[6:].eq(7).all() for tensor in received.values())
+
+
 def test_rows_in_another_order_fail_the_step(worker: Any) -> None:
     from stagewire.vllm_plugin.step_codec import row_digest
 
@@ -234,6 +253,24 @@ def test_another_size_of_kv_cache_is_planned_as_vllm_would(worker: Any, specs: A
     assert found == planned(worker, own, num_bytes)
     assert found.num_blocks == config.num_blocks
     assert found != config
+
+
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_another_number_of_blocks_than_the_heads_is_refused(
+    difference: int, worker: Any, specs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer the stage would write beyond its cache."""
+    from dataclasses import replace
+
+    from stagewire.vllm_plugin import own_kv_cache
+
+    config = planned(worker, specs, 20_000_000)
+    monkeypatch.setattr(
+        own_kv_cache, "plan_kv_cache", lambda *_: replace(config, num_blocks=config.num_blocks + difference)
+    )
+    own = {name: replace(spec, num_kv_heads=1) for name, spec in specs.items()}
+    with pytest.raises(ConfigError, match=f"this stage plans {config.num_blocks + difference} KV blocks"):
+        own_kv_cache.own_kv_cache_config([config], 0, own, worker.vllm_config)
 
 
 def test_a_kv_cache_of_other_layers_or_of_padded_pages_is_refused(worker: Any, specs: Any) -> None:
