@@ -932,6 +932,7 @@ def vllm_root() -> Path:
 
 
 def test_every_call_of_vllm_is_known() -> None:
+    """From the text of all of vLLM: who asks is spread over it, and most of it cannot be run here."""
     pattern = re.compile(r"""collective_rpc(?:_async)?\(\s*(?:\#.*\n\s*)*["'](\w+)["']""")
     asked = {name for path in vllm_root().rglob("*.py") for name in pattern.findall(path.read_text())}
     assert asked - set(CALLS) == NOT_CARRIED | ANSWERED_BY_HEAD | OTHER_EXECUTORS
@@ -1241,6 +1242,7 @@ NOT_OFFERED = {
 
 
 def attributes_asked_of_the_group() -> set[str]:
+    """From the text of all of vLLM: every model, and every kind of device, may ask another thing."""
     asked: set[str] = set()
     for path in vllm_root().rglob("*.py"):
         text = path.read_text()
