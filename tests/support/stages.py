@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from stagewire.checkpoint.manifest import stage_folder
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.forkserver import ForkedProcess, ForkServer
@@ -263,6 +264,18 @@ class Ring:
 
     def cpu_seconds(self) -> list[float]:
         return [cpu_seconds(stage.pid) for stage in self.stages]
+
+
+@dataclass
+class PreSplitRing(Ring):
+    """Each stage from its own folder below ``model``, without a range."""
+
+    def command(self, stage: int) -> list[str]:
+        command = super().command(stage)
+        at = command.index("--pipeline-layer-range")
+        del command[at : at + 2]
+        command[command.index(str(self.model))] = str(stage_folder(self.model, stage))
+        return command
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +18,7 @@ from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
 from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
-from support.stages import Ring, SingleProcess
+from support.stages import PreSplitRing, SingleProcess
 from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -31,18 +30,6 @@ SETTINGS = [
 RANGES = ("0-2", "2-5", "5-6")
 CONCURRENCY = 4
 SERVED = "demo"
-
-
-@dataclass
-class PreSplitRing(Ring):
-    """Each stage from its own folder, without a range."""
-
-    def command(self, stage: int) -> list[str]:
-        command = super().command(stage)
-        at = command.index("--pipeline-layer-range")
-        del command[at : at + 2]
-        command[command.index(str(self.model))] = str(stage_folder(self.model, stage))
-        return command
 
 
 @pytest.fixture(scope="module")

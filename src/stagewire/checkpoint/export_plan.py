@@ -183,8 +183,9 @@ def plan_export(
 def _safetensors_of(checkpoint: Checkpoint) -> CheckpointIndex:
     if checkpoint.index is None:
         raise ConfigError(
-            f"{checkpoint.folder} holds no *.safetensors: other formats (.bin, .pt) are pickles, which cannot be cut "
-            "without executing what is in them; convert the checkpoint first, for instance with transformers: "
+            f"{checkpoint.folder} {checkpoint.files.describe_nothing()}: other formats (.bin, .pt) are pickles, which "
+            "cannot be cut without executing what is in them; convert the checkpoint first, for instance with "
+            "transformers: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     return checkpoint.index

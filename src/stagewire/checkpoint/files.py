@@ -109,6 +109,13 @@ class CheckpointFiles:
     def present(self) -> tuple[str, ...]:
         return tuple(file for file in self.weights if file not in self.missing)
 
+    def describe_nothing(self) -> str:
+        """Why ``weights`` has no safetensors, in words that fit behind the folder."""
+        found = self.weights[:1] or tuple(self.ignored)[:1]
+        reason = self.ignored.get(found[0], "") if found else ""
+        example = f" ({found[0]}{f': {reason}' if reason else ''})" if found else ""
+        return f"holds no safetensors weights that vLLM reads in load format {self.load_format}{example}"
+
     def check_complete(self) -> None:
         """Raises ``ConfigError`` naming the first of ``missing``, and what it would hold."""
         for file in self.missing:

@@ -33,6 +33,7 @@ class Checkpoint:
     """
 
     folder: Path
+    config_name: str
     config: Mapping[str, Any]
     shape: ModelShape
     files: CheckpointFiles
@@ -60,8 +61,8 @@ def read_checkpoint(folder: Path, flags: LoadFlags | None = None, *, layers: Lay
             tensors, without which there is no such model, in files that do not hold them.
     """
     flags = flags or LoadFlags()
-    config = read_config(folder, flags)
-    shape = shape_of(config, config_path(folder, flags))
+    config, path = read_config(folder, flags), config_path(folder, flags)
+    shape = shape_of(config, path)
     files = checkpoint_files(folder, flags.load_format)
     if layers is not None and files.weight_map:
         _check_own(files, shape, layers)
@@ -70,7 +71,7 @@ def read_checkpoint(folder: Path, flags: LoadFlags | None = None, *, layers: Lay
         check_absent(index, shape, files)
     old = None if config.get("quantization_config") else _old_quantization(folder)
     warnings = (*files.warnings, *_describe_odd(files, shape, index, old))
-    return Checkpoint(folder, config, shape, files, index, old, warnings)
+    return Checkpoint(folder, path.name, config, shape, files, index, old, warnings)
 
 
 def _check_own(files: CheckpointFiles, shape: ModelShape, layers: LayerRange) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagewire.checkpoint.files import describe_absence, is_mistral
+from stagewire.checkpoint.files import LOAD_FORMATS, describe_absence, is_mistral
 from stagewire.checkpoint.mistral_config import from_params
 from stagewire.errors import ConfigError
 
@@ -73,6 +73,11 @@ class LoadFlags:
     config_format: str = "auto"
     hf_config_path: str | None = None
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reads_whole_checkpoints(self) -> bool:
+        """Not so of formats like ``dummy`` and ``sharded_state``, of whose files we know nothing."""
+        return self.load_format.lower() in LOAD_FORMATS
 
     @classmethod
     def of(cls, arguments: object) -> LoadFlags:

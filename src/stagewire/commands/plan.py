@@ -26,7 +26,13 @@ from stagewire.checkpoint.footprint import (
     served_dtype,
 )
 from stagewire.checkpoint.kv_cache import KvLayout, read_layout
-from stagewire.checkpoint.model_config import LoadFlags, language_settings, parse_overrides, read_config
+from stagewire.checkpoint.model_config import (
+    LoadFlags,
+    config_path,
+    language_settings,
+    parse_overrides,
+    read_config,
+)
 from stagewire.commands.plan_choice import Question, StageTimes, choose
 from stagewire.commands.plan_text import Source, describe, describe_details, to_json
 from stagewire.errors import ConfigError, StagewireError
@@ -292,12 +298,13 @@ def _read_model(args: argparse.Namespace, details: bool) -> tuple[KvLayout | Non
     asked = [_flag(name) for name in ("details", "memory", "dtype", "kv_cache_dtype") if getattr(args, name)]
     checkpoint = read_checkpoint(model_dir, flags) if asked or details else None
     if checkpoint is not None and checkpoint.index is None and asked:
-        raise ConfigError(f"{asked[0]} needs the headers of safetensors weights, and {model_dir} holds none")
+        nothing = checkpoint.files.describe_nothing()
+        raise ConfigError(f"{asked[0]} needs the headers of safetensors weights, and {model_dir} {nothing}")
     if args.memory is not None and (layout.unknown or not any(layer.elements_per_token for layer in layout.layers)):
         why = layout.unknown or "no layer of this model has a KV cache that grows with the tokens"
         raise ConfigError(f"--memory is planned by KV cache tokens, whose size is not known: {why}")
     if checkpoint is None or checkpoint.index is None:
-        return layout, Source(args.model), None
+        return layout, Source(args.model, config_name=config_path(model_dir, flags).name), None
     return layout, *_measure(args, checkpoint, layout)
 
 
@@ -315,6 +322,7 @@ def _measure(args: argparse.Namespace, checkpoint: Checkpoint, layout: KvLayout)
         unknown=layout.unknown,
         max_positions=positions if isinstance(positions, int) else None,
         warnings=checkpoint.warnings,
+        config_name=checkpoint.config_name,
     )
     return source, measure(checkpoint.index, shape, layout, weights, kv)
 

@@ -28,7 +28,7 @@ class Source:
     """Where the question came from. ``weights`` and ``kv``: names of dtypes, ``None`` when nothing was measured.
 
     ``unknown``: why the KV cache has no figures. ``max_positions``: config.json's max_position_embeddings.
-    ``warnings``: what is odd about the checkpoint.
+    ``warnings``: what is odd about the checkpoint. ``config_name``: the file that says how many layers there are.
     """
 
     model: str | None
@@ -37,6 +37,7 @@ class Source:
     unknown: str | None = None
     max_positions: int | None = None
     warnings: tuple[str, ...] = ()
+    config_name: str = "config.json"
 
 
 def describe(source: Source, question: Question, answer: Answer) -> str:
@@ -106,7 +107,7 @@ def _head(source: Source, question: Question) -> list[str]:
     num_layers = _count(question.num_layers, "layer")
     if source.model is None:
         return [f"✓ {num_layers} (--total-layers)"]
-    return [f"✓ Model: {source.model}", f"✓ Detected {num_layers} from config.json"]
+    return [f"✓ Model: {source.model}", f"✓ Detected {num_layers} from {source.config_name}"]
 
 
 def _how(question: Question) -> str:

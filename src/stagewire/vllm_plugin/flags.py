@@ -246,7 +246,8 @@ def _refuse_stage_alone(args: argparse.Namespace) -> None:
 def announce_load(config: StageConfig, model: str, flags: LoadFlags) -> str:
     """Prints the stage's line (``Stage 0: Loading layers 0-7... (4.54 GB)``); returns its short form for progress."""
     path = Path(model)
-    checkpoint = read_checkpoint(path, flags, layers=config.layers) if path.is_dir() else None
+    is_read = path.is_dir() and flags.reads_whole_checkpoints
+    checkpoint = read_checkpoint(path, flags, layers=config.layers) if is_read else None
     if checkpoint is None or checkpoint.index is None:
         line = f"Stage {config.stage}: Loading {config.layers.describe()}..."
         short = config.layers.describe()
@@ -275,7 +276,7 @@ def _check_checkpoint(config: StageConfig, args: argparse.Namespace, flags: Load
             f"stage {config.stage} cannot run --pipeline-layer-range {config.layers}: {'; '.join(problems)}; "
             f"`stagewire plan --model {args.model} --num-stages {config.num_stages}` gives a split that works"
         )
-    if folder is path:
+    if folder is path and flags.reads_whole_checkpoints:
         for warning in read_checkpoint(path, flags, layers=config.layers).warnings:
             sys.stdout.write(f"Stage {config.stage}: warning: {warning}\n")
 
