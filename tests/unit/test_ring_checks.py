@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
 from stagewire.config import Address
-from stagewire.ring.actions import Send, Side
+from stagewire.errors import PeerError, ProtocolError
+from stagewire.ring.actions import Fail, Send, Side
 from stagewire.ring.admission import settings_refusal
 from stagewire.ring.state import Phase
-from stagewire.wire.messages import Call, Hello, NotHere, Redirect, Roll
-from unit.ring_harness import QUICKSTART_PORTS, Ring, make_config, make_identity
+from stagewire.wire.codec import Frame, decode
+from stagewire.wire.messages import Call, Hello, NotHere, Open, Redirect, Roll
+from unit.ring_harness import QUICKSTART_PORTS, Ring, assert_whole, make_config, make_identity
 
 
 def test_what_was_sent_in_an_epoch_that_is_over_does_not_even_leave() -> None:
@@ -78,6 +81,48 @@ def test_a_roll_with_the_stages_in_another_order_is_none() -> None:
         assert state.received(Side.PREDECESSOR, b"", Roll(state.epoch + 1, identities), (), ring.clock.seconds) == []
         assert state.num_bad_messages == before + 1
         assert state.phase is Phase.SERVING
+
+
+def test_a_roll_that_an_earlier_process_of_the_head_has_called_opens_nothing() -> None:
+    ring = Ring()
+    head = ring.start(0)
+    ring.start(3)
+    ring.wait(3)
+    state = head.node.state
+    others = [make_identity(make_config(stage)) for stage in (1, 2, 3)]
+    epoch = max(state.epoch + 1, state.first_epoch)
+    for mine, is_opened in ((make_identity(make_config(0), "an earlier one"), False), (state.identity, True)):
+        state.received(Side.PREDECESSOR, b"", Roll(epoch, [mine, *others]), (), ring.clock.seconds)
+        assert state.phase is (Phase.OPENING if is_opened else Phase.LINKING)
+
+
+def test_an_open_that_was_lost_is_sent_again_with_the_next_roll() -> None:
+    ring = Ring()
+    stages = [ring.start(index) for index in range(4)]
+    head = stages[0]
+    send, lost = head.transport.send, list[bytes]()
+
+    def lose_the_first_open(side: Side, peer: bytes, frames: Sequence[Frame]) -> None:
+        if not lost and isinstance(decode(frames)[0], Open):
+            lost.append(peer)
+            return
+        send(side, peer, frames)
+
+    head.transport.send = lose_the_first_open  # type: ignore[method-assign]
+    ring.wait(3)
+    assert head.phase is Phase.OPENING
+    ring.wait(6)
+    assert_whole(stages)
+
+
+def test_a_predecessor_whose_words_do_not_decode_while_steps_go_round_is_the_end() -> None:
+    """One of them was a step: its rows would be missing in the next."""
+    ring = Ring()
+    stages = ring.start_serving()
+    actions = stages[2].node.state.bad_message(Side.PREDECESSOR, b"", ProtocolError("any"), ring.clock.seconds)
+    (failed,) = (action for action in actions if isinstance(action, Fail))
+    assert isinstance(failed.error, PeerError)
+    assert stages[2].phase is Phase.FAILED
 
 
 @pytest.mark.parametrize("who", ["the head", "the other"])

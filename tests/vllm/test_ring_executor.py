@@ -10,8 +10,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
-from stagewire.errors import PeerError, StageLost
+from stagewire.errors import InternalError, PeerError, StageLost
 from stagewire.wire.messages import CallResult
 
 pytestmark = pytest.mark.vllm
@@ -210,6 +211,67 @@ def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
     process.accuse(1, 4, "step 4 did not come back")
     epoch, lost = process.ring.end_epoch.call_args.args
     assert (epoch, lost.stage, lost.step) == (1, accused, 4)
+
+
+def test_only_the_answer_to_catching_up_ends_it() -> None:
+    from stagewire.ring.node import Delivery
+    from stagewire.vllm_plugin.process import RingProcess
+    from stagewire.wire.messages import Reply
+
+    process = Mock(_prepare=(7, 55))
+    assert not RingProcess.takes(process, Delivery(Reply(7, 54, []), [], 0))
+    assert not process._set_whole.called
+    assert RingProcess.takes(process, Delivery(Reply(7, 55, []), [], 0))
+    process._set_whole.assert_called_once_with(7)
+
+
+@pytest.mark.parametrize(("now", "is_accused"), [(99.0, False), (101.0, True)])
+def test_a_stage_that_does_not_catch_up_in_time_is_accused(
+    now: float, is_accused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stagewire.vllm_plugin import process as module
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    process = Mock(_prepare=(7, 55), _prepare_until=100.0, _news=None, _broken=None, _leaving=None, _parent=None)
+    process._ranks.problem.return_value = None
+    module.RingProcess._watch(process)
+    assert process.accuse.called == is_accused
+    assert (process._prepare is None) == is_accused
+
+
+@pytest.mark.parametrize(
+    ("now", "num_left", "is_broken", "leaves"),
+    [(99.0, 2, False, False), (101.0, 2, False, True), (99.0, 0, False, True), (99.0, 2, True, True)],
+    ids=["it has requests", "their time is over", "it has none", "in a broken ring nobody can finish"],
+)
+def test_a_stage_that_is_told_to_stop_waits_for_its_requests_but_not_for_ever(
+    now: float, num_left: int, is_broken: bool, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stagewire.vllm_plugin import process as module
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    process = Mock(_broken=StageLost(2, "stage 2 is lost") if is_broken else None)
+    process._count_requests.return_value = num_left
+    module.RingProcess._mind_leaving(process, "stage 1 was told to stop", 100.0)
+    assert process.ring.node.request_stop.called == leaves
+
+
+@pytest.mark.parametrize(
+    ("error", "num_ranks", "goes_on"),
+    [
+        (ValueError("any"), 1, True),
+        (ValueError("any"), 2, False),  # the others may be stuck in a collective
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 1, False),
+        (torch.AcceleratorError("any"), 1, False),
+        (InternalError("a bug"), 1, False),
+        (PeerError("rows in another order"), 1, True),
+    ],
+    ids=str,
+)
+def test_what_a_stage_can_go_on_after(error: Exception, num_ranks: int, goes_on: bool) -> None:
+    from stagewire.vllm_plugin.stage_ranks import is_step_failure
+
+    assert is_step_failure(Mock(num_ranks=num_ranks), error) == goes_on
 
 
 def test_the_process_of_a_ring_that_failed_ends_with_the_errors_code() -> None:
