@@ -13,7 +13,7 @@ from stagewire.ring.actions import Fail, Send, Side
 from stagewire.ring.admission import settings_refusal
 from stagewire.ring.state import Phase
 from stagewire.wire.codec import Frame, decode
-from stagewire.wire.messages import Call, Hello, NotHere, Open, Redirect, Roll
+from stagewire.wire.messages import Call, Fault, Hello, NotHere, Open, Redirect, Refused, Roll
 from unit.ring_harness import QUICKSTART_PORTS, Ring, assert_whole, make_config, make_identity
 
 
@@ -123,6 +123,26 @@ def test_a_predecessor_whose_words_do_not_decode_while_steps_go_round_is_the_end
     (failed,) = (action for action in actions if isinstance(action, Fail))
     assert isinstance(failed.error, PeerError)
     assert stages[2].phase is Phase.FAILED
+
+
+@pytest.mark.parametrize(("accused", "step", "ends"), [(2, 5, True), (1, 5, False), (2, -1, False)])
+def test_a_stage_that_is_accused_of_a_step_ends_and_no_other(accused: int, step: int, ends: bool) -> None:
+    """It hangs: with the next epoch it would hang again. A loss without a step accuses nobody."""
+    ring = Ring()
+    state = ring.start_serving()[2].node.state
+    fault = Fault(state.epoch, accused, step, "it hangs")
+    actions = state.received(Side.PREDECESSOR, b"", fault, (), ring.clock.seconds)
+    assert any(isinstance(action, Fail) for action in actions) == ends
+    assert state.phase is (Phase.FAILED if ends else Phase.LINKING)
+
+
+def test_a_refusal_does_not_end_a_stage_that_serves() -> None:
+    ring = Ring()
+    state = ring.start_serving()[2].node.state
+    refusal = Refused(2, "--dtype", "float32", "bfloat16", "--dtype is bfloat16")
+    for side in (Side.PREDECESSOR, Side.OWNER):
+        assert state.received(side, b"", refusal, (), ring.clock.seconds) == []
+    assert state.phase is Phase.SERVING
 
 
 @pytest.mark.parametrize("who", ["the head", "the other"])

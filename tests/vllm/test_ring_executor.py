@@ -125,6 +125,29 @@ def test_results_that_are_not_one_of_each_rank_in_order_are_refused(results: Any
     assert not executor._process.journal.add.called
 
 
+def test_a_call_that_does_not_come_back_is_given_up(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stagewire.vllm_plugin import executor as module
+
+    now = [1000.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    executor._ranks.call.return_value, executor.poll = ([], []), Mock()
+
+    def receive(timeout_s: float | None) -> None:
+        assert now[0] < 2000, "no end"
+        if timeout_s is None:
+            assert executor._process.accuse.called
+            executor._lose(1, StageLost(1, "stage 1 hangs"))
+            return
+        now[0] += timeout_s
+        raise queue.Empty
+
+    executor._receive = receive
+    with pytest.raises(RuntimeError, match="pin_lora"):
+        executor._call("pin_lora", (7,), None)
+    assert now[0] == pytest.approx(1001)
+    assert not executor._process.journal.add.called
+
+
 # ---- steps and losses ------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +172,16 @@ def test_a_step_that_does_not_come_back_is_given_up(executor: Any, monkeypatch: 
     executor._pump(executor._steps[4].future)
     assert executor._process.accuse.call_args.args[:2] == (1, 4)
     assert now[0] == pytest.approx(1100)
+
+
+def test_a_result_of_a_step_that_nobody_waits_for_is_refused(executor: Any) -> None:
+    from stagewire.ring.node import Delivery
+    from stagewire.wire.messages import Result, StageTiming
+
+    executor._steps = {4: in_flight(4, ["a"])}
+    timings = [StageTiming(stage, 0, 0, 0, 0, 0) for stage in range(NUM_STAGES)]
+    with pytest.raises(PeerError, match="step 5, which is not in flight"):
+        executor._take(Delivery(Result(1, 5, timings), [b""], 0))
 
 
 def test_with_the_ring_every_step_in_flight_is_over(executor: Any) -> None:

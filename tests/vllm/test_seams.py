@@ -58,6 +58,7 @@ from stagewire.vllm_plugin.step_codec import (
     encode_schedule,
     is_nothing,
     row_digest,
+    token_digest,
 )
 from stagewire.wire.messages import KINDS
 from stagewire.wire.tensors import ITEM_BYTES
@@ -1807,6 +1808,18 @@ def test_digest_depends_on_rows_their_order_and_their_tokens(rows: list[str], to
     assert digest == row_digest(["a", "b"], {"a": 1, "b": 2}), "the schedule's own order does not matter"
     assert 0 < digest < 2**64
     assert row_digest(rows, tokens) != digest
+
+
+def test_the_digest_of_tokens_depends_on_each_of_them() -> None:
+    """Every rank of a tensor parallel tail samples for itself; rank 0's tokens travel."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    def digest(*tokens: list[int]) -> int:
+        names = [f"r{index}" for index in range(len(tokens))]
+        return token_digest(ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, list(tokens)))
+
+    assert digest([5], [6, 7]) == digest([5], [6, 7])
+    assert len({digest(*tokens) for tokens in ([[5], [6, 7]], [[5], [6, 8]], [[6, 7], [5]], [[5, 6], [7]])}) == 4
 
 
 # ---- inputs besides token ids -------------------------------------------------------------------------------------
