@@ -282,8 +282,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "refused-serving",
         "ring/state.py",
-        "        if self.phase is Phase.SERVING:\n            return self._unexpected()\n        self.phase = Phase.FAILED\n        return [Fail(ConfigError(refusal.text))]",
-        "        self.phase = Phase.FAILED\n        return [Fail(ConfigError(refusal.text))]",
+        "        if self.phase is Phase.SERVING:\n            return self._unexpected()",
+        "        if self.phase is Phase.STOPPED:\n            return self._unexpected()",
         "Anybody could end a serving stage with a refusal.",
         ("unit/test_ring_checks.py::test_a_refusal_does_not_end_a_stage_that_serves",),
     ),
