@@ -27,6 +27,7 @@ class Spelling:
 
 
 TP = frozenset({"--tensor-parallel-size"})
+OVERRIDES = frozenset({"--hf-overrides", "--config-format"})
 TLS = frozenset({"--ssl-keyfile", "--ssl-certfile"})
 SPELLINGS = (
     Spelling("--dtype float32"),
@@ -45,6 +46,9 @@ SPELLINGS = (
     Spelling("--port 9000 --host ::1", frozenset({"--port", "--host"})),
     Spelling("--uds=/tmp/a_b", frozenset({"--uds"})),
     Spelling("--pipeline_start_timeout 9", frozenset({"--pipeline-start-timeout"})),
+    Spelling("--load_format=safetensors --hf-config-path a_b", frozenset({"--load-format", "--hf-config-path"})),
+    Spelling("--hf-overrides.num_hidden_layers 4 --hf_overrides.text_config.a_b=x --config-format hf", OVERRIDES),
+    Spelling("--config FILE", OVERRIDES, content="hf-overrides: {num_hidden_layers: 4}\nconfig_format: hf\n"),
     Spelling("--config FILE"),
     Spelling("--config FILE", TP, 2, "tensor-parallel-size: 2\n"),
     Spelling("--config FILE", TP, 2, "tensor_parallel_size: 2\ndtype: float32\n"),

@@ -37,7 +37,7 @@ from stagewire.checkpoint.manifest import (
     read_manifest,
     stage_folder,
 )
-from stagewire.checkpoint.model_config import read_model_shape
+from stagewire.checkpoint.model_config import LoadFlags, read_model_shape
 from stagewire.checkpoint.ownership import Role, role_of, stage_bytes, stage_tensors
 from stagewire.checkpoint.samples import sample_weights
 from stagewire.errors import ConfigError, InternalError
@@ -221,6 +221,97 @@ def test_the_folder_is_in_the_hub_s_format(model: Path, tmp_path: Path) -> None:
     assert set(weight_map) == set(tensor_bytes(stage))
     alone = tmp_path / "out" / "stage_1"
     assert [path.name for path in alone.glob("model[.-]*")] == ["model.safetensors"], "one file needs no index"
+
+
+def add_modules(folder: Path, *places: str) -> None:
+    """modules.json of sentence-transformers, and a projection in each of the sub-folders."""
+    kinds = [{"path": place, "type": "sentence_transformers.models.Dense"} for place in places]
+    transformer = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    (folder / "modules.json").write_text(json.dumps([transformer, *kinds]))
+    for place in places:
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        (folder / place / "config.json").write_text('{"in_features": 3, "out_features": 2}')
+        (folder / place / "model.safetensors").write_bytes(
+            shard({"linear.weight": ("F32", (2, 3))}, random.Random(place))
+        )
+
+
+def test_sub_folders_that_modules_name_are_the_model(model: Path, tmp_path: Path) -> None:
+    """Without them vLLM answers all the same, with other vectors."""
+    add_modules(model, "2_Dense", "deep/er/3_Dense", "4_Linked")
+    (model / "1_Pooling").mkdir()
+    for name in ("1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (model / name).write_text("{}")
+    (model / "4_Linked").rename(tmp_path / "elsewhere")
+    (model / "4_Linked").symlink_to(tmp_path / "elsewhere")
+    (model / "5_Unnamed").mkdir()
+    (model / "5_Unnamed" / "model.safetensors").write_bytes(b"of something else")
+    export(model, tmp_path / "out")
+    verify_export(tmp_path / "out", quiet)
+    named = ["2_Dense", "deep/er/3_Dense", "4_Linked"]
+    files = [f"{place}/{name}" for place in named for name in ("config.json", "model.safetensors")]
+    files += ["modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    for stage in range(3):
+        folder = stage_folder(tmp_path / "out", stage)
+        assert [(folder / name).read_bytes() for name in files] == [(model / name).read_bytes() for name in files]
+        assert checkpoint_files(folder).module_weights == checkpoint_files(model).module_weights
+        assert not (folder / "5_Unnamed").exists()
+
+
+def test_a_projection_is_copied_whatever_its_size(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_modules(model, "2_Dense")
+    monkeypatch.setattr("stagewire.checkpoint.export_plan._MAX_COPIED_BYTES", 10)
+    plan = plan_for(model, "0-3", "3-6")
+    assert "2_Dense/model.safetensors" in plan.sources
+    assert "2_Dense/config.json" in plan.left_out
+
+
+def test_layers_that_only_draft_are_left_out_and_said(model: Path, tmp_path: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    drafters: Tensors = {"model.layers.6.eh_proj.weight": ("F32", (4, 4)), "mtp.fc.weight": ("F32", (2,))}
+    (model / "mtp.safetensors").write_bytes(shard(drafters, random.Random(0)))
+    index.write_text(json.dumps({"weight_map": weight_map | dict.fromkeys(drafters, "mtp.safetensors")}))
+    plan = plan_for(model, "0-3", "3-6")
+    assert {tensor.name for tensor in plan.sums.nowhere} == set(drafters)
+    run_export(plan, tmp_path / "out", quiet)
+    assert not {*drafters} & {*tensor_bytes(tmp_path / "out" / "stage_0"), *tensor_bytes(tmp_path / "out" / "stage_1")}
+
+
+def test_mistral_s_own_format_stays_one(tmp_path: Path) -> None:
+    """vLLM knows it by its names, the configuration too."""
+    model = tmp_path / "model"
+    model.mkdir()
+    params = {"dim": 4, "n_layers": 4, "n_heads": 2, "vocab_size": 6, "head_dim": 2}
+    (model / "params.json").write_text(json.dumps(params))
+    layers: list[Tensors] = [{f"layers.{i}.attention.wq.weight": ("F32", (4, 4))} for i in range(4)]
+    ends: Tensors = {"tok_embeddings.weight": ("F32", (6, 4)), "norm.weight": ("F32", (4,))}
+    first, last = ends | layers[0], layers[1] | layers[2] | layers[3] | {"output.weight": ("F32", (6, 4))}
+    for number, tensors in enumerate((first, last)):
+        (model / f"consolidated-{number}.safetensors").write_bytes(shard(tensors, random.Random(number)))
+    export(model, tmp_path / "out", "0-2", "2-4")
+    one, two = (tmp_path / "out" / f"stage_{stage}" for stage in range(2))
+    assert {path.name for path in two.glob("*.safetensors*")} == {
+        *(f"consolidated-0000{number}-of-00002.safetensors" for number in (1, 2)),
+        "consolidated.safetensors.index.json",
+    }
+    for folder in (one, two):
+        assert checkpoint_files(folder).load_format == "mistral"
+        assert read_model_shape(folder).num_layers == 4
+
+
+@pytest.mark.parametrize("name", ["._model.safetensors", ".DS_Store", ".cache/x", "2_Dense/._config.json"])
+def test_hidden_files_do_not_exist(model: Path, tmp_path: Path, name: str) -> None:
+    """What macOS and download tools leave in a folder that is copied."""
+    add_modules(model, "2_Dense")
+    export(model, tmp_path / "out")
+    path = stage_folder(tmp_path / "out", 1) / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\0\5\x16\7")
+    verify_export(tmp_path / "out", quiet)
+    manifest = read_manifest(stage_folder(tmp_path / "out", 1))
+    assert manifest is not None
+    check_files(stage_folder(tmp_path / "out", 1), manifest)
 
 
 def test_a_hub_s_cache_of_links(model: Path, tmp_path: Path) -> None:
@@ -811,7 +902,7 @@ def _stages(pipeline_dir: Path, **options: Any) -> tuple[tuple[LayerRange, ...],
     args = parser.parse_args(["--pipeline-dir", str(pipeline_dir)])
     for name, value in options.items():
         setattr(args, name, value)
-    return up._choose_stages(args)
+    return up._choose_stages(args, LoadFlags())
 
 
 def test_the_launcher_takes_stages_and_ranges_from_it(model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stagewire.launch.early import OPTIONS, read_early
+from stagewire.launch.early import CONFIG_FLAG, OPTIONS, read_early
 from stagewire.observe.status import HeadApi
 from stagewire.vllm_plugin import compat, flags
 from stagewire.vllm_plugin.engine_args import set_process_environment
@@ -49,12 +49,15 @@ def test_the_launcher_reads_what_vllm_s_parser_reads(spelling: Spelling, tmp_pat
     found = read_early(words)
     assert {flag for flag, dest in dests.items() if getattr(args, dest) != getattr(plain, dest)} == found.given
     assert args.tensor_parallel_size == found.num_ranks
+    load = found.load
+    theirs = (args.load_format, args.config_format, args.hf_config_path, args.hf_overrides)
+    assert theirs == (load.load_format, load.config_format, load.hf_config_path, load.hf_overrides)
 
 
 def test_no_option_of_vllm_is_a_beginning_of_one_that_the_launcher_reads() -> None:
     """Or the launcher would take it for the longer one."""
     (serve,) = serve_parser()._subparsers._group_actions[0].choices.values()
-    names = set(serve._option_string_actions) - set(OPTIONS)
+    names = set(serve._option_string_actions) - {*OPTIONS, CONFIG_FLAG}
     assert [(name, flag) for name in names for flag in OPTIONS if flag.startswith(name) and name.startswith("--")] == []
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stagewire.checkpoint.model_config import LoadFlags, parse_overrides
 from stagewire.errors import ConfigError
 
 __all__ = [
     "ADDRESS_FLAGS",
+    "CONFIG_FLAG",
     "OPTIONS",
     "OWN_FLAGS",
     "START_TIMEOUT_FLAG",
@@ -46,18 +48,21 @@ ADDRESS_FLAGS = ("--host", "--port", "--uds")
 TLS_FLAGS = ("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-ciphers")
 # Flags that take no value.
 _SWITCHES = ("--external-pp-worker", "--pipeline-standby")
-OPTIONS = (*OWN_FLAGS, *ADDRESS_FLAGS, *TLS_FLAGS, TENSOR_FLAG, START_TIMEOUT_FLAG)
+OVERRIDES_FLAG = "--hf-overrides"
+LOAD_FLAGS = ("--load-format", "--config-format", "--hf-config-path", OVERRIDES_FLAG)
+OPTIONS = (*OWN_FLAGS, *ADDRESS_FLAGS, *TLS_FLAGS, TENSOR_FLAG, START_TIMEOUT_FLAG, *LOAD_FLAGS)
 
 
 @dataclass(frozen=True)
 class EarlyArguments:
     """``typed``, ``given``: which of `OPTIONS` are on the command line, and which there or in the --config file.
-    ``num_ranks``: tensor parallel ranks of each stage.
+    ``num_ranks``: tensor parallel ranks of each stage. ``load``: how the model's folder is read.
     """
 
     typed: frozenset[str]
     given: frozenset[str]
     num_ranks: int
+    load: LoadFlags = field(default_factory=LoadFlags)
 
     def describe(self, flags: Sequence[str]) -> str:
         """Those of ``flags`` that are given, and where; empty when there is none."""
@@ -85,7 +90,16 @@ def read_early(arguments: Sequence[str]) -> EarlyArguments:
     own, both = _parse(typed), _parse([*from_file, *typed])
     size = str(both.get(TENSOR_FLAG) or 1)
     num_ranks = int(size) if size.isdecimal() and int(size) else 1
-    return EarlyArguments(frozenset(own), frozenset(both), num_ranks)
+    return EarlyArguments(frozenset(own), frozenset(both), num_ranks, _load_flags(both))
+
+
+def _load_flags(values: Mapping[str, Any]) -> LoadFlags:
+    try:
+        overrides = parse_overrides(values.get(OVERRIDES_FLAG) or "{}")
+    except ConfigError:
+        overrides = {}
+    load_format, config_format = (str(values.get(flag) or "auto") for flag in LOAD_FLAGS[:2])
+    return LoadFlags(load_format, config_format, values.get("--hf-config-path"), overrides)
 
 
 def _parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -93,18 +107,45 @@ def _parse(arguments: Sequence[str]) -> dict[str, Any]:
     for flag in OPTIONS:
         names = (flag, "-tp") if flag == TENSOR_FLAG else (flag,)
         parser.add_argument(*names, dest=flag, action="store_true" if flag in _SWITCHES else "store")
+    words = [_with_dashes(argument) for argument in arguments]
+    known = [word for word in _join_overrides(words) if word.partition("=")[0] != CONFIG_FLAG]
     try:
-        return vars(parser.parse_known_args([_with_dashes(argument) for argument in arguments])[0])
+        return vars(parser.parse_known_args(known)[0])
     except _Unreadable:
         return {}
 
 
 def _with_dashes(argument: str) -> str:
-    """``--ssl_keyfile=a_b`` -> ``--ssl-keyfile=a_b``."""
+    """``--ssl_keyfile=a_b`` -> ``--ssl-keyfile=a_b``, ``--hf_overrides.a_b`` -> ``--hf-overrides.a_b``."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    name, dot, keys = name.partition(".")
+    return name.replace("_", "-") + dot + keys + equals + value
+
+
+def _join_overrides(words: Sequence[str]) -> list[str]:
+    """``--hf-overrides.a.b 1`` as vLLM's parser takes it: ``--hf-overrides '{"a": {"b": 1}}'``, all of them in one."""
+    others, overrides = [], dict[str, Any]()
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith(f"{OVERRIDES_FLAG}."):
+            others.append(word)
+            continue
+        *sections, key = name.removeprefix(f"{OVERRIDES_FLAG}.").split(".")
+        inner = overrides
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = _as_json(value if equals else next(rest, ""))
+    return [*others, OVERRIDES_FLAG, json.dumps(overrides)] if overrides else others
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], list[str]]:

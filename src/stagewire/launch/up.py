@@ -10,9 +10,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagewire.checkpoint import hub
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import check_files, read_export, stage_folder
-from stagewire.checkpoint.model_config import read_config, shape_of
+from stagewire.checkpoint.model_config import LoadFlags, read_config, read_model_shape
 from stagewire.errors import ConfigError
 from stagewire.folders import private_folder
 from stagewire.launch.api import DEFAULT_PORT, Api, Served, chat_template_exists, usage
@@ -158,7 +159,7 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     _check_extra(args, early)
     if args.restarts < 0:
         raise ConfigError(f"--restarts {args.restarts}: a number of 0 or more")
-    ranges, folders = _choose_stages(args)
+    ranges, folders = _choose_stages(args, early.load)
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
     resources = assign_resources(len(specs), environ, is_cpu_build(), early.num_ranks)
@@ -172,13 +173,14 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     return Launch(specs, command, resources, api, source, logs, chat_template_exists(model_dir), *limits)
 
 
-def _choose_stages(args: argparse.Namespace) -> tuple[tuple[LayerRange, ...], list[Path]]:
+def _choose_stages(args: argparse.Namespace, flags: LoadFlags) -> tuple[tuple[LayerRange, ...], list[Path]]:
     """Each stage's layers, and the folder that it loads from: the full checkpoint's, or its own."""
     if args.pipeline_dir is not None:
         return _read_pre_split(args.pipeline_dir.expanduser(), args.ranges, args.num_stages)
     model_dir = Path(args.model).expanduser()
-    config = read_config(model_dir)
-    ranges = _choose_ranges(args.ranges, args.num_stages, shape_of(config, model_dir / "config.json").num_layers)
+    flags = hub.with_config_folder(flags, None)
+    config = read_config(model_dir, flags)
+    ranges = _choose_ranges(args.ranges, args.num_stages, read_model_shape(model_dir, flags).num_layers)
     check_kv(read_layout(config), ranges)
     return ranges, [model_dir] * len(ranges)
 
