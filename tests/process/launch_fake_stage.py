@@ -3,9 +3,9 @@
 usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `stubborn`
 (serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends with words in its log only), `lost` (serves
 until SIGUSR1, then ends as a stage does that lost its peer), `api:JSON` (a head that tells where and how it answers:
-`task`, `key`, `uds`), `standby` (loads, is ready as soon as it has the port). `standby:fail` cannot load,
-`standby:held` loads until a test has opened and closed the FIFO `loading`, `standby:S` loads for S seconds. In place of
-a port there is a lock.
+`task`, `key`, `uds`), `slow:S` (reads for S seconds, then serves), `stuck` (reads a fifth, no more), `standby` (loads,
+is ready as soon as it has the port). `standby:fail` cannot load, `standby:held` loads until a test has opened and
+closed the FIFO `loading`, `standby:S` loads for S seconds. In place of a port there is a lock.
 """
 
 from __future__ import annotations
@@ -89,6 +89,14 @@ def stand_by(sender: StatusSender, lock: int, how: str) -> None:
     is_loaded.set()
 
 
+def read(sender: StatusSender, seconds: float) -> None:
+    """A disk that is slow, or that stops."""
+    sender.advance(Phase.LOADING, "a fifth", 800_000_000, 4_200_000_000)
+    for step in range(int(seconds * 10)):
+        time.sleep(0.1)
+        sender.advance(Phase.LOADING, "more", 800_000_000 + step, 4_200_000_000)
+
+
 class UnixServer(ThreadingHTTPServer):
     address_family = socket.AF_UNIX
 
@@ -124,8 +132,10 @@ def main() -> None:
             sys.exit(2)
     if stage == 1 and behaviour == "serve":  # the ring links before a stage has loaded
         sender.send(Phase.LINKED, "early")
-        sender.advance(Phase.LOADING, "half", 0.5)
+        sender.advance(Phase.LOADING, "half", 1, 2)
         sender.send(Phase.LOADED)
+    if behaviour in ("slow", "stuck"):
+        read(sender, float(code or 0))
     if behaviour == "fail":
         sender.send(Phase.FAILED, "layers 3-5 are already taken", int(code))
         sys.exit(int(code))
@@ -137,7 +147,7 @@ def main() -> None:
         engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         sender.send(Phase.LOADED, f"engine {engine.pid}")
         serve(sender, port, json.loads(code) if behaviour == "api" else {})
-    if behaviour not in ("hang", "standby"):
+    if behaviour not in ("hang", "stuck", "standby"):
         sender.send(Phase.LINKED)
         sender.send(Phase.READY)
     if behaviour == "lost":

@@ -451,6 +451,21 @@ def test_the_deadline_names_what_it_waited_for(launch: Launch) -> None:
     assert re.search(r"not ready within 3 s \(--start-timeout\): .*stage 1 is at", launcher.error())
 
 
+def test_the_deadline_counts_from_the_last_progress(launch: Launch) -> None:
+    launcher = launch("serve", "slow:6", start=3.0, look=0.1)
+    launcher.wait_for("serving fake-model")
+    assert any("stage 1  loading" in line for line in launcher.lines)
+
+
+def test_a_stage_that_reads_no_more_ends_the_start_though_another_one_does(launch: Launch) -> None:
+    launcher = launch("serve", "stuck", "slow:100", start=3.0, look=0.1)
+    assert launcher.end() == 3
+    error = launcher.error()
+    read = r"0\.80 of 4\.20 GB read, 0\.0 B/s in the last \d+ s"
+    assert re.search(rf"stage 1 is at 'loading', {read}, no progress for [3-9] s", error)
+    assert re.search(r"stage 2 is at 'loading', 0\.80 of 4\.20 GB read, .*, no progress for 0 s", error)
+
+
 def test_live_bars_on_a_terminal(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -152,6 +152,13 @@ def test_a_file_that_changes_meanwhile(change: Callable[[Path], None], said: str
         sample_tensors(files, tensors.values())
 
 
+def test_a_read_may_return_less_than_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write(tmp_path / "a")
+    whole, pread = sample(model), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 1000), offset))
+    assert sample(model) == whole
+
+
 def test_weights_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(random.Random(0).randbytes(300_000))

@@ -12,7 +12,7 @@ def test_events_wait_for_a_listener_whose_queue_is_full(tmp_path: Path) -> None:
     receiver = StatusReceiver(str(tmp_path / "socket"))
     sender = StatusSender(3, [receiver.path])
     for percent in range(1, 100):
-        sender.advance(Phase.LOADING, "layers", percent / 100)  # returns at once
+        sender.advance(Phase.LOADING, "layers", percent, 100)  # returns at once
     thread = threading.Thread(target=sender.send, args=(Phase.READY,))
     thread.start()
     thread.join(0.1)

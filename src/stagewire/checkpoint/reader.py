@@ -79,11 +79,13 @@ class TensorReader:
         folder: the checkpoint's.
         tensors: what to read, in the order of ``CheckpointIndex.tensors``, that is of the files and of their data.
         allocate: gives writable memory of so many bytes (at least 1).
+        on_read: called with the bytes that came, piece by piece, by any thread.
     """
 
     folder: Path
     tensors: Sequence[TensorInfo]
     allocate: Callable[[int], memoryview]
+    on_read: Callable[[int], None] = lambda _: None
     num_bytes_read: int = 0
 
     _files: dict[str, _File] = field(default_factory=dict)
@@ -114,7 +116,7 @@ class TensorReader:
 
         def read_chunk(chunk: tuple[int, int, int]) -> None:
             descriptor, begin, end = chunk
-            _read_fully(descriptor, buffer[begin:end], tensor.offset + begin)
+            _read_fully(descriptor, buffer[begin:end], tensor.offset + begin, self.on_read)
 
         try:
             copies = []
@@ -243,7 +245,7 @@ def _window_bytes(file: int) -> int:
     return _UNKNOWN_WINDOW_BYTES
 
 
-def _read_fully(file: int, buffer: memoryview, offset: int) -> None:
+def _read_fully(file: int, buffer: memoryview, offset: int, on_read: Callable[[int], None]) -> None:
     """A single read may return less than was asked for, and never returns more than 2 GiB."""
     done = 0
     while done < len(buffer):
@@ -251,3 +253,4 @@ def _read_fully(file: int, buffer: memoryview, offset: int) -> None:
         if count == 0:
             raise OSError(f"the file ends at byte {offset + done}")
         done += count
+        on_read(count)

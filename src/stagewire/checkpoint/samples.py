@@ -157,9 +157,17 @@ def _announce(file: int, tensor: TensorInfo, ranges: Sequence[tuple[int, int]]) 
         os.posix_fadvise(file, tensor.offset + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
+def _pread_fully(file: int, num_bytes: int, offset: int) -> bytes:
+    """Less only where the file ends: a single read may return less anywhere."""
+    content = os.pread(file, num_bytes, offset)
+    while len(content) < num_bytes and (piece := os.pread(file, num_bytes - len(content), offset + len(content))):
+        content += piece
+    return content
+
+
 def _pread(folder: Path, file: int, tensor: TensorInfo, begin: int, end: int) -> bytes:
     try:
-        content = os.pread(file, end - begin, tensor.offset + begin)
+        content = _pread_fully(file, end - begin, tensor.offset + begin)
     except OSError as error:
         raise ConfigError(f"{folder / tensor.file}: tensor {tensor.name} cannot be read: {error}") from error
     if len(content) < end - begin:

@@ -29,6 +29,7 @@ from stagewire.errors import ConfigError, PeerError, StagewireError
 from stagewire.launch.api import Api, Served
 from stagewire.launch.hints import describe_exit, hint, last_error
 from stagewire.launch.logs import LogFolder
+from stagewire.launch.pace import Pace, deadline, io_bytes
 from stagewire.launch.screen import Screen
 from stagewire.launch.signals import stop_signals
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
@@ -53,12 +54,14 @@ class StageFailed(StagewireError):
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds. ``root_cause``: for stages that failed before the one heard first to say so. ``poll``: between
+    """Seconds. ``start``: since a stage last got on (launch/pace.py); ``look``: between looks at that.
+    ``root_cause``: for stages that failed before the one heard first to say so. ``poll``: between
     questions to the head's HTTP port, the one thing that sends no message when it changes. ``back_off``: before a stage
     is started for the third time; the first time again at once, later ones after twice as long each, at most
     ``most_back_off``. ``healthy``: a stage that was ready for so long has not failed because of how it was started."""
 
     start: float = 600.0
+    look: float = 1.0
     root_cause: float = 1.0
     head_stop: float = 2.0
     drain: float = 0.0  # more for a head that may have open requests
@@ -111,6 +114,7 @@ class _Stage:
     spec: StageSpec
     process: asyncio.subprocess.Process
     log: Path
+    pace: Pace
     phase: Phase = Phase.IMPORTING
     text: str = ""
     early_link: StatusEvent | None = None
@@ -264,13 +268,16 @@ class Supervisor:
             self._receiver.close()
 
     async def _run(self) -> int:
-        deadline = asyncio.get_running_loop().time() + self._timeouts.start
         for spec, resources in zip(self._specs, self._resources, strict=True):
             self._stages.append(await self._start(spec, resources))
             self._screen.show(StatusEvent(spec.index, Phase.IMPORTING))
         try:
-            async with asyncio.timeout_at(deadline):
-                served = await self._until_answered(deadline)
+            async with asyncio.timeout(self._timeouts.start) as limit:
+                watching = asyncio.create_task(self._watch_progress(limit))
+                try:
+                    served = await self._until_answered()
+                finally:
+                    watching.cancel()
         except TimeoutError:
             raise PeerError(self._describe_timeout()) from None
         if served is None:
@@ -294,7 +301,7 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=partial(_begin_stage, os.getpid(), cores),
             )
-        stage = _Stage(spec, process, self._logs.path / name)
+        stage = _Stage(spec, process, self._logs.path / name, Pace(asyncio.get_running_loop().time()))
         stage.exited = asyncio.create_task(self._watch(stage))
         return stage
 
@@ -461,7 +468,18 @@ class Supervisor:
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
-    async def _until_answered(self, deadline: float) -> Served | None:
+    async def _watch_progress(self, limit: asyncio.Timeout) -> None:
+        """Moves the end of the start on, as long as the stages get on."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for stage in self._stages:
+                stage.pace.see_io(loop.time(), io_bytes(stage.process.pid))
+            loading = [stage.pace for stage in self._stages if stage.is_before(Phase.LOADED)]
+            paces = [stage.pace for stage in self._stages]
+            limit.reschedule(deadline(loading, paces, self._timeouts.start))
+            await asyncio.sleep(self._timeouts.look)
+
+    async def _until_answered(self) -> Served | None:
         """What a first answer has shown; None when asked to stop before that."""
         asking: asyncio.Task[None] | None = None
         try:
@@ -474,17 +492,16 @@ class Supervisor:
                         raise event.found
                     return event.found
                 if asking is None and all(stage.phase is Phase.READY for stage in self._stages):
-                    asking = asyncio.create_task(self._ask(deadline))
+                    asking = asyncio.create_task(self._ask())
         finally:
             if asking is not None:
                 asking.cancel()
 
-    async def _ask(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
+    async def _ask(self) -> None:
         try:
             while not await asyncio.to_thread(self._api.is_ready):
                 await asyncio.sleep(self._timeouts.poll)
-            served = await asyncio.to_thread(self._api.first_request, max(1.0, deadline - loop.time()))
+            served = await asyncio.to_thread(self._api.first_request, self._timeouts.start)
             self._queue.put_nowait(_Answered(served))
         except StagewireError as error:
             self._queue.put_nowait(_Answered(error))
@@ -528,6 +545,11 @@ class Supervisor:
         return False
 
     def _advance(self, stage: _Stage, event: StatusEvent) -> None:
+        now = asyncio.get_running_loop().time()
+        if stage.is_before(event.phase):
+            stage.pace.step(now)
+        if event.total_bytes:
+            stage.pace.read(now, event.done_bytes, event.total_bytes)
         stage.phase, stage.text = event.phase, event.text
         self._screen.show(event)
 
@@ -550,13 +572,15 @@ class Supervisor:
         return len(failed) == len(self._stages) or any(stage.blame() == 0 for stage in failed)
 
     def _describe_timeout(self) -> str:
+        limit, now = f"{self._timeouts.start:g} s (--start-timeout)", asyncio.get_running_loop().time()
         late = [stage for stage in self._stages if stage.phase is not Phase.READY]
         if not late:
-            return (
-                f"{self._api.place}/ready and a first request: no answer within {self._timeouts.start:g} s of the start"
-            )
-        where = "; ".join(f"stage {stage.spec.index} is at {stage.phase.value!r} (log: {stage.log})" for stage in late)
-        return f"not ready within {self._timeouts.start:g} s (--start-timeout): {where}"
+            return f"{self._api.place}/ready and a first request: no answer within {limit}, though all stages are ready"
+        where = "; ".join(
+            f"stage {stage.spec.index} is at {stage.phase.value!r}, {stage.pace.describe(now)} (log: {stage.log})"
+            for stage in late
+        )
+        return f"not ready within {limit}: {where}; the time counts from the last progress"
 
     # ---- stopping --------------------------------------------------------------------------------------------------
 

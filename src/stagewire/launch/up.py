@@ -81,7 +81,11 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
         help="default: ./%(default)s, or the next free one of that name while another launcher has it",
     )
     parser.add_argument(
-        "--start-timeout", type=float, default=DEFAULT_START_TIMEOUT_S, metavar="S", help="default: %(default)g seconds"
+        "--start-timeout",
+        type=float,
+        default=DEFAULT_START_TIMEOUT_S,
+        metavar="S",
+        help="since a stage that loads last got on; default: %(default)g seconds",
     )
     parser.add_argument(
         "--restarts",
@@ -163,7 +167,8 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
     resources = assign_resources(len(specs), environ, is_cpu_build(), early.num_ranks)
-    if args.start_timeout != DEFAULT_START_TIMEOUT_S and START_TIMEOUT_FLAG not in early.given:
+    # Stages wait for each other at least as long as ever: here the time counts from the last progress.
+    if args.start_timeout > DEFAULT_START_TIMEOUT_S and START_TIMEOUT_FLAG not in early.given:
         extra = [*extra, START_TIMEOUT_FLAG, f"{args.start_timeout:g}"]
     command = VllmCommand(find_vllm(), [str(folder) for folder in folders], args.host, args.port, tuple(extra))
     api = Api(args.host, args.port or DEFAULT_PORT)

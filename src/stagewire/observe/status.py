@@ -79,7 +79,8 @@ class HeadApi:
 
 @dataclass(frozen=True)
 class StatusEvent:
-    """``share``: how much of a phase is done, where that is known; 0 at its beginning.
+    """``share``: how much of a phase is done, where that is known; 0 at its beginning. ``done_bytes``,
+    ``total_bytes``: of the stage's weights, while it reads them.
 
     ``api``: of the head, once; for the launcher alone.
     """
@@ -90,6 +91,8 @@ class StatusEvent:
     exit_code: int = 0
     pid: int = 0
     share: float = 0.0
+    done_bytes: int = 0
+    total_bytes: int = 0
     api: HeadApi | None = None
 
 
@@ -173,9 +176,11 @@ class StatusSender:
         self._phase = phase
         self._send(StatusEvent(self._stage, phase, _clip(text), exit_code, os.getpid()), is_droppable=False)
 
-    def advance(self, phase: Phase, text: str, share: float) -> None:
+    def advance(self, phase: Phase, text: str, done_bytes: int, total_bytes: int) -> None:
         """The stage is further in a phase, which it may have entered in another process."""
-        self._send(StatusEvent(self._stage, phase, _clip(text), 0, os.getpid(), share), is_droppable=True)
+        share = done_bytes / total_bytes
+        event = StatusEvent(self._stage, phase, _clip(text), 0, os.getpid(), share, done_bytes, total_bytes)
+        self._send(event, is_droppable=True)
 
     def note(self, text: str) -> None:
         """The same phase as before, with news: whom the stage waits for."""

@@ -13,6 +13,7 @@ import copy
 import mmap
 import os
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -182,10 +183,10 @@ class RangeLoader(DefaultModelLoader):
             chosen = [tensor for tensor in chosen if not is_unused(tensor.name)]
         for tensor in chosen:
             _dtype_of(tensor, folder)
-        reader = TensorReader(folder, chosen, _Memory(sum(tensor.num_bytes for tensor in chosen)).take)
+        memory = _Memory(sum(tensor.num_bytes for tensor in chosen))
+        reader = TensorReader(folder, chosen, memory.take, self._progress.advance)
         self._progress.begin(chosen, index.header_bytes)
         for tensor, buffer in reader:
-            self._progress.advance(tensor.num_bytes)
             loaded = _as_torch(tensor, buffer, folder)
             if self._heads and role_of(tensor.name) is Role.EMBEDDING:
                 for head in self._heads:
@@ -250,6 +251,7 @@ class _Progress:
         self._own_bytes = 0
         self._header_bytes = 0
         self._done_bytes = 0
+        self._lock = threading.Lock()  # several threads read
 
     def say(self, text: str) -> None:
         if not self._is_speaker:
@@ -263,12 +265,14 @@ class _Progress:
         self._header_bytes += header_bytes
 
     def advance(self, num_bytes: int) -> None:
-        self._done_bytes += num_bytes
-        now = time.perf_counter()
-        if self._is_speaker and now - self._said_at >= NEWS_INTERVAL_S:
-            self._said_at = now
-            text = f"{self._stage.layers.describe()}: {self._done_bytes / 1e9:.2f} of {self._own_bytes / 1e9:.2f} GB"
-            self._status.advance(Phase.LOADING, text, self._done_bytes / self._own_bytes)
+        with self._lock:
+            self._done_bytes += num_bytes
+            now = time.perf_counter()
+            if self._is_speaker and now - self._said_at >= NEWS_INTERVAL_S:
+                self._said_at = now
+                done, own = self._done_bytes, self._own_bytes
+                text = f"{self._stage.layers.describe()}: {done / 1e9:.2f} of {own / 1e9:.2f} GB"
+                self._status.advance(Phase.LOADING, text, done, own)
 
     def report(self) -> None:
         """Nothing when vLLM's own loading read it: what that read is not known here."""
