@@ -231,7 +231,7 @@ def measure_security(options: argparse.Namespace) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
         kinds = {
             "plain TCP": OPEN,
-            "Unix socket": Security(folder=folder),
+            "Unix socket": Security.of_folder(folder),
             "CURVE": Security(RingKey(b"l" * 32, b"c" * 32)),
         }
         ports = {kind: _start_echo(stack, _our_echo, security) for kind, security in kinds.items()}

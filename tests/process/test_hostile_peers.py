@@ -59,7 +59,7 @@ def meet(listener: Security, caller: Security) -> tuple[Event, list[Event]]:
     before, after = ends
     seen: list[Event] = []
     try:
-        address = Address(HOST, before.bind(0))
+        address = before.bind(0)
         after.connect(P, address)
         ends_at = time.monotonic() + DEADLINE_S
         while time.monotonic() < ends_at:
@@ -90,7 +90,7 @@ def folders(socket_folder: Path) -> tuple[Path, Path]:
 
 
 def test_stages_of_one_ring_meet(folders: tuple[Path, Path]) -> None:
-    for security in (OPEN, Security(KEY), Security(folder=folders[0])):
+    for security in (OPEN, Security(KEY), Security.of_folder(folders[0])):
         event, seen = meet(security, security)
         assert event == Connected(P)
         assert [event.frames[0] for event in seen if isinstance(event, Received)] == [b"let me in"]
@@ -121,7 +121,7 @@ def test_who_has_not_the_key_is_told_so(listener: Security, caller: Security, sa
 def test_another_user_on_this_host_is_refused(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two users have two folders. Neither gets through to the other, whoever listens first."""
     monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
-    mine, theirs = (Security(folder=folder) for folder in folders)
+    mine, theirs = (Security.of_folder(folder) for folder in folders)
     for listener, caller in ((mine, theirs), (theirs, mine), (OPEN, mine)):
         event, seen = meet(listener, caller)
         assert isinstance(event, BadHandshake)
@@ -131,8 +131,8 @@ def test_another_user_on_this_host_is_refused(folders: tuple[Path, Path], monkey
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_the_kernel_keeps_another_user_out(folders: tuple[Path, Path]) -> None:
-    transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security := Security(folder=folders[0]))
-    path = security.socket_path(HOST, transport.bind(0))
+    transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security := Security.of_folder(folders[0]))
+    path = security.socket_path(HOST, transport.bind(0).port)
     assert path is not None
     folders[0].parent.chmod(0o755)
     child = os.fork()
@@ -145,24 +145,24 @@ def test_the_kernel_keeps_another_user_out(folders: tuple[Path, Path]) -> None:
 
 
 def test_a_key_and_none_on_loopback(folders: tuple[Path, Path]) -> None:
-    local = Security(folder=folders[0])
+    local = Security.of_folder(folders[0])
     event, _ = meet(Security(KEY), local)
     assert isinstance(event, BadHandshake)
     assert NEEDS_KEY in event.note
-    event, _ = meet(local, Security(KEY, folders[0]))
+    event, _ = meet(local, Security.of_folder(folders[0], KEY))
     assert isinstance(event, BadHandshake)
     assert HAS_NO_KEY in event.note
 
 
 def test_a_killed_stages_socket_is_replaced(folders: tuple[Path, Path]) -> None:
-    security = Security(folder=folders[0])
+    security = Security.of_folder(folders[0])
     (port,) = free_ports(1)
     path = security.socket_path(HOST, port)
     assert path is not None
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
     transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
-    assert transport.bind(port) == port
+    assert transport.bind(port).port == port
     transport.close(0)
     assert not Path(path).exists()
 
@@ -195,7 +195,7 @@ class LiveRing:
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, self.security)
         state = RingState(config, make_identity(config, f"process {config.stage}"), time.monotonic())
         self.records.append(Record())
-        return RingNode(config, state, transport, time.monotonic_ns, self.records[-1], HOST)
+        return RingNode(config, state, transport, time.monotonic_ns, self.records[-1])
 
     def turn(self) -> None:
         for node in self.nodes:
@@ -257,7 +257,7 @@ def _answer(step: int) -> bytes:
 
 SECURITIES: dict[str, Callable[[Path], Security]] = {
     "plain": lambda folder: OPEN,
-    "local": lambda folder: Security(folder=folder),
+    "local": lambda folder: Security.of_folder(folder),
     "key": lambda folder: Security(KEY),
 }
 
@@ -318,7 +318,7 @@ def test_garbage(ring: LiveRing, mechanism: bytes) -> None:
 
     def attack(port: int) -> None:
         throw(port, [rng.randbytes(rng.randrange(1, 5000))])
-        for _ in range(0 if ring.security.folder else 30):
+        for _ in range(0 if ring.security.has_local_sockets else 30):
             throw(port, [greeting(mechanism), rng.randbytes(rng.randrange(1, 5000))])
 
     under_fire(ring, attack)
@@ -407,7 +407,7 @@ def test_many_large_messages_are_no_flood() -> None:
     parts = [b"step", bytes(1 << 20), bytes(1 << 20), bytes(1 << 20)]
     num_back = num_sent = 0
     try:
-        after.connect(P, Address(HOST, before.bind(0)))
+        after.connect(P, before.bind(0))
         until = time.monotonic() + DEADLINE_S
         peer = b""
         while num_back < 100:
@@ -433,7 +433,7 @@ def test_steps_that_nobody_asked_for_end_the_stage_that_would_have_to_keep_them(
     """Faster than the model's thread takes them, which here takes none."""
     ring = LiveRing(OPEN)
     ring.nodes[1] = RingNode(
-        ring.config(1), ring.nodes[1].state, ring.nodes[1].transport, time.monotonic_ns, ring.records[1], HOST, 1 << 20
+        ring.config(1), ring.nodes[1].state, ring.nodes[1].transport, time.monotonic_ns, ring.records[1], 1 << 20
     )
     try:
         ring.open()
@@ -615,11 +615,11 @@ def test_a_stage_without_the_rings_key_ends_with_the_flags_name(is_keyed: bool, 
     ring = LiveRing(Security(KEY))
     try:
         ring.open()
-        security = Security(OTHER_KEY) if is_keyed else Security(folder=socket_folder)
+        security = Security(OTHER_KEY) if is_keyed else Security.of_folder(socket_folder)
         config = make_config(1, [(0, 0), (ring.ports[1], ring.ports[0])], num_stages=3)
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
         state = RingState(config, make_identity(config, "stranger"), time.monotonic())
-        node = RingNode(config, state, transport, time.monotonic_ns, record := Record(), HOST)
+        node = RingNode(config, state, transport, time.monotonic_ns, record := Record())
         ring.run(lambda: not node.turn(0.002))
         transport.close(0)
         (error,) = record.errors
@@ -633,7 +633,7 @@ def test_a_stage_without_the_rings_key_ends_with_the_flags_name(is_keyed: bool, 
 def test_ports_of_another_program(is_keyed: bool, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A web server where the predecessor should be, and on this stage's own port."""
     monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
-    security = Security(KEY) if is_keyed else Security(folder=socket_folder)
+    security = Security(KEY) if is_keyed else Security.of_folder(socket_folder)
     server = http.server.ThreadingHTTPServer((HOST, 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     port = int(server.server_address[1])
@@ -645,7 +645,7 @@ def test_ports_of_another_program(is_keyed: bool, socket_folder: Path, monkeypat
         config = make_config(1, [(0, 0), layout], num_stages=3)
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
         state = RingState(config, make_identity(config), time.monotonic())
-        node = RingNode(config, state, transport, time.monotonic_ns, record := Record(), HOST)
+        node = RingNode(config, state, transport, time.monotonic_ns, record := Record())
         ends_at = time.monotonic() + DEADLINE_S
         while node.turn(0.05):
             assert time.monotonic() < ends_at, node
@@ -659,11 +659,14 @@ def test_ports_of_another_program(is_keyed: bool, socket_folder: Path, monkeypat
 def test_disconnected_is_no_refusal(folders: tuple[Path, Path]) -> None:
     """A stage that is not up yet is waited for, with and without a key."""
     (port,) = free_ports(1)
-    for security in (Security(KEY), Security(folder=folders[0])):
+    for security in (Security(KEY), Security.of_folder(folders[0])):
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
         transport.connect(P, Address(HOST, port))
         events: list[Event] = []
         while not events:
             events = transport.poll(0.1)
-        assert events == [Disconnected(P, "nothing listens there yet")]
+        (event,) = events
+        assert isinstance(event, Disconnected)
+        assert event.note.startswith(f"nothing listens there yet: {HOST} port {port} refused the connection")
+        assert (str(folders[0]) in event.note) == (security.key is None)
         transport.close(0)

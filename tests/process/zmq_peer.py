@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 def read_security(text: str) -> Security:
     if text == "local":
-        return Security(folder=runtime_folder(os.environ, os.geteuid()))
+        return Security(find_folder=lambda: runtime_folder(os.environ, os.geteuid()))
     return OPEN if text == "open" else Security(read_key_file(Path(text)))
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     transport = ZmqTransport(HOST, 1 << 20, read_security(sys.argv[1]))
     is_listening = len(sys.argv) == 2
     if is_listening:
-        say(str(transport.bind(0)))
+        say(str(transport.bind(0).port))
     else:
         transport.connect(Side.PREDECESSOR, Address(HOST, int(sys.argv[2])))
     while True:

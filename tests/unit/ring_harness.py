@@ -54,8 +54,8 @@ class Record(Observer):
     def on_log(self, text: str, is_warning: bool) -> None:
         self.logs.append(text)
 
-    def on_bound(self, host_port: str) -> None:
-        self.bound.append(host_port)
+    def on_bound(self, address: Address) -> None:
+        self.bound.append(str(address))
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
         self.opened.append((epoch, identities))
@@ -173,7 +173,7 @@ class Ring:
         state = RingState(config, identity, self.clock.seconds, first_epoch=1000 * self._num_started)
         transport = MemoryTransport(self.network)
         record = Record()
-        stage = Stage(RingNode(config, state, transport, self.clock, record, "127.0.0.1"), record, transport)
+        stage = Stage(RingNode(config, state, transport, self.clock, record), record, transport)
         self.stages.append(stage)
         return stage
 

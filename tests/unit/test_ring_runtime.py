@@ -27,7 +27,7 @@ class LockedTransport(MemoryTransport):
 
     lock = threading.RLock()
 
-    def bind(self, port: int) -> int:
+    def bind(self, port: int) -> Address:
         with self.lock:
             return super().bind(port)
 
@@ -64,7 +64,7 @@ def make(
     config = make_config(stage, PORTS, layers=(stage, stage + 1), num_stages=2)
     record = Ended()
     identity = make_identity(config, new_incarnation())
-    return RingRuntime(config, identity, LockedTransport(network), record, "127.0.0.1", watch), record
+    return RingRuntime(config, identity, LockedTransport(network), record, watch), record
 
 
 @pytest.fixture

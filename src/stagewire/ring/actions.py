@@ -48,6 +48,23 @@ class Side(Enum):
 
 
 @dataclass(frozen=True)
+class Way:
+    """How an address was reached.
+
+    ``instead``: where somebody listens who was found in its place, under another address of this machine;
+    ``is_doubtful``: it may be a stage of another ring. ``has_others``: there are more ways, and to connect again takes
+    the next one.
+    """
+
+    instead: str = ""
+    is_doubtful: bool = False
+    has_others: bool = False
+
+
+STRAIGHT = Way()
+
+
+@dataclass(frozen=True)
 class Bind:
     """Listen: on the configured port (``public``), or on one that the system picks."""
 

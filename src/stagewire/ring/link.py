@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from stagewire.config import Address
-from stagewire.ring.actions import Side
+from stagewire.errors import StagewireError
+from stagewire.ring.actions import STRAIGHT, Side, Way
 from stagewire.wire.codec import Frame
 
 __all__ = [
@@ -21,8 +22,13 @@ __all__ = [
     "Connected",
     "Disconnected",
     "Event",
+    "LinkEvent",
+    "ListenFailed",
     "MemoryNetwork",
     "MemoryTransport",
+    "Moved",
+    "NoAddressError",
+    "Notice",
     "PortTakenError",
     "Received",
     "Transport",
@@ -30,9 +36,14 @@ __all__ = [
 ]
 
 
+# Where memory transports are, as they say.
+MEMORY_HOST = "127.0.0.1"
+
+
 @dataclass(frozen=True)
 class Connected:
     side: Side
+    way: Way = STRAIGHT
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,38 @@ class Received:
     frames: Sequence[Frame]
 
 
-Event = Connected | Disconnected | BadHandshake | Received
+@dataclass(frozen=True)
+class Moved:
+    """The address that was listened on is gone from this machine; now it is this one."""
+
+    address: Address
+
+
+@dataclass(frozen=True)
+class ListenFailed:
+    """What was listened on is gone, for good."""
+
+    error: StagewireError
+
+
+@dataclass(frozen=True)
+class Notice:
+    """For people: what happened to this end."""
+
+    text: str
+    is_warning: bool = False
+
+
+LinkEvent = Connected | Disconnected | BadHandshake | Received
+Event = LinkEvent | Moved | ListenFailed | Notice
 
 
 class PortTakenError(Exception):
     """`Transport.bind`: the port is in use."""
+
+
+class NoAddressError(Exception):
+    """`Transport.bind`: which address to listen on cannot be known yet."""
 
 
 class UnreachableError(Exception):
@@ -79,11 +117,13 @@ class UnreachableError(Exception):
 class Transport(Protocol):
     """One stage's connections. Only `wake` may be called from another thread."""
 
-    def bind(self, port: int) -> int:
-        """Listens on ``port`` (0: any free one) besides what it listens on already; returns the port.
+    def bind(self, port: int) -> Address:
+        """Listens on ``port`` (0: any free one) besides what it listens on already; returns where.
 
         Raises:
             PortTakenError: somebody else listens there.
+            NoAddressError: ask again later.
+            ConfigError: there is no listening on that address.
         """
 
     def connect(self, side: Side, address: Address) -> None:
@@ -128,7 +168,7 @@ class MemoryTransport:
 
     def __init__(self, network: MemoryNetwork) -> None:
         self._network = network
-        self._events: deque[Event] = deque()
+        self._events: deque[LinkEvent] = deque()
         self._ports: list[int] = []
         self._outgoing: dict[Side, tuple[MemoryTransport, bytes]] = {}
         self._incoming: dict[bytes, tuple[MemoryTransport, Side]] = {}
@@ -139,13 +179,13 @@ class MemoryTransport:
     def __repr__(self) -> str:
         return f"MemoryTransport(ports={self._ports}, outgoing={[side.value for side in self._outgoing]})"
 
-    def bind(self, port: int) -> int:
+    def bind(self, port: int) -> Address:
         port = port or self._network.free_port()
         if port in self._network.listeners or port in self._network.taken:
             raise PortTakenError(port)
         self._network.listeners[port] = self
         self._ports.append(port)
-        return port
+        return Address(MEMORY_HOST, port)
 
     def connect(self, side: Side, address: Address) -> None:
         self._drop(side)
@@ -176,7 +216,7 @@ class MemoryTransport:
         if not self._events and timeout_s > 0:
             self._woken.wait(timeout_s)
         self._woken.clear()
-        events = list(self._events)
+        events: list[Event] = list(self._events)
         self._events.clear()
         return events
 
@@ -199,7 +239,7 @@ class MemoryTransport:
             receiver._push(Disconnected(side, "connection closed"))
         self._incoming.clear()
 
-    def _push(self, event: Event) -> None:
+    def _push(self, event: LinkEvent) -> None:
         self._events.append(event)
         self._woken.set()
 

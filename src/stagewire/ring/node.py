@@ -37,6 +37,11 @@ from stagewire.ring.link import (
     Connected,
     Disconnected,
     Event,
+    LinkEvent,
+    ListenFailed,
+    Moved,
+    NoAddressError,
+    Notice,
     PortTakenError,
     Received,
     Transport,
@@ -64,7 +69,8 @@ class Observer:
 
     def on_log(self, text: str, is_warning: bool) -> None: ...
 
-    def on_bound(self, host_port: str) -> None: ...
+    def on_bound(self, address: Address) -> None:
+        """Where this stage listens; again when that has changed."""
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None: ...
 
@@ -117,7 +123,6 @@ class RingNode:
         transport: how frames travel.
         clock_ns: monotonic, in nanoseconds.
         observer: told about the ring's life.
-        bind_host: for messages only.
         max_unread_bytes: of deliveries that the model's thread has not taken; more ends this stage.
     """
 
@@ -128,7 +133,6 @@ class RingNode:
         transport: Transport,
         clock_ns: Callable[[], int],
         observer: Observer,
-        bind_host: str = "",
         max_unread_bytes: float = math.inf,
     ) -> None:
         self.config = config
@@ -139,7 +143,7 @@ class RingNode:
         self._requests: deque[Callable[[], list[Action]]] = deque()
         self._clock_ns = clock_ns
         self._observer = observer
-        self._bind_host = bind_host
+        self._host = ""  # that it listens on, once it does
         self._max_unread_bytes = max_unread_bytes
         self._message_bytes = 0  # of the message that is being handled
         self._delivered_bytes = 0  # the ring's thread counts
@@ -188,8 +192,7 @@ class RingNode:
             self._perform(self.state.start(self._now()))
         self._replaced.clear()
         for event in self.transport.poll(timeout_s):
-            if event.side not in self._replaced:
-                self._perform(self._handle(event))
+            self._perform(self._handle(event))
         self._flush_outbox()  # before a stop: what was sent before it leaves before it
         while self._requests:
             self._perform(self._requests.popleft()())
@@ -200,10 +203,22 @@ class RingNode:
         return self._clock_ns() / 1e9
 
     def _handle(self, event: Event) -> list[Action]:
+        match event:
+            case Moved(address):
+                self._set_address(address)
+                return []
+            case ListenFailed(error):
+                return self.state.fail(error)
+            case Notice(text, is_warning):
+                return [Log(f"Stage {self.config.stage}: {text}", is_warning)]
+            case _:
+                return [] if event.side in self._replaced else self._handle_link(event)
+
+    def _handle_link(self, event: LinkEvent) -> list[Action]:
         now = self._now()
         match event:
-            case Connected(side):
-                return self.state.connected(side, now)
+            case Connected(side, way):
+                return self.state.connected(side, now, way)
             case Disconnected(side, note, is_silent):
                 if is_silent and side is Side.PREDECESSOR:
                     self._silent = self._predecessor
@@ -236,7 +251,7 @@ class RingNode:
                 self.transport.connect(Side.PREDECESSOR, target if port is None else Address(target.host, port))
             case ConnectOwner():
                 self._replaced.add(Side.OWNER)
-                self.transport.connect(Side.OWNER, Address(self._bind_host, self.config.bind_port))
+                self.transport.connect(Side.OWNER, Address(self._host, self.config.bind_port))
             case Bind(public):
                 return self._bind(public)
             case SetOpen(epoch, identities):
@@ -282,13 +297,20 @@ class RingNode:
 
     def _bind(self, public: bool) -> list[Action]:
         try:
-            port = self.transport.bind(self.config.bind_port if public else 0)
+            address = self.transport.bind(self.config.bind_port if public else 0)
         except PortTakenError:
             return self.state.port_taken()
+        except NoAddressError as error:
+            return self.state.bind_later(public, str(error), self._now())
         except StagewireError as error:
             return self.state.fail(error)
-        self._observer.on_bound(str(Address(self._bind_host, port)))
-        return self.state.bound(public, port, self._now())
+        self._set_address(address)
+        return self.state.bound(public, address.port, self._now())
+
+    def _set_address(self, address: Address) -> None:
+        self._host = address.host
+        self.state.listens_at = f"{address.host} port {address.port}"
+        self._observer.on_bound(address)
 
     def _transmit(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Whether somebody is there to get it; a successor that is not there is news for the state."""

@@ -14,7 +14,7 @@ from enum import Enum
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.ring.actions import Action, Connect, Outcome, Send, Side
+from stagewire.ring.actions import STRAIGHT, Action, Connect, Log, Outcome, Send, Side, Way
 from stagewire.ring.admission import MAX_BAD_HANDSHAKES
 from stagewire.wire.messages import Hello, Message, Ping, Refused, StageIdentity
 
@@ -25,6 +25,8 @@ HELLO_INTERVAL_S = 0.25
 PING_INTERVAL_S = 1.0
 # Something that accepts connections but never answers like a stage is not one, after this time.
 MUTE_PEER_S = 30.0
+# With several ways to an address, whoever says that the stage is not there gets this much time to learn of it.
+OTHER_WAY_INTERVAL_S = 1.0
 # Bounds what strangers can make us remember.
 MAX_UNREPORTED = 16
 
@@ -46,6 +48,8 @@ class PredecessorLink:
     note: str = "not tried yet"
     hop_ns: int = 0
 
+    _way: Way = STRAIGHT
+    _connected_at: float = 0.0
     _heard_at: float = 0.0
     _unlinked_at: float = 0.0
     _is_redirected: bool = False
@@ -57,6 +61,11 @@ class PredecessorLink:
 
     def __str__(self) -> str:
         return f"stage {self.config.predecessor_stage} at {self.config.predecessor}"
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it was found under another address than its own, and has not shown that it is of this ring."""
+        return self.is_greeting and self._way.is_doubtful
 
     @property
     def is_greeting(self) -> bool:
@@ -80,10 +89,11 @@ class PredecessorLink:
 
     # ---- the connection --------------------------------------------------------------------------------------------
 
-    def connected(self, now: float) -> list[Action]:
+    def connected(self, now: float, way: Way = STRAIGHT) -> list[Action]:
         self.state = Link.GREETING
-        self.note = "connected, no answer yet"
-        self._heard_at = now
+        self._way = way
+        self.note = f"connected{self._describe_way()}, no answer yet"
+        self._heard_at = self._connected_at = now
         self._next_send_at = now
         return self.tick(now)
 
@@ -106,6 +116,9 @@ class PredecessorLink:
             return self._refused(note) if note else self.not_a_stage("does not speak Stagewire's protocol")
         return [Connect()]
 
+    def _describe_way(self) -> str:
+        return f" to {self._way.instead}, another address of this machine" if self._way.instead else ""
+
     def tick(self, now: float) -> list[Action]:
         """Says Hello until it is answered, then pings."""
         if self.state is Link.IDLE or now < self._next_send_at:
@@ -127,15 +140,23 @@ class PredecessorLink:
         self.note = "linked"
         reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
         self._unreported.clear()
+        if self._way.instead:
+            reports.append(Log(f"Stage {self.config.stage}: linked to {self} by {self._way.instead}: the same machine"))
         return reports
 
     def redirected(self, port: int) -> list[Action]:
         """To the port that the shared port's owner named; from there back to the configured one: no chains."""
         return self._reconnect(None if self._is_redirected else port)
 
-    def not_here(self, stage: int) -> list[Action]:
-        self.note = f"the port is up, stage {stage} has not registered there yet"
-        return self._reconnect(None) if self._is_redirected else []
+    def not_here(self, stage: int, now: float) -> list[Action]:
+        self.note = f"the port is up{self._describe_way()}, stage {stage} has not registered there yet"
+        tries_others = self._way.has_others and now - self._connected_at >= OTHER_WAY_INTERVAL_S
+        return self._reconnect(None) if self._is_redirected or tries_others else []
+
+    def is_another_ring(self, why: str) -> list[Action]:
+        """Who was found in its place does not fit: it is still waited for, at the address that was given."""
+        self.note = f"nothing listens there yet; {self._way.instead}, on this machine too, is of another ring: {why}"
+        return self._reconnect(None)
 
     def ponged(self, sent_ns: int, now: float) -> None:
         if sent_ns == self._ping_ns:

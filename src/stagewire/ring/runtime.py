@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from stagewire.config import StageConfig
+from stagewire.config import Address, StageConfig
 from stagewire.errors import InternalError, PeerError, StageLost, StagewireError
 from stagewire.ring.actions import Data
 from stagewire.ring.link import Transport
@@ -39,7 +39,6 @@ class RingRuntime(Observer):
         identity: what it tells the others.
         transport: how frames travel; handed over to the thread.
         observer: told about the ring's life, from the thread.
-        bind_host: where the transport listens.
         watch: called a few times a second; what it returns (a reason) ends the ring, for instance a parent's death.
         max_unread_bytes: see `RingNode`.
     """
@@ -50,13 +49,12 @@ class RingRuntime(Observer):
         identity: StageIdentity,
         transport: Transport,
         observer: Observer,
-        bind_host: str,
         watch: Callable[[], str | None] = lambda: None,
         max_unread_bytes: float = math.inf,
     ) -> None:
         first_epoch = secrets.randbelow(1 << 30) + 1
         state = RingState(config, identity, time.monotonic_ns() / 1e9, first_epoch)
-        self.node = RingNode(config, state, transport, time.monotonic_ns, self, bind_host, max_unread_bytes)
+        self.node = RingNode(config, state, transport, time.monotonic_ns, self, max_unread_bytes)
         self.identities: tuple[StageIdentity, ...] = ()
         self.error: StagewireError | None = None
         self._observer = observer
@@ -143,8 +141,8 @@ class RingRuntime(Observer):
     def on_log(self, text: str, is_warning: bool) -> None:
         self._observer.on_log(text, is_warning)
 
-    def on_bound(self, host_port: str) -> None:
-        self._observer.on_bound(host_port)
+    def on_bound(self, address: Address) -> None:
+        self._observer.on_bound(address)
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
         self.identities = identities

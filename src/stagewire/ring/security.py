@@ -13,25 +13,42 @@ Knows files, modes and addresses; no connection (ring/zmq_link.py) and no flag b
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import ipaddress
 import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from stagewire.config import ALLOW_INSECURE_FLAG, KEY_FILE_FLAG, StageConfig
 from stagewire.errors import ConfigError
+from stagewire.folders import MAX_SOCKET_PATH_BYTES
+from stagewire.ring import hosts
+from stagewire.ring.hosts import normalize
 
-__all__ = ["OPEN", "Reach", "RingKey", "Security", "make_key_file", "read_key_file", "runtime_folder", "secure"]
+__all__ = [
+    "OPEN",
+    "Reach",
+    "RingKey",
+    "Security",
+    "make_key_file",
+    "read_key_file",
+    "runtime_folder",
+    "secure",
+    "secure_stage",
+]
 
 KEY_BYTES = 32
 MAX_KEY_FILE_BYTES = 4096
-# What the kernel takes for a Unix socket's path (sun_path, without its closing zero).
-MAX_SOCKET_PATH_BYTES = 107
+# Of a local socket's name, at most: the digest of a host, a port, the number of a namespace (64 bits), two dashes.
+DIGEST_CHARS = 12
+MAX_NAME_BYTES = DIGEST_CHARS + 5 + 16 + 2
 
 _KEY_LINE = re.compile(r"stagewire-key-1 ([0-9a-f]{64}) ([0-9a-f]{64})")
 _KEY_FILE = """\
@@ -142,13 +159,6 @@ class Reach(Enum):
         return cls.PRIVATE if any(address in network for network in _PRIVATE) else cls.PUBLIC
 
 
-def normalize(host: str) -> str:
-    """IPv4 in the clothes of IPv6 (``::ffff:10.0.0.1``) as what it is."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(mapped) if mapped else host
-
-
 # ---- local sockets -------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +173,14 @@ def runtime_folder(
         ConfigError: what is there could be used by somebody else.
     """
     for base in (environ.get("XDG_RUNTIME_DIR"), run / str(uid)):
-        if base and _is_own(Path(base), uid):
-            return _make_private(Path(base) / "stagewire", uid)
+        if base and _is_own(Path(base), uid) and _has_room(folder := Path(base) / "stagewire"):
+            return _make_private(folder, uid)
     return _make_private(tmp / f"stagewire-{uid}", uid)
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether every local socket's path is short enough in this folder."""
+    return len(os.fsencode(folder)) + 1 + MAX_NAME_BYTES <= MAX_SOCKET_PATH_BYTES
 
 
 def _is_own(folder: Path, uid: int) -> bool:
@@ -192,6 +207,10 @@ def _make_private(folder: Path, uid: int) -> Path:
     return folder
 
 
+def _socket_name(host: str, port: int) -> str:
+    return f"{host}-{port}-{_network_id():x}"
+
+
 def _network_id() -> int:
     """Of this process's network namespace: each has a loopback interface of its own."""
     return Path("/proc/self/ns/net").stat().st_ino
@@ -204,34 +223,63 @@ def _network_id() -> int:
 class Security:
     """How a stage's connections are protected.
 
-    ``folder``: where this user's local sockets are, those of stages without a key; None: loopback is plain TCP.
+    ``find_folder``: where this user's local sockets are now, those of stages without a key. It makes the folder if need
+    be, also anew when it has vanished (a log-out, tmpfiles), and raises ConfigError when that cannot be done. None:
+    loopback is plain TCP.
 
     ``allows_insecure``: plain connections to and from anywhere.
     """
 
     key: RingKey | None = None
-    folder: Path | None = None
+    find_folder: Callable[[], Path] | None = None
     allows_insecure: bool = False
 
-    def socket_path(self, host: str, port: int) -> str | None:
-        """Of the Unix socket that stands for a numeric host and port; None where TCP is used."""
-        return None if self.key is not None else self.local_path(host, port)
+    @classmethod
+    def of_folder(cls, folder: Path, key: RingKey | None = None, *, allows_insecure: bool = False) -> Security:
+        """With local sockets in ``folder``, whatever the environment says."""
+        return cls(key, partial(_make_private, folder, os.geteuid()), allows_insecure)
 
-    def local_path(self, host: str, port: int) -> str | None:
-        """The same, of a stage of this user that has no key."""
-        if self.folder is None or Reach.of(host) is not Reach.LOOPBACK:
-            return None
-        path = str(self.folder / f"{normalize(host)}-{port}-{_network_id():x}")
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-            raise ConfigError(f"{path} is too long for a socket: set XDG_RUNTIME_DIR to a folder with a shorter name")
-        return path
+    @property
+    def has_local_sockets(self) -> bool:
+        """Whether stages on this machine speak through Unix sockets where they can."""
+        return self.key is None and self.find_folder is not None
+
+    def is_local(self, host: str) -> bool:
+        """Whether a numeric host is reached through a Unix socket and in no other way."""
+        return self.has_local_sockets and hosts.is_loopback(host)
+
+    def socket_path(self, host: str, port: int) -> str:
+        """Of the Unix socket that stands for a numeric host and port of this machine.
+
+        Raises:
+            ConfigError: there is no folder for it.
+        """
+        assert self.find_folder is not None
+        folder = self.find_folder()
+        path = str(folder / _socket_name(normalize(host), port))
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+            return path
+        digest = hashlib.sha256(normalize(host).encode()).hexdigest()[:DIGEST_CHARS]
+        return str(folder / _socket_name(digest, port))
+
+    def other_paths(self, host: str, port: int) -> dict[str, str]:
+        """The sockets that stand for the same port under other addresses of this machine: path to host.
+
+        Of some the process may be gone.
+        """
+        own = self.socket_path(host, port)
+        suffix = _socket_name("", port)
+        names = sorted(name for name in os.listdir(os.path.dirname(own)) if name.endswith(suffix))
+        found = {os.path.join(os.path.dirname(own), name): name.removesuffix(suffix) for name in names}
+        found.pop(own, None)
+        return found
 
     def problem(self, host: str) -> str | None:
         """Why a numeric address must not be used like this; None: it may be."""
         if self.key is not None or self.allows_insecure:
             return None
         reach = Reach.of(host)
-        if reach is Reach.LOOPBACK and self.folder is None:
+        if reach is Reach.LOOPBACK and self.find_folder is None:
             return f"{host} needs a folder for local sockets: set XDG_RUNTIME_DIR to one that only this user can use"
         if reach is not Reach.PUBLIC:
             return None
@@ -256,24 +304,48 @@ class Security:
 OPEN = Security(allows_insecure=True)
 
 
-def secure(config: StageConfig, hosts: list[str]) -> Security:
+def secure(config: StageConfig, known_hosts: list[str]) -> Security:
     """What a stage's settings ask for.
 
     Args:
-        hosts: the numeric addresses that it listens on and calls, as far as they are known.
+        known_hosts: the numeric addresses that it listens on and calls, as far as they are known.
 
     Raises:
         ConfigError: an unusable key file, or an address that needs one.
     """
     key = read_key_file(Path(config.key_file).expanduser()) if config.key_file is not None else None
+    find_folder: Callable[[], Path] | None = partial(runtime_folder, os.environ, os.geteuid())
     try:
-        folder = runtime_folder(os.environ, os.geteuid())
+        runtime_folder(os.environ, os.geteuid())
     except ConfigError:  # nothing can be written here: of no account to a stage with a key, or on no loopback
-        if key is None and any(Reach.of(host) is Reach.LOOPBACK for host in hosts):
+        if key is None and any(Reach.of(host) is Reach.LOOPBACK for host in known_hosts):
             raise
-        folder = None
-    security = Security(key, folder, config.allow_insecure)
-    problems = [problem for host in hosts if (problem := security.problem(host))]
+        find_folder = None
+    security = Security(key, find_folder, config.allow_insecure)
+    problems = [problem for host in known_hosts if (problem := security.problem(host))]
     if problems:
         raise ConfigError(f"stage {config.stage}: {problems[0]}")
     return security
+
+
+def secure_stage(config: StageConfig) -> tuple[str | None, Security, list[str]]:
+    """Where a stage listens, how its connections are protected, and what a person must be warned of.
+
+    The address is None while the predecessor's name does not resolve, or nothing leads there: the transport waits for
+    it, and looks at what comes of it as here (`Security.problem`) before it listens or connects.
+
+    Raises:
+        ConfigError: an address that needs a key, an unusable key file, a host to listen on that is none.
+    """
+    own: str | None = None
+    try:
+        own = hosts.bind_host(config)
+    except OSError as error:
+        if config.bind_host:
+            flag = f"--pipeline-local-bind-host {config.bind_host}"
+            raise ConfigError(f"{flag}: {error}; give a numeric address") from error
+    known = [] if own is None else [own]
+    with contextlib.suppress(OSError):
+        known.append(hosts.resolve(config.predecessor))
+    security = secure(config, known)
+    return own, security, [warning for host in dict.fromkeys(known) if (warning := security.warning(host))]

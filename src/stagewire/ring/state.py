@@ -33,6 +33,7 @@ from enum import Enum
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, PeerError, ProtocolError, StageLost, StagewireError, WireVersionError
 from stagewire.ring.actions import (
+    STRAIGHT,
     Action,
     Bind,
     Connect,
@@ -48,6 +49,7 @@ from stagewire.ring.actions import (
     SetReports,
     Side,
     Stop,
+    Way,
     clip,
 )
 from stagewire.ring.admission import folder_refusal, pipeline_refusal, range_refusal, settings_refusal
@@ -84,6 +86,7 @@ __all__ = ["Phase", "RingState"]
 WAIT_LINE_INTERVAL_S = 10.0
 REPORT_INTERVAL_S = 1.0
 ROLL_INTERVAL_S = 1.0
+BIND_INTERVAL_S = 1.0
 # An Open that has not come round by then was lost.
 OPENING_TIMEOUT_S = 5.0
 # Bounds what strangers can make us remember, and say.
@@ -122,6 +125,7 @@ class RingState:
     epoch: int = 0
     num_stale_frames: int = 0
     num_bad_messages: int = 0
+    listens_at: str = ""  # for people
 
     _predecessor: PredecessorLink = field(init=False)
     _successor: SuccessorLink = field(init=False)
@@ -136,6 +140,7 @@ class RingState:
     _next_line_at: float = 0.0
     _next_report_at: float = 0.0
     _told: set[Hashable] = field(default_factory=set)
+    _bind_at: tuple[float, Bind] | None = None  # when and how to listen, which could not be done yet
 
     def __post_init__(self) -> None:
         self._predecessor = PredecessorLink(self.config, self.identity)
@@ -187,7 +192,8 @@ class RingState:
         if not self._predecessor.is_linked:
             return f"{self._predecessor} ({self._predecessor.note})"
         if self._successor.peer is None:
-            return f"stage {config.successor_stage} to connect to port {config.bind_port}"
+            place = self.listens_at or f"port {config.bind_port}"
+            return f"stage {config.successor_stage} to connect to {place}"
         if config.is_head:
             return f"the stages between 1 and {config.num_stages - 1} to link to each other"
         return "the head to open the ring: some other stage is not linked yet"
@@ -209,6 +215,11 @@ class RingState:
             return []
         self.started_at = now
         return [Log(f"Stage {self.config.stage}: takes the place for which it has stood by"), Connect()]
+
+    def bind_later(self, public: bool, why: str, now: float) -> list[Action]:
+        """The outcome of Bind while nobody can say which address this stage will have: of its predecessor's name."""
+        self._bind_at = (now + BIND_INTERVAL_S, Bind(public))
+        return self._warn_once(("bind", why), f"Stage {self.config.stage}: listens nowhere yet: {why}; it tries again")
 
     def port_taken(self) -> list[Action]:
         """Bind(public=True) found the port in use: by a stage of this pipeline on this host, or by something else."""
@@ -246,6 +257,9 @@ class RingState:
         if self.is_over:
             return []
         actions = self._predecessor.tick(now)
+        if self._bind_at is not None and now >= self._bind_at[0]:
+            actions.append(self._bind_at[1])
+            self._bind_at = None
         actions += self._settle(self._rendezvous.tick(self._is_settled, now))
         if self.is_open:
             actions += self._tick_open(now)
@@ -313,12 +327,13 @@ class RingState:
 
     # ---- connections -----------------------------------------------------------------------------------------------
 
-    def connected(self, side: Side, now: float) -> list[Action]:
+    def connected(self, side: Side, now: float, way: Way = STRAIGHT) -> list[Action]:
+        """``way``: how the address was reached."""
         if self.is_over:
             return []
         if side is Side.OWNER:
             return self._settle(self._rendezvous.connected(self._is_settled, now))
-        return self._predecessor.connected(now)
+        return self._predecessor.connected(now, way)
 
     def disconnected(self, side: Side, note: str, now: float) -> list[Action]:
         """``note`` says why, for people. Whether and where to connect again is among the actions."""
@@ -410,7 +425,9 @@ class RingState:
             case Redirect(_, port):
                 return self._predecessor.redirected(port)
             case NotHere(stage):
-                return self._predecessor.not_here(stage)
+                return self._predecessor.not_here(stage, now)
+            case Refused(text=text) if self._predecessor.is_doubtful:
+                return self._predecessor.is_another_ring(text)
             case Refused():
                 return self._refused(message)
             case Call() | Reply() | Step() | Sample() | Result():
@@ -477,6 +494,11 @@ class RingState:
             return []
         if predecessor.stage != self.config.predecessor_stage:
             return self._unexpected()
+        if self._predecessor.is_doubtful:
+            other = range_refusal(predecessor, self.identity) if not self.config.is_head else None
+            other = settings_refusal(predecessor, self.identity) or other
+            if other is not None:
+                return self._predecessor.is_another_ring(other.text)
         reports = self._predecessor.welcomed()
         # The tail's end and the head's start are each checked against the model, by their own stage.
         refusal = None if self.config.is_head else range_refusal(predecessor, self.identity)

@@ -1,4 +1,4 @@
-"""The ring's connections over ZeroMQ. The only file that imports zmq.
+"""The ring's connections over ZeroMQ. Beside ring/zmq_listener.py the only file that imports zmq.
 
 A stage has one ROUTER socket that it binds (successors and strangers come in there), one DEALER to its predecessor
 and, if it shares a port with another stage of its host, one DEALER to that port's owner. Every socket is touched by
@@ -23,38 +23,41 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import math
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 import zmq
 import zmq.auth
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from stagewire.config import KEY_FILE_FLAG, Address, StageConfig
+from stagewire.config import KEY_FILE_FLAG, Address
 from stagewire.errors import ConfigError
-from stagewire.ring.actions import Side
+from stagewire.ring import hosts
+from stagewire.ring.actions import Side, Way
+from stagewire.ring.greeting import Greeting, describe_absence, read_greeting
 from stagewire.ring.intake import Intake
 from stagewire.ring.link import (
     BadHandshake,
     Connected,
     Disconnected,
     Event,
-    PortTakenError,
     Received,
     UnreachableError,
 )
-from stagewire.ring.security import RingKey, Security, secure
+from stagewire.ring.security import RingKey, Security
+from stagewire.ring.zmq_listener import Listener
 from stagewire.wire.codec import MAX_HEADER_BYTES, Frame
 
-__all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport", "local_host_towards", "secure_stage"]
+__all__ = ["PROBE_PATIENCE_ENV", "ZmqTransport"]
 
 # A link has no heartbeats of ZeroMQ's: libzmq 4.3.5 aborts ("Assertion failed: !_io_error") when one is due on a
 # connection that has ended while what came by it could not be queued. Neither may the queue of received messages be
@@ -89,7 +92,6 @@ RECONNECT_DELAY_S = 0.2
 # ZeroMQ must not reconnect by itself. Its own "never" (-1) ends the pipe with the connection and drops what was not
 # read yet, which is where the last words of a stage are (libzmq 4.3.5: term_endpoint does not wait for the reader).
 NEVER_MS = 24 * 3600 * 1000
-GREETING_TIMEOUT_S = 0.3
 # Greetings, pings and refusals come from successors, nothing larger. Strangers get as far too, before they are known.
 MAX_BACKWARD_BYTES = MAX_HEADER_BYTES
 # A caller says some kilobytes a second. This much at once besides, and more is no stage's.
@@ -104,6 +106,8 @@ ZAP_DOMAIN = b"stagewire"
 COPY_THRESHOLD_BYTES = 65536
 # A peer that never stops sending does not keep the ring from its other work.
 MAX_MESSAGES_PER_READ = 64
+# Of other stages on this machine, in a message.
+MAX_NAMED = 4
 # A link by which so many come that there is always one more to take is no stage's.
 MAX_UNREAD_MESSAGES = 10_000
 
@@ -124,94 +128,6 @@ _NOT_OURS = (
     "the port is not of a stage of this user on this host: it is another program's, another user's, or leads into a "
     f"container or through a tunnel, for which all stages need {KEY_FILE_FLAG}"
 )
-
-
-def resolve(address: Address) -> str:
-    """The numeric form of a host, IPv4 first. Raises OSError when the name does not resolve."""
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # an empty or overlong label; the codec's own message names no host
-        raise OSError(f"{address.host!r} is not a host name") from error
-    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    return str(found[0][4][0])
-
-
-def local_host_towards(address: Address) -> str:
-    """The local address of the interface that reaches ``address``: where a stage binds by default.
-
-    Loopback only when the address is loopback. Nothing is sent.
-
-    Raises:
-        ConfigError: the name does not resolve or there is no route.
-    """
-    try:
-        host = resolve(address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, address.port))
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ConfigError(
-            f"the predecessor's address {address} cannot be reached from here ({error}): "
-            "correct it, or give --pipeline-local-bind-host if the route comes up later"
-        ) from error
-
-
-def secure_stage(config: StageConfig) -> tuple[str, Security, list[str]]:
-    """Where a stage listens, how its connections are protected, and what a person must be warned of.
-
-    Raises:
-        ConfigError: an address that nothing reaches or that needs a key, an unusable key file.
-    """
-    bind_host = _numeric(config) if config.bind_host else local_host_towards(config.predecessor)
-    hosts = [bind_host]
-    with contextlib.suppress(OSError):  # it may come up later; the transport looks again before it connects
-        hosts.append(resolve(config.predecessor))
-    security = secure(config, hosts)
-    return bind_host, security, [warning for host in dict.fromkeys(hosts) if (warning := security.warning(host))]
-
-
-def _numeric(config: StageConfig) -> str:
-    try:
-        return resolve(Address(str(config.bind_host), config.bind_port))
-    except OSError as error:
-        raise ConfigError(f"--pipeline-local-bind-host {config.bind_host}: {error}; give a numeric address") from error
-
-
-class Greeting(Enum):
-    """What something that listens says first. ZMTP's greeting names the security mechanism (RFC 23)."""
-
-    REFUSED = "nothing listens there"
-    SILENT = "no answer"
-    OTHER = "no ZMTP"
-    NULL = "NULL"
-    CURVE = "CURVE"
-
-
-# Signature and version. No mechanism: a listener that wants another one would hang up before it has named its own.
-_BEGINNING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
-_MECHANISM = slice(12, 32)
-
-
-def read_greeting(host: str, port: int) -> Greeting:
-    """Asks whoever listens there. Takes up to `GREETING_TIMEOUT_S` three times."""
-    answer = b""
-    try:
-        with socket.create_connection((host, port), GREETING_TIMEOUT_S) as probe:
-            probe.settimeout(GREETING_TIMEOUT_S)
-            ends_at = time.monotonic() + GREETING_TIMEOUT_S
-            with contextlib.suppress(OSError):
-                probe.sendall(_BEGINNING)
-                while len(answer) < _MECHANISM.stop and time.monotonic() < ends_at and (part := probe.recv(64)):
-                    answer += part
-    except TimeoutError:
-        return Greeting.SILENT
-    except OSError:
-        return Greeting.REFUSED
-    if answer and not answer.startswith(b"\xff"):
-        return Greeting.OTHER
-    names = {greeting.value.encode(): greeting for greeting in (Greeting.NULL, Greeting.CURVE)}
-    return names.get(answer[_MECHANISM].rstrip(b"\0"), Greeting.SILENT)
 
 
 def _public(secret: bytes) -> bytes:
@@ -326,23 +242,50 @@ class _Fault(Enum):
     FLOOD = "it sends more than can be read"
 
 
+@dataclass(frozen=True)
+class _Route:
+    """One of the ways to an address: its host and port, numeric, and the Unix socket that stands for them, if any.
+
+    ``instead_of``: the host that was asked for, if this is another address of this machine; a stage may be reached
+    under any. ``has_others``: there are more ways.
+    """
+
+    host: str
+    port: int
+    local_path: str | None = None
+    instead_of: str = ""
+    has_others: bool = False
+
+    def describe(self) -> Way:
+        if not self.instead_of:
+            return Way(has_others=self.has_others)
+        # Loopback has many spellings. An address on a network may be of another ring of this user, with the same port.
+        is_doubtful = not (hosts.is_loopback(self.instead_of) and _is_loopback_name(self.host))
+        return Way(f"{self.host} port {self.port}", is_doubtful, self.has_others)
+
+
+def _is_loopback_name(host: str) -> bool:
+    try:
+        return hosts.is_loopback(host)
+    except ValueError:  # the digest of a long one, which loopback's are not
+        return False
+
+
 class _Dealer(_Connection):
     """One outgoing link; replaced, never reconnected."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        host: str,
-        port: int,
-        security: Security,
+        route: _Route,
+        key: RingKey | None,
         max_frame_bytes: int,
     ) -> None:
         options = {zmq.RECONNECT_IVL: NEVER_MS, zmq.CONNECT_TIMEOUT: CONNECT_TIMEOUT_MS}
-        self.local_path = security.socket_path(host, port)
-        self._target = f"ipc://{self.local_path}" if self.local_path else endpoint(host, port)
-        self._key = security.key
+        self.route = route
+        self._target = f"ipc://{route.local_path}" if route.local_path else endpoint(route.host, route.port)
+        self._key = key
         super().__init__(context, self._target, self._key, max_frame_bytes, options, _CONNECT_EVENTS)
-        self.host, self.port = host, port
         self.intake: Intake | None = None
         self.is_up = False
         self.began_at = time.monotonic()
@@ -431,17 +374,22 @@ class ZmqTransport:
     """See `stagewire.ring.link.Transport`.
 
     Args:
-        bind_host: numeric local address to listen on.
+        bind_host: numeric local address to listen on; None: not known yet.
         max_frame_bytes: larger frames from a predecessor end the connection before memory is taken for them; from a
             successor, those above `MAX_BACKWARD_BYTES`.
         security: how connections are protected.
         max_message_bytes: the same of all frames of a message; default: four of the largest.
+        find_host: the address to listen on as things are now, when it was not known or is gone; may raise OSError.
     """
 
     def __init__(
-        self, bind_host: str, max_frame_bytes: int, security: Security, max_message_bytes: int | None = None
+        self,
+        bind_host: str | None,
+        max_frame_bytes: int,
+        security: Security,
+        max_message_bytes: int | None = None,
+        find_host: Callable[[], str] | None = None,
     ) -> None:
-        self._bind_host = bind_host
         self._security = security
         self._max_frame_bytes = max_frame_bytes
         self._max_message_bytes = max_message_bytes or 4 * max_frame_bytes
@@ -451,8 +399,7 @@ class ZmqTransport:
         self._router = self._context.socket(zmq.ROUTER)
         _set_common(self._router, min(max_frame_bytes, MAX_BACKWARD_BYTES))
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if ":" in bind_host:
-            self._router.setsockopt(zmq.IPV6, 1)
+        self._listener = Listener(self._router, security, bind_host, find_host)
         self._router_monitor = _watch_listener(self._context, self._router)
         self._callers: dict[int, Intake] = {}  # by descriptor
         self._next_look_at_callers = 0.0
@@ -469,62 +416,25 @@ class ZmqTransport:
             _secure_listener(self._router, security.key)
             self._authenticator = _Authenticator(self._context, security.key)
             self._poller.register(self._authenticator.zap_socket, zmq.POLLIN)
-        self._held_ports: dict[str, socket.socket] = {}  # of local sockets, by path; nobody accepts from them
         self._foreign_since: dict[Side, float] = {}  # ports that something holds which cannot be told yet
         self._attempted: set[Side] = set()
+        self._aims: dict[Side, tuple[Address, int]] = {}  # the last address, and which of its routes is to be tried
+        self._notes: dict[Side, str] = {}  # why the route that was asked for failed last
         self._closed = False
         self._wake_lock = threading.RLock()  # a signal handler may interrupt `wake` and call it again
 
     def __repr__(self) -> str:
-        return f"ZmqTransport(host={self._bind_host}, connections={[side.value for side in self._dealers]})"
+        return f"ZmqTransport({self._listener!r}, connections={[side.value for side in self._dealers]})"
 
-    def bind(self, port: int) -> int:
-        try:
-            return self._bind_local(port) if self._is_local else self._bind_tcp(port)
-        except (OSError, zmq.ZMQError) as error:
-            raise self._bind_error(port, error) from error
-
-    @property
-    def _is_local(self) -> bool:
-        return self._security.socket_path(self._bind_host, 0) is not None
-
-    def _bind_error(self, port: int, error: OSError | zmq.ZMQError) -> Exception:
-        if error.errno == errno.EADDRINUSE:
-            return PortTakenError(port)
-        return ConfigError(
-            f"cannot listen on {self._bind_host} port {port} ({error}): "
-            "give --pipeline-local-bind-host an address of this machine"
-        )
-
-    def _bind_tcp(self, port: int) -> int:
-        self._router.bind(endpoint(self._bind_host, port))
-        bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(bound, bytes)
-        port = int(bound.rstrip(b"\0").rpartition(b":")[2])
-        if ipaddress.ip_address(self._bind_host.partition("%")[0]).is_unspecified:
-            for host in ("127.0.0.1", "::1"):  # a stage of this host that comes by loopback looks for a socket
-                path = self._security.socket_path(host, port)
-                if path is not None:
-                    self._router.bind(f"ipc://{path}")
-        return port
-
-    def _bind_local(self, port: int) -> int:
-        """Whoever holds the TCP port owns the Unix socket of that name, and replaces one that a killed stage left."""
-        family = socket.AF_INET6 if ":" in self._bind_host else socket.AF_INET
-        held = socket.create_server((self._bind_host, port), family=family, backlog=1)
-        try:
-            port = int(held.getsockname()[1])
-            path = self._security.socket_path(self._bind_host, port)
-            assert path is not None
-            self._router.bind(f"ipc://{path}")
-        except BaseException:
-            held.close()
-            raise
-        self._held_ports[path] = held
-        return port
+    def bind(self, port: int) -> Address:
+        return self._listener.bind(port)
 
     def connect(self, side: Side, address: Address) -> None:
+        if side in self._dealers and self._dealers[side].is_up:
+            self._try_another_route(side)  # whoever is there is not who is looked for
         self._drop(side, linger_ms=0)
+        if self._aims.get(side, (None, 0))[0] != address:
+            self._aims[side] = (address, 0)
         # The first attempt at once; later ones after a pause, so that a refused connection does not spin.
         delay = RECONNECT_DELAY_S if side in self._attempted else 0.0
         self._attempted.add(side)
@@ -585,10 +495,7 @@ class ZmqTransport:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.term()
-        for path, held in self._held_ports.items():
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            held.close()  # now somebody else may have the port, and the path
+        self._listener.close()
 
     def _dealer_socket(self, side: Side) -> zmq.Socket[bytes]:
         dealer = self._dealers.get(side)
@@ -598,24 +505,45 @@ class ZmqTransport:
 
     def _begin(self, side: Side, address: Address) -> None:
         try:
-            host = resolve(address)
-        except OSError as error:
-            self._events.append(Disconnected(side, f"{address.host} does not resolve: {error}"))
+            host = hosts.resolve(address)
+            problem = self._security.problem(host)
+            routes = [] if problem else self._find_routes(side, host, address.port)
+        except (OSError, ConfigError) as error:
+            problem, routes = str(error), []
+        if not routes:
+            self._events.append(Disconnected(side, str(problem)))
             return
-        problem = self._security.problem(host)
-        if problem is not None:
-            self._events.append(Disconnected(side, problem))
-            return
-        dealer = _Dealer(self._context, host, address.port, self._security, self._max_frame_bytes)
+        route = routes[self._aims[side][1] % len(routes)]
+        dealer = _Dealer(self._context, route, self._security.key, self._max_frame_bytes)
         self._dealers[side] = dealer
         self._poller.register(dealer.socket, zmq.POLLIN)
         self._poller.register(dealer.monitor, zmq.POLLIN)
+
+    def _find_routes(self, side: Side, host: str, port: int) -> list[_Route]:
+        """To a numeric address, the best first: on this machine also to who listens on another of its addresses."""
+        plain = _Route(host, port)
+        if not self._security.has_local_sockets or not hosts.is_own(host):
+            return [plain]
+        path = self._security.socket_path(host, port)
+        local = _Route(host, port, path)
+        routes = [local] if self._security.is_local(host) else [*([local] if os.path.exists(path) else []), plain]
+        if side is not Side.OWNER:  # a port's owner has this very address
+            others = self._security.other_paths(host, port).items()
+            routes += [_Route(other, port, path, instead_of=host) for path, other in others]
+        routes = [route for route in routes if not self._listener.is_own_path(route.local_path or "")] or [local]
+        return [replace(route, has_others=len(routes) > 1) for route in routes]
+
+    def _try_another_route(self, side: Side) -> None:
+        if side in self._aims:
+            address, number = self._aims[side]
+            self._aims[side] = (address, number + 1)
 
     def _give_up(self, now: float) -> None:
         """On peers that do not answer the probe, and on attempts whose end the monitor did not report."""
         if now < self._next_look_at:
             return
         self._next_look_at = now + LOOK_INTERVAL_S
+        self._events.extend(self._listener.mind(now))
         limit_s = (CONNECT_TIMEOUT_MS + HANDSHAKE_TIMEOUT_MS) / 1000 + 1
         for side, dealer in list(self._dealers.items()):
             if dealer.is_up and (fault := dealer.find_fault(now)) is not None:
@@ -625,6 +553,7 @@ class ZmqTransport:
                 if not self._read_frames(dealer.socket, side):
                     self._lose(side, "it sends a message that does not end")
             elif not dealer.is_up and now - dealer.began_at > limit_s:
+                self._try_another_route(side)
                 self._lose(side, "no answer")
         if now >= self._next_look_at_callers:
             began_s = time.thread_time()
@@ -713,20 +642,30 @@ class ZmqTransport:
         news = recv_monitor_message(dealer.monitor)
         event = news["event"]
         if event == zmq.EVENT_CONNECTED:
-            if dealer.local_path is None:
-                dealer.intake = Intake(news["value"], (None, dealer.port))
+            if dealer.route.local_path is None:
+                dealer.intake = Intake(news["value"], (None, dealer.route.port))
             return
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             dealer.came_up(self._patience_s)
             self._foreign_since.pop(side, None)
-            self._events.append(Connected(side))
+            self._events.append(Connected(side, dealer.route.describe()))
             return
         if dealer.is_up:
             self._read_frames(dealer.socket, side)  # what arrived before the end still counts
             self._lose(side, "the connection was lost")
             return
         self._drop(side, linger_ms=0)
-        self._events.append(self._judge_local(side, dealer) if dealer.local_path else self._judge(side, event, dealer))
+        self._try_another_route(side)
+        self._events.append(self._judge_route(side, event, dealer))
+
+    def _judge_route(self, side: Side, event: int, dealer: _Dealer) -> BadHandshake | Disconnected:
+        """Why a connection did not come up. What became of the way that was asked for counts more than the others."""
+        route = dealer.route
+        if route.instead_of or (route.local_path and not self._security.is_local(route.host)):
+            return Disconnected(side, self._notes.get(side, "nothing listens there yet"))
+        verdict = self._judge_local(side, dealer) if route.local_path else self._judge(side, event, dealer)
+        self._notes[side] = verdict.note
+        return verdict
 
     def _describe_caller(self, event: int) -> str:
         if self._security.key is None or not event & _KEY_HANDSHAKES:
@@ -736,8 +675,8 @@ class ZmqTransport:
     def _judge(self, side: Side, event: int, dealer: _Dealer) -> BadHandshake | Disconnected:
         """Why a TCP connection did not come up."""
         if not event & _BAD_HANDSHAKES:
-            return Disconnected(side, "nothing listens there yet")
-        greeting = read_greeting(dealer.host, dealer.port)
+            return Disconnected(side, describe_absence(dealer.route.host, dealer.route.port))
+        greeting = read_greeting(dealer.route.host, dealer.route.port)
         note = self._compare_keys(greeting, event, dealer)
         is_protocol = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         if note or is_protocol or greeting is Greeting.OTHER or _was_mute(dealer):
@@ -750,7 +689,7 @@ class ZmqTransport:
         """What keys have to do with a handshake that failed; empty: nothing."""
         if self._security.key is None:
             return _NEEDS_KEY if greeting is Greeting.CURVE else ""
-        if greeting is Greeting.NULL or _is_listening(self._security.local_path(dealer.host, dealer.port)):
+        if greeting is Greeting.NULL or self._is_listening_locally(dealer.route):
             return _HAS_NO_KEY
         return _OTHER_KEY if greeting is Greeting.CURVE and not _was_mute(dealer) else ""
 
@@ -758,17 +697,26 @@ class ZmqTransport:
         """Why a Unix socket's connection did not come up: whoever holds the TCP port may be no stage of this user."""
         if _was_mute(dealer):
             return BadHandshake(side)
-        greeting = read_greeting(dealer.host, dealer.port)
+        route = dealer.route
+        greeting = read_greeting(route.host, route.port)
         now = time.monotonic()
         if greeting is Greeting.REFUSED:
             self._foreign_since.pop(side, None)
-            return Disconnected(side, "nothing listens there yet")
+            return Disconnected(side, f"nothing listens there yet: {_describe_local_absence(route)}")
         if greeting in (Greeting.OTHER, Greeting.CURVE):
             return BadHandshake(side, _NEEDS_KEY if greeting is Greeting.CURVE else "")
         # A stage that has just taken its port, or is just leaving it, has no socket for a moment.
         if now - self._foreign_since.setdefault(side, now) < HANDSHAKE_TIMEOUT_MS / 1000:
             return Disconnected(side, "its port is taken, but no stage of this user answers there yet")
-        return BadHandshake(side, _NOT_OURS)
+        return BadHandshake(side, f"{_NOT_OURS} (looked for {route.local_path})")
+
+    def _is_listening_locally(self, route: _Route) -> bool:
+        """Whether a stage of this user that has no key is there."""
+        if self._security.find_folder is None or not hosts.is_loopback(route.host):
+            return False
+        with contextlib.suppress(ConfigError), socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(self._security.socket_path(route.host, route.port)) == 0
+        return False
 
 
 def _was_mute(dealer: _Dealer) -> bool:
@@ -776,8 +724,17 @@ def _was_mute(dealer: _Dealer) -> bool:
     return time.monotonic() - dealer.began_at >= HANDSHAKE_TIMEOUT_MS / 1000 * 0.9
 
 
-def _is_listening(path: str | None) -> bool:
-    if path is None:
-        return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
+def _describe_local_absence(route: _Route) -> str:
+    folder = os.path.dirname(str(route.local_path))
+    here = sorted(name.rpartition("-")[0].replace("-", " port ") for name in _living_sockets(folder))
+    seen = f"; stages here listen on {', '.join(here[:MAX_NAMED])}" if here else ""
+    return f"{route.host} port {route.port} refused the connection, and {folder} has no socket for it{seen}"
+
+
+def _living_sockets(folder: str) -> set[str]:
+    """The names of the sockets in a folder that a process of this network namespace listens on."""
+    try:
+        lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {line.rpartition("/")[2] for line in lines if line.rpartition("/")[0].endswith(f" {folder}")}

@@ -19,6 +19,7 @@ import psutil
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
+from stagewire.ring.hosts import shares_machine
 
 __all__ = [
     "REEXECUTED_ENV",
@@ -36,13 +37,6 @@ KV_SHARE = 0.25
 MAX_KV_BYTES = 8 << 30
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 REEXECUTED_ENV = "STAGEWIRE_REEXECUTED"
-
-
-def shares_host(config: StageConfig) -> bool:
-    """Whether the predecessor is on this host, which is the best a stage alone can know about its neighbours."""
-    from stagewire.ring.zmq_link import local_host_towards, resolve
-
-    return local_host_towards(config.predecessor) == resolve(config.predecessor)
 
 
 def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
@@ -142,7 +136,7 @@ def set_threads(config: StageConfig, num_ranks: int) -> None:
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    own = cores // config.num_stages if shares_host(config) else cores
+    own = cores // config.num_stages if shares_machine(config.predecessor) else cores
     threads = max(1, own // num_ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)

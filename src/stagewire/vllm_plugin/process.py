@@ -7,6 +7,7 @@ so it is the ring's thread that ends the process, after the reason has been prin
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -26,9 +27,11 @@ from stagewire.errors import ConfigError, InternalError, PeerError, RankError, S
 from stagewire.observe.processes import ORPHAN_EXIT_CODE, take_launcher, take_parent
 from stagewire.observe.status import Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
+from stagewire.ring import hosts
 from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
-from stagewire.ring.zmq_link import ZmqTransport, secure_stage
+from stagewire.ring.security import secure_stage
+from stagewire.ring.zmq_link import ZmqTransport
 from stagewire.vllm_plugin import cpu
 from stagewire.vllm_plugin.awake import AwakeCores
 from stagewire.vllm_plugin.call_codec import encode_value
@@ -128,18 +131,20 @@ class RingProcess(Observer):
         self._parent = take_parent()
         self.is_child = self._parent is not None
         self._is_told_to_stop = False
-        self._bind_host, security, warnings = secure_stage(config)
+        self._host, security, warnings = secure_stage(config)
         for warning in warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
         set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
         frame_bytes = max_frame_bytes(vllm_config, is_head=config.is_head)
         most_bytes = int(cpu.memory_bytes() * SHARE_FOR_PEERS)
         message_bytes = min(MAX_LARGE_FRAMES * frame_bytes, most_bytes)
-        transport = ZmqTransport(self._bind_host, frame_bytes, security, message_bytes)
+        transport = ZmqTransport(
+            self._host, frame_bytes, security, message_bytes, functools.partial(hosts.bind_host, config)
+        )
         identity = make_identity(config, vllm_config)
         # A step for each stage is in flight at most, and they seldom are at the same one.
         unread_bytes = min((config.num_stages + MAX_LARGE_FRAMES) * frame_bytes, most_bytes)
-        self.ring = RingRuntime(config, identity, transport, self, self._bind_host, self._watch, unread_bytes)
+        self.ring = RingRuntime(config, identity, transport, self, self._watch, unread_bytes)
 
     def __repr__(self) -> str:
         return f"RingProcess({self.ring!r})"
@@ -231,9 +236,10 @@ class RingProcess(Observer):
         port = self._config.health_port
         if port is None:
             return None
-        family = socket.AF_INET6 if ":" in self._bind_host else socket.AF_INET
+        host = self._host or hosts.likely_host()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            sock = socket.create_server((self._bind_host, port), family=family)
+            sock = socket.create_server((host, port), family=family)
         except OSError as error:
             raise ConfigError(f"--pipeline-health-port {port}: {error.strerror}; choose another one") from error
         return EarlyServer(sock, StageHealth(self.describe_health))
@@ -336,11 +342,11 @@ class RingProcess(Observer):
         logger.log(logging.WARNING if is_warning else logging.INFO, text)
         self._status.note(text)
 
-    def on_bound(self, host_port: str) -> None:
-        self._address = host_port[:128]
-        wanted = Address(self._bind_host, self._config.bind_port)
-        how = "" if host_port == str(wanted) else f", reached through port {wanted.port}, which another stage owns"
-        logger.info("Stage %d: listening on %s%s", self._config.stage, host_port, how)
+    def on_bound(self, address: Address) -> None:
+        self._address = str(address)[:128]
+        shared = self._config.bind_port
+        how = "" if address.port == shared else f", reached through port {shared}, which another stage owns"
+        logger.info("Stage %d: listening on %s%s", self._config.stage, address, how)
 
     def on_open(self, epoch: int, identities: tuple[StageIdentity, ...]) -> None:
         if self._config.is_head:

@@ -1,0 +1,219 @@
+"""Where a stage listens: its TCP port, the Unix socket that stands for it on this machine, and what becomes of both.
+
+A folder of sockets can vanish (a log-out, tmpfiles) and an address can go (another DHCP lease, a cable). Whoever
+listens looks once a second, makes its socket anew, and listens on the address that has come in the old one's place.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import zmq
+
+from stagewire.config import Address
+from stagewire.errors import ConfigError, PeerError
+from stagewire.ring import hosts
+from stagewire.ring.link import Event, ListenFailed, Moved, NoAddressError, Notice, PortTakenError
+from stagewire.ring.security import Security
+
+__all__ = ["Listener"]
+
+LOOK_INTERVAL_S = 1.0
+LOOPBACKS = ("127.0.0.1", "::1")
+
+
+class Listener:
+    """What a ROUTER socket is bound to.
+
+    Args:
+        router: belongs to the caller.
+        security: how connections are protected.
+        host: numeric local address; None: not known yet.
+        find_host: the address to listen on as things are now; raises OSError while that cannot be known.
+    """
+
+    def __init__(
+        self, router: zmq.Socket[bytes], security: Security, host: str | None, find_host: Callable[[], str] | None
+    ) -> None:
+        self.host = host
+        self._router = router
+        self._security = security
+        self._find_host = find_host
+        self._ports: list[int] = []
+        self._held: list[socket.socket] = []  # TCP ports behind local sockets; nobody accepts from them
+        self._sockets: dict[tuple[str, int], tuple[str, int]] = {}  # of a host and port: path, inode
+        self._next_look_at = 0.0
+        self._had_host = False
+        self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"Listener(host={self.host}, ports={self._ports})"
+
+    def bind(self, port: int) -> Address:
+        """See `stagewire.ring.link.Transport`."""
+        host = self._decide()
+        try:
+            port = self._bind(host, port)
+        except (OSError, zmq.ZMQError) as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortTakenError(port) from error
+            raise ConfigError(
+                f"cannot listen on {host} port {port} ({error}): give --pipeline-local-bind-host an address of this "
+                "machine"
+            ) from error
+        self._had_host = hosts.is_own(host)
+        return Address(host, port)
+
+    def is_own_path(self, path: str) -> bool:
+        """Whether this is a local socket of this stage itself."""
+        return any(path == own for own, _ in self._sockets.values())
+
+    def mind(self, now: float) -> list[Event]:
+        """Call it often: looks once a second whether everything is still there."""
+        if now < self._next_look_at or not self._ports:
+            return []
+        self._next_look_at = now + LOOK_INTERVAL_S
+        return [*self._mind_sockets(), *self._mind_address()]
+
+    def close(self) -> None:
+        """After the router's end."""
+        for path, _ in self._sockets.values():
+            if os.path.exists(path):
+                os.unlink(path)
+        for held in self._held:
+            held.close()  # now somebody else may have the port, and the path
+
+    # ---- binding ---------------------------------------------------------------------------------------------------
+
+    def _decide(self) -> str:
+        if self.host is None:
+            assert self._find_host is not None
+            try:
+                host = self._find_host()
+            except OSError as error:
+                raise NoAddressError(str(error)) from error
+            problem = self._security.problem(host)
+            if problem is not None:
+                raise ConfigError(problem)
+            self.host = host
+        return self.host
+
+    def _bind(self, host: str, port: int) -> int:
+        if not self._security.is_local(host):
+            port = self._bind_tcp(host, port)
+            self._try_to_bind_sockets(host, port)
+        else:
+            port = self._bind_local(host, port)
+        if port not in self._ports:
+            self._ports.append(port)
+        return port
+
+    def _bind_tcp(self, host: str, port: int) -> int:
+        if ":" in host:
+            self._router.setsockopt(zmq.IPV6, 1)
+        self._router.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        return int(bound.rstrip(b"\0").rpartition(b":")[2])
+
+    def _bind_local(self, host: str, port: int) -> int:
+        """Whoever holds the TCP port owns the Unix socket of that name, and replaces one that a killed stage left."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        held = socket.create_server((host, port), family=family, backlog=1)
+        try:
+            port = int(held.getsockname()[1])
+            self._bind_socket(host, port)
+        except BaseException:
+            held.close()
+            raise
+        self._held.append(held)
+        return port
+
+    def _try_to_bind_sockets(self, host: str, port: int) -> None:
+        """Of a port that others reach over TCP: stages of this machine find it under any of its addresses."""
+        if not self._security.has_local_sockets:
+            return
+        is_all = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
+        for name in LOOPBACKS if is_all else (host,):
+            try:
+                self._bind_socket(name, port)
+            except (ConfigError, OSError, zmq.ZMQError):
+                self._sockets[name, port] = ("", 0)  # tried again at every look
+
+    def _bind_socket(self, host: str, port: int) -> None:
+        path = self._security.socket_path(host, port)
+        self._router.bind(f"ipc://{path}")  # besides one whose file is gone: its connections go on
+        self._sockets[host, port] = (path, os.stat(path).st_ino)
+
+    # ---- what becomes of it ----------------------------------------------------------------------------------------
+
+    def _mind_sockets(self) -> Iterator[Event]:
+        for (host, port), (path, inode) in list(self._sockets.items()):
+            try:
+                if self._security.socket_path(host, port) == path and _inode(path) == inode:
+                    continue
+                self._bind_socket(host, port)
+            except (ConfigError, OSError, zmq.ZMQError) as error:
+                where = os.path.dirname(path) or "the folder of local sockets"
+                yield from self._say(
+                    f"{where} is gone and cannot be made anew, so no stage of this machine can find "
+                    f"this one at {host} port {port}: {error}",
+                    is_warning=True,
+                )
+                continue
+            if path:
+                new, old = os.path.dirname(self._sockets[host, port][0]), os.path.dirname(path)
+                where = "it is there again" if new == old else f"it is in {new} now"
+                yield Notice(f"the local socket of {host} port {port} was gone from {old}: {where}")
+
+    def _mind_address(self) -> Iterator[Event]:
+        host = self.host
+        if host is None or not self._had_host or hosts.is_loopback(host):
+            return
+        if hosts.is_own(host):
+            self._said.discard(self._describe_loss(host))
+            return
+        yield from self._say(self._describe_loss(host), is_warning=True)
+        try:
+            new = self._find_host() if self._find_host is not None else host
+        except OSError:
+            return
+        if new == host or not hosts.is_own(new):
+            return
+        problem = self._security.problem(new)
+        if problem is not None:
+            yield ListenFailed(PeerError(f"{self._describe_loss(host)}, and {problem}"))
+            return
+        yield from self._move(host, new)
+
+    def _describe_loss(self, host: str) -> str:
+        return f"{host}, the address that this stage listens on, is gone from this machine"
+
+    def _move(self, old: str, new: str) -> Iterator[Event]:
+        self.host = new
+        for key in [key for key in self._sockets if key[0] == old]:
+            del self._sockets[key]
+        for port in self._ports:
+            try:
+                self._bind(new, port)
+            except (OSError, zmq.ZMQError) as error:
+                text = f"{self._describe_loss(old)}, and this stage cannot listen on {new} port {port}: {error}"
+                yield ListenFailed(PeerError(text))
+                return
+            yield Moved(Address(new, port))
+
+    def _say(self, text: str, *, is_warning: bool) -> Iterator[Event]:
+        if text not in self._said:
+            self._said.add(text)
+            yield Notice(text, is_warning)
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
