@@ -28,7 +28,7 @@ __all__ = [
 
 
 def resolve(address: Address) -> str:
-    """The numeric form of a host, IPv4 first.
+    """The numeric form of a host, IPv4 first, and IPv4 in the clothes of IPv6 as what it is.
 
     Raises:
         OSError: the name does not resolve, now.
@@ -40,7 +40,7 @@ def resolve(address: Address) -> str:
     except UnicodeError as error:  # an empty or overlong label; the codec's own message names no host
         raise OSError(f"{address.host!r} is not a host name") from error
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    return _numeric(found[0][4])
+    return normalize(_numeric(found[0][4]))
 
 
 def _numeric(address: Any) -> str:

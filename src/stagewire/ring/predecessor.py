@@ -117,7 +117,7 @@ class PredecessorLink:
         return [Connect()]
 
     def _describe_way(self) -> str:
-        return f" to {self._way.instead}, another address of this machine" if self._way.instead else ""
+        return f" at {self._way.instead}, another address of this machine" if self._way.instead else ""
 
     def tick(self, now: float) -> list[Action]:
         """Says Hello until it is answered, then pings."""

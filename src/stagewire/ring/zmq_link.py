@@ -30,7 +30,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -247,21 +247,21 @@ class _Route:
     """One of the ways to an address: its host and port, numeric, and the Unix socket that stands for them, if any.
 
     ``instead_of``: the host that was asked for, if this is another address of this machine; a stage may be reached
-    under any. ``has_others``: there are more ways.
+    under any. ``is_here``: on this machine, where there may be more routes, now or later.
     """
 
     host: str
     port: int
     local_path: str | None = None
     instead_of: str = ""
-    has_others: bool = False
+    is_here: bool = False
 
     def describe(self) -> Way:
         if not self.instead_of:
-            return Way(has_others=self.has_others)
+            return Way(has_others=self.is_here)
         # Loopback has many spellings. An address on a network may be of another ring of this user, with the same port.
         is_doubtful = not (hosts.is_loopback(self.instead_of) and _is_loopback_name(self.host))
-        return Way(f"{self.host} port {self.port}", is_doubtful, self.has_others)
+        return Way(f"{self.host} port {self.port}", is_doubtful, self.is_here)
 
 
 def _is_loopback_name(host: str) -> bool:
@@ -521,17 +521,17 @@ class ZmqTransport:
 
     def _find_routes(self, side: Side, host: str, port: int) -> list[_Route]:
         """To a numeric address, the best first: on this machine also to who listens on another of its addresses."""
-        plain = _Route(host, port)
         if not self._security.has_local_sockets or not hosts.is_own(host):
-            return [plain]
+            return [_Route(host, port)]
         path = self._security.socket_path(host, port)
-        local = _Route(host, port, path)
+        plain, local = _Route(host, port, is_here=True), _Route(host, port, path, is_here=True)
         routes = [local] if self._security.is_local(host) else [*([local] if os.path.exists(path) else []), plain]
         if side is not Side.OWNER:  # a port's owner has this very address
             others = self._security.other_paths(host, port).items()
-            routes += [_Route(other, port, path, instead_of=host) for path, other in others]
+            routes += [_Route(other, port, path, host, is_here=True) for path, other in others]
         routes = [route for route in routes if not self._listener.is_own_path(route.local_path or "")] or [local]
-        return [replace(route, has_others=len(routes) > 1) for route in routes]
+        routes.sort(key=lambda route: route.local_path is not None and not os.path.exists(route.local_path))
+        return routes
 
     def _try_another_route(self, side: Side) -> None:
         if side in self._aims:
