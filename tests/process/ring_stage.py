@@ -2,13 +2,15 @@
 
     python ring_stage.py STAGE NUM_STAGES BIND_PORT PREDECESSOR [FLAG=VALUE]...
 
-FLAG is one of a stage's own, such as `pipeline_local_bind_host`. A line on standard input at the head is a number: a
+FLAG is one of a stage's own, such as `pipeline_local_bind_host`, or a constant of the ring, such as
+`state.WAIT_LINE_INTERVAL_S`, which a test shortens. A line on standard input at the head is a number: a
 call with a payload of so many bytes goes round, and every stage says so.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import queue
 import select
@@ -54,6 +56,9 @@ def read_config(words: Sequence[str]) -> StageConfig:
     stage, num_stages, bind_port, predecessor, *others = words
     first = int(stage)
     flags = dict(word.partition("=")[::2] for word in others)
+    for name in [name for name in flags if "." in name]:
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(f"stagewire.ring.{module}"), constant, float(flags.pop(name)))
     place = {
         "pipeline_stage_idx": first,
         "pipeline_total_stages": num_stages,

@@ -202,7 +202,9 @@ class TestContract:
         before, after, _ = network.pair()
         owner = network.end()
         after.transport.connect(Side.OWNER, owner.transport.bind(0))
-        network.until(lambda: Connected(Side.OWNER) in after.events)
+        network.until(
+            lambda: any(event.side is Side.OWNER for event in after.of(Connected) if isinstance(event, Connected))
+        )
         after.transport.send(Side.OWNER, b"", [b"register"])
         after.transport.send(P, b"", [b"hello"])
         network.until(lambda: before.received == [(b"hello",)] and owner.received == [(b"register",)])

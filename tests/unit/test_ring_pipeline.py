@@ -556,7 +556,7 @@ class TestWaiting:
         ring.start(0)
         one = ring.start(1)
         ring.wait(11)
-        assert "waiting for stage 2 to connect to port 15551" in one.record.log
+        assert "waiting for stage 2 to connect to 127.0.0.1 port 15551" in one.record.log
 
     def test_on_a_shared_port_for_one_that_is_not_there(self) -> None:
         ring = Ring(QUICKSTART_PORTS)

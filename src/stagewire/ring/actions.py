@@ -65,6 +65,19 @@ STRAIGHT = Way()
 
 
 @dataclass(frozen=True)
+class Stall:
+    """Of what was sent by a connection, ``num_bytes`` were not acknowledged, nor anything else, for ``seconds``.
+
+    ``ends``: of the connection, "HOST:PORT -> HOST:PORT"; ``packet_bytes``: the most that a packet carries.
+    """
+
+    num_bytes: int
+    seconds: float
+    ends: str
+    packet_bytes: int
+
+
+@dataclass(frozen=True)
 class Bind:
     """Listen: on the configured port (``public``), or on one that the system picks."""
 

@@ -62,7 +62,7 @@ def describe_absence(host: str, port: int) -> str:
     except TimeoutError:
         return f"{place} does not answer: the machine is off, or a firewall drops what is sent there"
     except ConnectionRefusedError:
-        return f"nothing listens there yet: {place} refused the connection"
+        return f"nothing listens there yet: {place} refused the connection, so the machine is there"
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         what = "there is no way to" if error.errno in _NO_WAY else "no connection to"

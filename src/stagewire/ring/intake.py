@@ -1,4 +1,6 @@
-"""How much a TCP connection has brought without a whole message, by the kernel's own count.
+"""How much a TCP connection has brought without a whole message, and how much of what is sent by it does not arrive.
+
+By the kernel's own count.
 
 ZeroMQ bounds a frame, not how many of them a message has, hands a message out only when it is whole, and keeps what has
 come of it until then. Nothing but the kernel tells how much that is.
@@ -7,38 +9,93 @@ come of it until then. Nothing but the kernel tells how much that is.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import struct
+import termios
 
-__all__ = ["Intake"]
+from stagewire.ring.actions import Stall
+
+__all__ = ["Intake", "Outflow"]
 
 # tcpi_bytes_received in Linux's struct tcp_info (since 4.1): 64 bits at this place.
 _BYTES_RECEIVED = struct.Struct("=128xQ")
+# Others of its fields: tcpi_retransmits, tcpi_snd_mss, tcpi_bytes_acked, tcpi_snd_wnd.
+_RETRANSMITS, _SND_MSS, _ACKED, _SND_WND = (struct.Struct(form) for form in ("=2xB", "=16xI", "=120xQ", "=228xI"))
+_TCP_INFO_BYTES = 256
 _GONE = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 
 
-class Intake:
-    """One connection, by its descriptor, which belongs to somebody else and may end at any time.
+class Connection:
+    """A TCP connection by its descriptor, which belongs to somebody else and may end at any time.
 
     Args:
         descriptor: of the connection.
         ports: its own and its peer's, None where it does not matter: another one may have the descriptor by now.
+    """
+
+    def __init__(self, descriptor: int, ports: tuple[int | None, int | None]) -> None:
+        self.descriptor = descriptor
+        self.is_gone = False
+        self.ports = ports
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(descriptor={self.descriptor}, ports={self.ports})"
+
+    def hang_up(self) -> bool:
+        """Whoever owns the connection finds it closed by its peer. False: it could not be done now.
+
+        The peer finds it reset. An end in order would not reach one that waits for room in our receive buffer: Linux
+        announces no more room after a shutdown, and what is left of the closed connection drops the peer's probes.
+        """
+        try:
+            with self._borrow() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            return error.errno in _GONE
+        return True
+
+    def _borrow(self) -> socket.socket:
+        """The connection under a descriptor of our own, for a moment.
+
+        Raises:
+            OSError: it is gone, or another one has its descriptor.
+        """
+        own = os.dup(self.descriptor)
+        try:
+            sock = socket.socket(fileno=own)
+        except BaseException:
+            os.close(own)
+            raise
+        try:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                raise OSError(errno.ENOTCONN, "not a TCP connection")
+            for wanted, name in zip(self.ports, (sock.getsockname(), sock.getpeername()), strict=True):
+                if wanted not in (None, name[1]):
+                    raise OSError(errno.ENOTCONN, "another connection")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class Intake(Connection):
+    """What a connection brings.
+
+    Args:
+        descriptor, ports: see `Connection`.
         allowed_per_s: bytes that may come besides, for a peer whose messages are not told (`took_message`).
     """
 
     def __init__(self, descriptor: int, ports: tuple[int | None, int | None], allowed_per_s: float = 0.0) -> None:
-        self.descriptor = descriptor
-        self.is_gone = False
-        self._ports = ports
+        super().__init__(descriptor, ports)
         self._allowed_per_s = allowed_per_s
         self._begin = 0
         self._looked_at: float | None = None
         self._has_taken = False
-
-    def __repr__(self) -> str:
-        return f"Intake(descriptor={self.descriptor}, ports={self._ports})"
 
     def took_message(self) -> None:
         """A whole message was taken from it: what had come before it counts no more."""
@@ -59,20 +116,6 @@ class Intake:
         self._has_taken = False
         return received - self._begin
 
-    def hang_up(self) -> bool:
-        """Whoever owns the connection finds it closed by its peer. False: it could not be done now.
-
-        The peer finds it reset. An end in order would not reach one that waits for room in our receive buffer: Linux
-        announces no more room after a shutdown, and what is left of the closed connection drops the peer's probes.
-        """
-        try:
-            with self._borrow() as sock:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-                sock.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            return error.errno in _GONE
-        return True
-
     def _bytes_received(self) -> int | None:
         """None: it cannot be told now, or the connection is gone."""
         try:
@@ -83,25 +126,36 @@ class Intake:
             return None
         return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else None
 
-    def _borrow(self) -> socket.socket:
-        """The connection under a descriptor of our own, for a moment.
 
-        Raises:
-            OSError: it is gone, or another one has its descriptor.
-        """
-        own = os.dup(self.descriptor)
+class Outflow(Connection):
+    """What is sent by a connection, and whether its other end's kernel gets it."""
+
+    _acked = -1
+    _since = 0.0
+
+    def look(self, now: float) -> Stall | None:
+        """Call it about once a second. None: all is well, there is nothing to send, or the peer does not read."""
         try:
-            sock = socket.socket(fileno=own)
-        except BaseException:
-            os.close(own)
-            raise
-        try:
-            if sock.family not in (socket.AF_INET, socket.AF_INET6):
-                raise OSError(errno.ENOTCONN, "not a TCP connection")
-            for wanted, name in zip(self._ports, (sock.getsockname(), sock.getpeername()), strict=True):
-                if wanted not in (None, name[1]):
-                    raise OSError(errno.ENOTCONN, "another connection")
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+            with self._borrow() as sock:
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+                (unsent,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))  # Linux: SIOCOUTQ
+                ends = " -> ".join(f"{host}:{port}" for host, port, *_ in (sock.getsockname(), sock.getpeername()))
+        except OSError as error:
+            self.is_gone = error.errno in _GONE
+            return None
+        if len(info) < _ACKED.size:
+            return None
+        ((acked,), (packet_bytes,)) = _ACKED.unpack_from(info), _SND_MSS.unpack_from(info)
+        if not unsent or acked != self._acked or not _has_room(info, packet_bytes):
+            self._acked, self._since = acked, now
+            return None
+        return Stall(unsent, now - self._since, ends, packet_bytes)
+
+
+def _has_room(info: bytes, packet_bytes: int) -> bool:
+    """Whether the peer would take more: what does not arrive is lost on the way then."""
+    if len(info) >= _SND_WND.size:  # Linux 5.4
+        (window,) = _SND_WND.unpack_from(info)
+        return bool(window >= packet_bytes)
+    (retransmits,) = _RETRANSMITS.unpack_from(info)
+    return bool(retransmits >= 3)

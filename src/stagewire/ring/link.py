@@ -14,10 +14,11 @@ from typing import Protocol
 
 from stagewire.config import Address
 from stagewire.errors import StagewireError
-from stagewire.ring.actions import STRAIGHT, Side, Way
+from stagewire.ring.actions import STRAIGHT, Side, Stall, Way
 from stagewire.wire.codec import Frame
 
 __all__ = [
+    "AddressGone",
     "BadHandshake",
     "Connected",
     "Disconnected",
@@ -31,6 +32,7 @@ __all__ = [
     "Notice",
     "PortTakenError",
     "Received",
+    "Stalled",
     "Transport",
     "UnreachableError",
 ]
@@ -77,6 +79,22 @@ class Received:
 
 
 @dataclass(frozen=True)
+class Stalled:
+    """What was sent to a peer on the successor side did not arrive, and its connection was ended for it."""
+
+    side: Side
+    peer: bytes
+    stall: Stall
+
+
+@dataclass(frozen=True)
+class AddressGone:
+    """The address that was listened on is gone from this machine, and none is there in its place; "": it is back."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Moved:
     """The address that was listened on is gone from this machine; now it is this one."""
 
@@ -98,8 +116,8 @@ class Notice:
     is_warning: bool = False
 
 
-LinkEvent = Connected | Disconnected | BadHandshake | Received
-Event = LinkEvent | Moved | ListenFailed | Notice
+LinkEvent = Connected | Disconnected | BadHandshake | Received | Stalled
+Event = LinkEvent | AddressGone | Moved | ListenFailed | Notice
 
 
 class PortTakenError(Exception):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import PeerError, ProtocolError, StageLost, StagewireError
+from stagewire.ring import hosts
 from stagewire.ring.actions import (
     Action,
     Bind,
@@ -33,6 +34,7 @@ from stagewire.ring.actions import (
     Stop,
 )
 from stagewire.ring.link import (
+    AddressGone,
     BadHandshake,
     Connected,
     Disconnected,
@@ -44,6 +46,7 @@ from stagewire.ring.link import (
     Notice,
     PortTakenError,
     Received,
+    Stalled,
     Transport,
     UnreachableError,
 )
@@ -207,6 +210,9 @@ class RingNode:
             case Moved(address):
                 self._set_address(address)
                 return []
+            case AddressGone(text):
+                self.state.place_note = text
+                return [Log(f"Stage {self.config.stage}: {text}", is_warning=True)] if text else []
             case ListenFailed(error):
                 return self.state.fail(error)
             case Notice(text, is_warning):
@@ -225,6 +231,8 @@ class RingNode:
                 return self.state.disconnected(side, note, now)
             case BadHandshake(side, note):
                 return self.state.bad_handshake(side, now, note)
+            case Stalled(_, peer, stall):
+                return self.state.stalled(peer, stall, now)
             case Received(side, peer, frames):
                 # A header becomes objects, each frame is one.
                 self._message_bytes = sum(map(len, frames)) + 8 * len(frames[0]) + 1024 * len(frames) if frames else 0
@@ -309,7 +317,9 @@ class RingNode:
 
     def _set_address(self, address: Address) -> None:
         self._host = address.host
-        self.state.listens_at = f"{address.host} port {address.port}"
+        self.state.listens_at, self.state.place_note = f"{address.host} port {address.port}", ""
+        is_chosen = bool(self.config.bind_host) or hosts.is_loopback(address.host)
+        self.state.other_addresses = [] if is_chosen else hosts.other_addresses(address.host)
         self._observer.on_bound(address)
 
     def _transmit(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> bool:

@@ -27,6 +27,9 @@ PING_INTERVAL_S = 1.0
 MUTE_PEER_S = 30.0
 # With several ways to an address, whoever says that the stage is not there gets this much time to learn of it.
 OTHER_WAY_INTERVAL_S = 1.0
+# The owner of a shared port forgets a stage that is gone within 5 s; who sends others to it for longer does not know
+# that they cannot get there.
+FORWARDING_S = 8.0
 # Bounds what strangers can make us remember.
 MAX_UNREPORTED = 16
 
@@ -53,6 +56,9 @@ class PredecessorLink:
     _heard_at: float = 0.0
     _unlinked_at: float = 0.0
     _is_redirected: bool = False
+    _redirect_port: int = 0
+    _unredirected_since: float | None = None  # since when nobody answers on that port
+    _redirect_note: str = ""
     _was_linked: bool = False
     _bad_handshakes: int = 0
     _ping_ns: int = -1
@@ -74,6 +80,11 @@ class PredecessorLink:
     @property
     def is_linked(self) -> bool:
         return self.state is Link.LINKED
+
+    @property
+    def why(self) -> str:
+        """How it stands, for people."""
+        return self._redirect_note or self.note
 
     def unlinked_s(self, now: float) -> float:
         """For how long it has not been linked."""
@@ -100,9 +111,24 @@ class PredecessorLink:
     def disconnected(self, note: str, now: float) -> None:
         if self.is_linked:
             self._unlinked_at = now
+        if self._is_redirected and self.state is Link.IDLE:
+            self._redirect_failed(note, now)
         self.state = Link.IDLE
         self.note = note
         self._is_redirected = False
+
+    def _redirect_failed(self, note: str, now: float) -> None:
+        """For a moment that is a stage which has just ended: the port's owner forgets it soon."""
+        if self._unredirected_since is None:
+            self._unredirected_since = now
+        if now - self._unredirected_since < FORWARDING_S:
+            return
+        stage = self.config.predecessor_stage
+        self._redirect_note = (
+            f"{self.config.predecessor} sends this stage on to port {self._redirect_port}, where stage {stage} "
+            f"listens: {note}. A stage that shares a port listens on one that the system picks: forward that port too, "
+            f"or give stage {stage} a --pipeline-local-bind-port of its own"
+        )
 
     def bad_handshake(self, note: str = "") -> Outcome:
         """Something accepted the connection and then did not speak our protocol, or not with our key: ``note``."""
@@ -138,6 +164,7 @@ class PredecessorLink:
         self.state = Link.LINKED
         self._was_linked = True
         self.note = "linked"
+        self._unredirected_since, self._redirect_note = None, ""
         reports: list[Action] = [Send(Side.PREDECESSOR, refusal) for refusal in self._unreported]
         self._unreported.clear()
         if self._way.instead:
@@ -146,6 +173,8 @@ class PredecessorLink:
 
     def redirected(self, port: int) -> list[Action]:
         """To the port that the shared port's owner named; from there back to the configured one: no chains."""
+        if port != self._redirect_port:
+            self._redirect_port, self._unredirected_since, self._redirect_note = port, None, ""
         return self._reconnect(None if self._is_redirected else port)
 
     def not_here(self, stage: int, now: float) -> list[Action]:

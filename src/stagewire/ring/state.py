@@ -48,6 +48,7 @@ from stagewire.ring.actions import (
     SetOpen,
     SetReports,
     Side,
+    Stall,
     Stop,
     Way,
     clip,
@@ -89,6 +90,8 @@ ROLL_INTERVAL_S = 1.0
 BIND_INTERVAL_S = 1.0
 # An Open that has not come round by then was lost.
 OPENING_TIMEOUT_S = 5.0
+# A successor pings once a second: one that was heard within this time is there.
+SMALL_TALK_S = 3.0
 # Bounds what strangers can make us remember, and say.
 MAX_REMEMBERED = 1000
 
@@ -125,7 +128,10 @@ class RingState:
     epoch: int = 0
     num_stale_frames: int = 0
     num_bad_messages: int = 0
-    listens_at: str = ""  # for people
+    # For people: where it listens, and where it could besides. A note about that place.
+    listens_at: str = ""
+    other_addresses: Sequence[str] = ()
+    place_note: str = ""
 
     _predecessor: PredecessorLink = field(init=False)
     _successor: SuccessorLink = field(init=False)
@@ -140,6 +146,7 @@ class RingState:
     _next_line_at: float = 0.0
     _next_report_at: float = 0.0
     _told: set[Hashable] = field(default_factory=set)
+    _unsent: Fault | None = None  # news for the head that had no way to it
     _bind_at: tuple[float, Bind] | None = None  # when and how to listen, which could not be done yet
 
     def __post_init__(self) -> None:
@@ -186,11 +193,14 @@ class RingState:
 
     def waits_for(self) -> str:
         """Whom this stage waits for, for people."""
+        return f"{self._waits_for()}; {self.place_note}" if self.place_note else self._waits_for()
+
+    def _waits_for(self) -> str:
         config = self.config
         if self._rendezvous.stands_by:
             return f"the end of the stage {config.stage} that has port {config.bind_port}: it stands by"
         if not self._predecessor.is_linked:
-            return f"{self._predecessor} ({self._predecessor.note})"
+            return f"{self._predecessor} ({self._predecessor.why})"
         if self._successor.peer is None:
             place = self.listens_at or f"port {config.bind_port}"
             return f"stage {config.successor_stage} to connect to {place}"
@@ -287,7 +297,19 @@ class RingState:
             self._next_line_at = now + WAIT_LINE_INTERVAL_S
             how_long = f"{waited:.0f} s" if limit is None else f"{waited:.0f} of {limit:.0f} s"
             actions.append(Log(f"Stage {self.config.stage}: waiting for {self.waits_for()}, {how_long}"))
+            actions += self._mention_addresses()
         return actions
+
+    def _mention_addresses(self) -> list[Action]:
+        """Its successor may call an address that this stage does not listen on: nothing of that arrives here."""
+        if self._has_served or self._successor.peer is not None or not self.other_addresses:
+            return []
+        text = (
+            f"Stage {self.config.stage}: listens on {self.listens_at} only. This machine also has "
+            f"{', '.join(self.other_addresses)}: if stage {self.config.successor_stage} calls that, give this stage "
+            "--pipeline-local-bind-host with it"
+        )
+        return self._warn_once("addresses", text)
 
     def _limit_s(self, now: float) -> float | None:
         """How long a ring that is not whole is waited for, in seconds; None: as long as the process lives.
@@ -365,6 +387,31 @@ class RingState:
         self._successor.unreachable(now)
         if self.phase is Phase.OPENING:
             self._unopen(now)
+
+    def stalled(self, peer: bytes, stall: Stall, now: float) -> list[Action]:
+        """What was sent by a connection did not arrive, and the connection was ended: the link to the successor, or one
+        that it has left long since."""
+        if self.is_over or peer != self._successor.peer:
+            return []
+        own, other = self.config.stage, self.config.successor_stage
+        does_speak = self._successor.silent_s(now) < SMALL_TALK_S
+        text = (
+            f"stage {other} is lost: {stall.num_bytes} bytes on link {own} -> {other} ({stall.ends}) were not "
+            f"acknowledged for {stall.seconds:.0f} s"
+        )
+        if does_speak:
+            text += (
+                f", while small messages pass: the path swallows packets of {stall.packet_bytes} bytes. Give the "
+                f"interface of stage {own} the path's MTU (ip link set dev NAME mtu 1400), let ICMP pass, or set "
+                "net.ipv4.tcp_mtu_probing=1"
+            )
+        lost = StageLost(other, text)
+        self._successor.unreachable(now)
+        if not self.is_open:
+            return [Log(f"Stage {own}: {text}", is_warning=True)]
+        actions = self._broke(lost, now)
+        self._unsent = self._last_fault
+        return actions
 
     def bad_message(self, side: Side, peer: bytes, error: ProtocolError, now: float) -> list[Action]:
         """Undecodable bytes. From a stranger: logged once, dropped. From the linked predecessor: the ring is broken."""
@@ -528,6 +575,9 @@ class RingState:
                 fault = Fault(self.epoch, lost.stage, -1, clip(str(lost)))
                 actions.insert(0, Send(Side.SUCCESSOR, fault, before))
             actions += self._broke(lost, now)
+            if self._unsent is not None:
+                actions += self._successor.send(self._unsent)
+                self._unsent = None
             actions += self._pass_roll()
         return actions
 

@@ -44,13 +44,14 @@ from stagewire.errors import ConfigError
 from stagewire.ring import hosts
 from stagewire.ring.actions import Side, Way
 from stagewire.ring.greeting import Greeting, describe_absence, read_greeting
-from stagewire.ring.intake import Intake
+from stagewire.ring.intake import Intake, Outflow
 from stagewire.ring.link import (
     BadHandshake,
     Connected,
     Disconnected,
     Event,
     Received,
+    Stalled,
     UnreachableError,
 )
 from stagewire.ring.security import RingKey, Security
@@ -98,6 +99,9 @@ MAX_BACKWARD_BYTES = MAX_HEADER_BYTES
 CALLER_BURST_BYTES = 4 * MAX_BACKWARD_BYTES
 CALLER_BYTES_PER_S = MAX_BACKWARD_BYTES / 4
 CALLERS_BURST_BYTES = 16 * CALLER_BURST_BYTES  # of all together
+OUTFLOW_INTERVAL_S = 1.0
+# TCP has sent a lost packet again five times by then, and nothing at all was acknowledged.
+STALL_S = 6.0
 # Of the ring's thread's time. Many connections are looked at less often.
 MAX_SHARE_OF_LOOKS = 0.1
 MAX_EVENTS_PER_READ = 256
@@ -402,6 +406,9 @@ class ZmqTransport:
         self._listener = Listener(self._router, security, bind_host, find_host)
         self._router_monitor = _watch_listener(self._context, self._router)
         self._callers: dict[int, Intake] = {}  # by descriptor
+        self._descriptors: dict[bytes, int] = {}  # of callers over TCP that have said something
+        self._outflows: dict[bytes, Outflow] = {}  # to those that were answered
+        self._next_look_at_outflows = 0.0
         self._next_look_at_callers = 0.0
         self._dealers: dict[Side, _Dealer] = {}
         self._pending: dict[Side, tuple[float, Address]] = {}  # connections to begin: when, where
@@ -443,12 +450,20 @@ class ZmqTransport:
     def send(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> None:
         sock = self._router if side is Side.SUCCESSOR else self._dealer_socket(side)
         parts: list[Frame] = [peer, *frames] if side is Side.SUCCESSOR else list(frames)
+        if peer and peer not in self._outflows:
+            self._watch_outflow(peer)
         try:
             sock.send_multipart(parts, zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise UnreachableError(side.value) from error
             raise
+
+    def _watch_outflow(self, peer: bytes) -> None:
+        descriptor = self._descriptors.get(peer)
+        caller = self._callers.get(descriptor) if descriptor is not None else None
+        if caller is not None:
+            self._outflows[peer] = Outflow(caller.descriptor, caller.ports)
 
     def poll(self, timeout_s: float) -> list[Event]:
         now = time.monotonic()
@@ -555,6 +570,8 @@ class ZmqTransport:
             elif not dealer.is_up and now - dealer.began_at > limit_s:
                 self._try_another_route(side)
                 self._lose(side, "no answer")
+        if now >= self._next_look_at_outflows:
+            self._end_stalled(now)
         if now >= self._next_look_at_callers:
             began_s = time.thread_time()
             self._hang_up_on_floods(now)
@@ -574,6 +591,17 @@ class ZmqTransport:
             elif not caller.is_gone:
                 continue
             self._callers.pop(caller.descriptor, None)
+
+    def _end_stalled(self, now: float) -> None:
+        """Connections by which something large does not arrive: they are ended, whoever is there connects anew."""
+        self._next_look_at_outflows = now + OUTFLOW_INTERVAL_S
+        for peer, outflow in list(self._outflows.items()):
+            stall = outflow.look(now)
+            if stall is not None and stall.seconds >= STALL_S and outflow.hang_up():
+                self._events.append(Stalled(Side.SUCCESSOR, peer, stall))
+            elif not outflow.is_gone:
+                continue
+            del self._outflows[peer]
 
     def _lose(self, side: Side, note: str, *, is_silent: bool = False) -> None:
         self._drop(side, linger_ms=0)
@@ -612,12 +640,18 @@ class ZmqTransport:
             news = recv_monitor_message(self._router_monitor)
             event, descriptor, where = news["event"], news["value"], news["endpoint"]
             if event == zmq.EVENT_DISCONNECTED:
-                self._callers.pop(descriptor, None)
+                self._forget_caller(descriptor)
             elif event != zmq.EVENT_ACCEPTED:
                 self._events.append(BadHandshake(Side.SUCCESSOR, self._describe_caller(event)))
             elif where.startswith(b"tcp://"):
                 port = int(where.rpartition(b":")[2])
                 self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BYTES_PER_S)
+
+    def _forget_caller(self, descriptor: int) -> None:
+        self._callers.pop(descriptor, None)
+        for peer in [peer for peer, other in self._descriptors.items() if other == descriptor]:
+            del self._descriptors[peer]
+            self._outflows.pop(peer, None)
 
     def _read_frames(self, sock: zmq.Socket[bytes], side: Side, most: int = MAX_UNREAD_MESSAGES) -> int:
         """How many messages there were; ``most``: there may be more."""
@@ -633,6 +667,8 @@ class ZmqTransport:
             peer = b""
             if dealer is None:
                 peer, buffers = bytes(buffers[0]), buffers[1:]
+                if peer not in self._descriptors and (descriptor := int(frames[-1].get(zmq.SRCFD))) in self._callers:
+                    self._descriptors[peer] = descriptor
             else:
                 dealer.took_message()
             self._events.append(Received(side, peer, buffers))

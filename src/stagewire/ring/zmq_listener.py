@@ -17,7 +17,7 @@ import zmq
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError
 from stagewire.ring import hosts
-from stagewire.ring.link import Event, ListenFailed, Moved, NoAddressError, Notice, PortTakenError
+from stagewire.ring.link import AddressGone, Event, ListenFailed, Moved, NoAddressError, Notice, PortTakenError
 from stagewire.ring.security import Security
 
 __all__ = ["Listener"]
@@ -48,6 +48,7 @@ class Listener:
         self._sockets: dict[tuple[str, int], tuple[str, int]] = {}  # of a host and port: path, inode
         self._next_look_at = 0.0
         self._had_host = False
+        self._is_lost = False
         self._said: set[str] = set()
 
     def __repr__(self) -> str:
@@ -175,9 +176,13 @@ class Listener:
         if host is None or not self._had_host or hosts.is_loopback(host):
             return
         if hosts.is_own(host):
-            self._said.discard(self._describe_loss(host))
+            if self._is_lost:
+                yield AddressGone("")
+            self._is_lost = False
             return
-        yield from self._say(self._describe_loss(host), is_warning=True)
+        if not self._is_lost:
+            yield AddressGone(self._describe_loss(host))
+        self._is_lost = True
         try:
             new = self._find_host() if self._find_host is not None else host
         except OSError:
@@ -194,7 +199,7 @@ class Listener:
         return f"{host}, the address that this stage listens on, is gone from this machine"
 
     def _move(self, old: str, new: str) -> Iterator[Event]:
-        self.host = new
+        self.host, self._is_lost = new, False
         for key in [key for key in self._sockets if key[0] == old]:
             del self._sockets[key]
         for port in self._ports:
