@@ -108,6 +108,7 @@ class TestOwnAddress:
         finally:
             shutil.rmtree(hosts)
 
+    @pytest.mark.slow
     def test_that_was_given_and_is_gone_is_waited_for(
         self, network: Network, pair: list[str], runtime_dir: dict[str, str]
     ) -> None:
@@ -122,6 +123,7 @@ class TestOwnAddress:
             network.run(f"ip -n {pair[1]} addr add 10.77.0.2/24 dev e0")
             open_all(ring)
 
+    @pytest.mark.slow
     def test_that_does_not_come_back_ends_the_stage(
         self, network: Network, pair: list[str], runtime_dir: dict[str, str]
     ) -> None:
