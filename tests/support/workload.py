@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,20 +111,22 @@ def run_each(url: str, model: Path, work: Sequence[tuple[Request, dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Iterates over the answers to the same requests at several concurrencies; each runs when it is first reached."""
+class Lazily:
+    """Iterates over sets of answers; each is asked for when it is first reached."""
 
-    url: str
-    model: Path
-    work: Sequence[Request]
-    concurrencies: Sequence[int]
+    questions: Sequence[Callable[[], list[Answer]]]
     _found: dict[int, list[Answer]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[list[Answer]]:
-        for concurrency in self.concurrencies:
-            if concurrency not in self._found:
-                self._found[concurrency] = run(self.url, self.model, self.work, concurrency)
-            yield self._found[concurrency]
+        for index, question in enumerate(self.questions):
+            if index not in self._found:
+                self._found[index] = question()
+            yield self._found[index]
+
+
+def runs(url: str, model: Path, work: Sequence[Request], concurrencies: Sequence[int]) -> Lazily:
+    """The answers to the same requests at several concurrencies."""
+    return Lazily([partial(run, url, model, work, concurrency) for concurrency in concurrencies])
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def compare(answers: Sequence[Answer], references: Iterable[Sequence[Answer]]) -
 
     An id may differ only where the references themselves differ at that token after equal tokens before it, and must be
     one of theirs; from there on the two texts are different ones and are not compared further. Only then are the others
-    looked at: see `Runs`.
+    looked at: see `Lazily`.
     """
     ties: list[str] = []
     wrong: list[str] = []

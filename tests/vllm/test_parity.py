@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.stages import Ring, SingleProcess
-from support.workload import LOGPROB_TOLERANCE, Request, Runs, compare, license_text, requests, run
+from support.workload import LOGPROB_TOLERANCE, Lazily, Request, compare, license_text, requests, run, runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
@@ -40,11 +40,11 @@ def work_for(concurrency: int) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Iterator[dict[int, Runs]]:
+def reference(model_dir: Path) -> Iterator[dict[int, Lazily]]:
     """Per workload, its answers at its own concurrency first, then at the others."""
     with SingleProcess(model_dir, SETTINGS) as single:
         runs = {
-            size: Runs(
+            size: runs(
                 single.url,
                 model_dir,
                 work_for(size),
@@ -71,7 +71,7 @@ def reference(model_dir: Path) -> Iterator[dict[int, Runs]]:
 def test_tokens_equal_one_process(
     ranges: tuple[str, ...],
     model_dir: Path,
-    reference: dict[int, Runs],
+    reference: dict[int, Lazily],
     say: Callable[[str], None],
 ) -> None:
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ import pytest
 
 from support.models import make_int8_llama
 from support.stages import Ring, SingleProcess, together
-from support.workload import LOGPROB_TOLERANCE, Runs, compare, license_text, requests, run
+from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run, runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -26,7 +26,7 @@ def test_tokens_of_a_quantised_checkpoint(
     work = requests(16, seed=41, text=license_text(), longest_words=150)
     ring, single = Ring(model, ("0-1", "1-4", "4-6"), SETTINGS), SingleProcess(model, SETTINGS)
     with together(ring, single):
-        references = Runs(single.url, model, work, (16, 1))
+        references = runs(single.url, model, work, (16, 1))
         result = compare(run(ring.url, model, work, 16), references)
         for server in (ring.stages[1], single.process):
             assert "quantization=compressed-tensors" in server.text() or server is not single.process

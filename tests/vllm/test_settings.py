@@ -14,7 +14,7 @@ import pytest
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.cpu import needs_fp8_kv_cache
 from support.stages import Ring, SingleProcess, together
-from support.workload import LOGPROB_TOLERANCE, Runs, compare, license_text, requests, run
+from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run, runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -48,7 +48,7 @@ def test_settings_that_change_numerics_or_layout(
     work = requests(16, seed=21, text=license_text(), longest_words=150)
     ring, single = Ring(model_dir, ("0-8", "8-13", "13-30"), settings), SingleProcess(model_dir, settings)
     with together(ring, single):
-        references = Runs(single.url, model_dir, work, (16, 1))
+        references = runs(single.url, model_dir, work, (16, 1))
         result = compare(run(ring.url, model_dir, work, 16), references)
     say(
         f"{result.num_tokens} tokens equal but for {len(result.ties)} ties, "

@@ -24,7 +24,7 @@ from support.cpu import needs_fp8_kv_cache
 from support.inside import states
 from support.models import make_llama
 from support.stages import Ring, SingleProcess, process_tree
-from support.workload import LOGPROB_TOLERANCE, Answer, compare, counter, license_text, requests, run
+from support.workload import LOGPROB_TOLERANCE, Answer, Lazily, compare, counter, license_text, requests, run, runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -77,12 +77,12 @@ def sampled(url: str, model: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(model: Path) -> Iterator[tuple[list[list[Answer]], list[list[int]]]]:
+def reference(model: Path) -> Iterator[tuple[Lazily, list[list[int]]]]:
     with SingleProcess(model, SETTINGS) as single:
-        yield [run(single.url, model, WORK, size) for size in (8, 1)], sampled(single.url, model)
+        yield runs(single.url, model, WORK, (8, 1)), sampled(single.url, model)
 
 
-def assert_same(ring: Ring, reference: list[list[Answer]]) -> None:
+def assert_same(ring: Ring, reference: Lazily) -> None:
     result = compare(run(ring.url, ring.model, WORK, 8), reference)
     assert not result.wrong, "\n".join(result.wrong)
     assert result.worst_logprob <= LOGPROB_TOLERANCE
