@@ -57,6 +57,8 @@ def free_ports(count: int) -> list[int]:
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # Who computes log-probabilities compiles a function; each process would try the compiler for a second before.
+    quiet["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
     return {**os.environ, **quiet, **(extra or {})}
 
 
