@@ -1,4 +1,4 @@
-"""Forks `vllm serve` processes from one that has done vLLM's imports, which take seven seconds of each start.
+"""Forks `vllm` commands from one that has done vLLM's imports, which take seven seconds of each start.
 
 Python scripts that use vLLM too.
 
@@ -39,7 +39,7 @@ MAX_REQUEST_BYTES = 1 << 17
 # Variables that nothing reads before the arguments are read (pytest's name the running test); a process in which others
 # differ is started from nothing.
 FREE_VARIABLES = re.compile(
-    r"STAGEWIRE_\w+|PYTEST_\w+|LD_PRELOAD|PATH|PYTHONPATH|CUDA_VISIBLE_DEVICES"
+    r"STAGEWIRE_\w+|PYTEST_\w+|LD_PRELOAD|PATH|PYTHONPATH|NO_PROXY|CUDA_VISIBLE_DEVICES"
     r"|VLLM_CPU_CI_ENV|VLLM_SERVER_DEV_MODE|VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 )
 # Threads would keep locks that a child has copies of.
@@ -71,13 +71,12 @@ class ForkServer:
     ) -> ForkedProcess | None:
         """Runs ``command`` as the leader of its own session; None if only a process from nothing would be the same.
 
-        It is `vllm serve`, or Python with a script, which finds vLLM imported.
+        It is `vllm` with any arguments, or Python with a script, which finds vLLM imported.
 
         Args:
             network: the namespace that it is to live in, as `ip netns` names it.
         """
-        is_serve, is_script = list(command[:2]) == [self._script, "serve"], _is_script(command)
-        if not is_serve and not is_script:
+        if command[0] != self._script and not _is_script(command):
             return None
         with self._lock:
             if self._control is None:

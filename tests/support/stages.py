@@ -128,6 +128,16 @@ def start(
     return Process(name, popen, log)
 
 
+def run(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Process:
+    """A command that ends by itself within minutes."""
+    process = start(name, command, log, env)
+    try:
+        process.wait(240)
+    finally:
+        process.kill_group()
+    return process
+
+
 @dataclass
 class Ring:
     """Stages on this machine, one port each; a context manager.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from support.features import (
     STREAMED_CHATS,
     STREAMED_COMPLETIONS,
 )
-from support.stages import VLLM, Ring, SingleProcess, child_environment, together
+from support.stages import VLLM, Ring, SingleProcess, run, together
 from support.workload import license_text
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -365,10 +364,8 @@ def test_bench_serve(pair: Pair, tmp_path: Path) -> None:
         *("--max-concurrency", "8", "--ignore-eos", "--seed", "1", "--disable-tqdm"),
         *("--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=child_environment({"NO_PROXY": "*"}), check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run("bench", command, tmp_path / "bench.log", {"NO_PROXY": "*"})
+    assert done.wait() == 0, done.text()[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["failed"]) == (24, 0)
     assert result["total_output_tokens"] == 24 * 8

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support import stages
 from support.models import make_llama
 from support.stages import VLLM, Ring, SingleProcess, child_environment
 from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run
@@ -27,18 +28,12 @@ SETTINGS = [
 ]
 
 
-def vllm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [VLLM, *arguments], capture_output=True, text=True, timeout=120, env=child_environment(), check=False
-    )
-
-
-def test_help_has_a_group_of_its_own() -> None:
-    shown = vllm("serve", "--help=Stagewire")
-    assert shown.returncode == 0
+def test_help_has_a_group_of_its_own(tmp_path: Path) -> None:
+    shown = stages.run("help", [VLLM, "serve", "--help=Stagewire"], tmp_path / "help.log")
+    assert shown.wait() == 0
     for flag in FLAGS:
-        assert flag in shown.stdout, flag
-    assert "--max-model-len" not in shown.stdout
+        assert flag in shown.text(), flag
+    assert "--max-model-len" not in shown.text()
 
 
 def test_the_other_server_refuses_a_worker(model_dir: Path) -> None:
