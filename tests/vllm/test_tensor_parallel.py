@@ -23,7 +23,7 @@ import pytest
 from support.cpu import needs_fp8_kv_cache
 from support.inside import states
 from support.models import make_llama
-from support.stages import Ring, SingleProcess, process_tree
+from support.stages import START_DEADLINE_S, Ring, SingleProcess, process_tree
 from support.workload import LOGPROB_TOLERANCE, Answer, Lazily, compare, counter, license_text, requests, run, runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -171,7 +171,7 @@ def test_a_killed_rank_is_its_stages_failure_and_the_stage_can_come_back(ring: U
     assert re.search(f"stage 2 failed: {reason}", ring.stages[1].text())
     wait_gone(tree, 10)
     again = ring.restart_stage(2)
-    ring.wait_for(lambda: "catching up: compile_or_warm_up_model" in again.text(), 120)
+    ring.wait_for(lambda: "catching up: compile_or_warm_up_model" in again.text(), START_DEADLINE_S)
     ring.wait_for(lambda: httpx.get(f"{ring.url}/ready", trust_env=False).status_code == 200, 60)
     assert_same(ring, reference[0])
 
@@ -181,7 +181,7 @@ def replace(ring: UnevenRing, stage: int, size: int) -> None:
     ring.sizes[stage] = size
     ring.stages[stage].popen.terminate()
     again = ring.restart_stage(stage)
-    ring.wait_for(lambda: "catching up: compile_or_warm_up_model" in again.text(), 120)
+    ring.wait_for(lambda: "catching up: compile_or_warm_up_model" in again.text(), START_DEADLINE_S)
     ring.wait_for(lambda: httpx.get(f"{ring.url}/ready", trust_env=False).status_code == 200, 60)
 
 
