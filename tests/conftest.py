@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter is there
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; what tests start is to find it as ever
+        signal.signal(signal.SIGHUP, lambda *_: None)
     if config.getoption("numprocesses", None) and config.option.verbose <= 0:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         assert reporter is not None

@@ -78,9 +78,10 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        if report.passed and report.when == "call":
-            return "passed", "", ""
-        return ("skipped", "", "") if report.skipped and not hasattr(report, "wasxfail") else None
+        """No letter for any test: the line counts them."""
+        if hasattr(report, "wasxfail") or (report.passed and report.when != "call"):
+            return None
+        return "error" if report.failed and report.when != "call" else report.outcome, "", ""
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
