@@ -81,7 +81,10 @@ class Progress:
         """No letter for any test: the line counts them."""
         if hasattr(report, "wasxfail") or (report.passed and report.when != "call"):
             return None
-        return "error" if report.failed and report.when != "call" else report.outcome, "", ""
+        is_error = report.failed and report.when != "call"
+        category = "error" if is_error else report.outcome
+        # Words are for the closing summary.
+        return category, "", "" if report.passed else category.upper()
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
