@@ -57,8 +57,6 @@ def free_ports(count: int) -> list[int]:
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # Who computes log-probabilities compiles a function; each process would try the compiler for a second before.
-    quiet["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
     return {**os.environ, **quiet, **(extra or {})}
 
 
@@ -321,7 +319,8 @@ class SingleProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait()
         self.process.kill_group()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if os.environ.get("STAGEWIRE_KEEP_LOGS") is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def url(self) -> str:
