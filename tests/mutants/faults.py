@@ -896,7 +896,7 @@ FAULTS: tuple[Fault, ...] = (
         "engine_args.async_scheduling = False",
         "pass",
         "vLLM would schedule before tokens are back.",
-        ("vllm/test_seams.py::test_external_mode_resolves_to_what_the_ring_needs",),
+        ("vllm/test_seams.py::test_every_entry_point_translates_the_flags",),
     ),
     Fault(
         "refused",
@@ -930,7 +930,23 @@ FAULTS: tuple[Fault, ...] = (
         "Two steps' results could be taken for each other's.",
         ("vllm/test_ring_executor.py::test_a_result_of_a_step_that_nobody_waits_for_is_refused",),
     ),
+    Fault(
+        "half-added",
+        "vllm_plugin/executor.py",
+        "            if lora_id not in loaded:\n                with",
+        "            if lora_id in loaded:\n                with",
+        "An adapter that one stage cannot load would stay on the others.",
+        ("vllm/test_ring_executor.py::test_an_adapter_that_a_stage_cannot_take_in_is_taken_off_the_others",),
+    ),
     # after a loss
+    Fault(
+        "encoder-cache",
+        "vllm_plugin/scheduler.py",
+        "self.reset_encoder_cache()",
+        "pass",
+        "After a loss a new stage would be asked for images that it has never seen.",
+        ("vllm/test_seams.py::test_a_loss_while_idle_empties_the_prefix_cache",),
+    ),
     Fault(
         "prefix-cache-kept",
         "vllm_plugin/scheduler.py",

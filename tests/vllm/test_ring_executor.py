@@ -87,6 +87,25 @@ def test_an_adapter_with_other_bytes_on_a_stage_is_taken_in_by_nobody(executor: 
     assert calls == ["list_loras", "check_lora"]
 
 
+@pytest.mark.parametrize("was_loaded", [False, True])
+def test_an_adapter_that_a_stage_cannot_take_in_is_taken_off_the_others(was_loaded: bool, executor: Any) -> None:
+    """Unless they had it before: then they go on with what they had."""
+    from vllm.lora.request import LoRARequest
+
+    calls: list[str] = []
+
+    def collective_rpc(method: str, **_: Any) -> list[Any]:
+        calls.append(method)
+        if method == "add_lora":
+            raise RuntimeError("add_lora failed on stage 1")
+        return [{7} if was_loaded else set()] * 3 if method == "list_loras" else ["digest"] * 3
+
+    executor.collective_rpc = collective_rpc
+    with pytest.raises(RuntimeError, match="failed on stage 1"):
+        executor.add_lora(LoRARequest("a", 7, "/a"))
+    assert ("remove_lora" in calls) == (not was_loaded)
+
+
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 

@@ -708,6 +708,7 @@ def test_every_entry_point_translates_the_flags(parser: argparse.ArgumentParser,
     assert args.distributed_executor_backend is RingExecutor
     assert args.scheduler_cls is RingScheduler
     assert args.pipeline_parallel_size == NUM_STAGES
+    assert args.async_scheduling is False, "not left to what vLLM makes of the executor"
 
 
 def test_worker_stage_is_refused_outside_serve(parser: argparse.ArgumentParser, plain_environment: None) -> None:
@@ -2536,8 +2537,9 @@ class TestSessions:
 
 
 def test_a_loss_while_idle_empties_the_prefix_cache(scheduler: Any) -> None:
-    """Blocks that a new stage has never computed must not be hit."""
+    """Blocks that a new stage has never computed must not be hit, nor images that it has never seen."""
     resets = []
+    scheduler.encoder_cache_manager = Mock()
     original = scheduler.kv_cache_manager.reset_prefix_cache
 
     def reset() -> bool:
@@ -2550,6 +2552,7 @@ def test_a_loss_while_idle_empties_the_prefix_cache(scheduler: Any) -> None:
     add_requests(scheduler, 1)
     scheduler.schedule()
     assert resets == [1]
+    assert scheduler.encoder_cache_manager.reset.called
     assert scheduler._ring.restored == [[]]
 
 
