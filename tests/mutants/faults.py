@@ -769,6 +769,38 @@ FAULTS: tuple[Fault, ...] = (
         "A stage that is told to stop would wait for its longest request.",
         ("vllm/test_ring_executor.py::test_a_stage_that_is_told_to_stop_waits_for_its_requests_but_not_for_ever",),
     ),
+    Fault(
+        "host-rank",
+        "vllm_plugin/stage_host.py",
+        "first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)",
+        "first_rank = len(self._ring.identities)",
+        "A stage behind one of several ranks would take another stage's KV cache.",
+        ("vllm/test_stage_host.py::test_a_stage_knows_how_many_ranks_come_before_its_own",),
+    ),
+    Fault(
+        "catch-up-fails",
+        "vllm_plugin/stage_host.py",
+        "            if failed is not None:\n                kind",
+        "            if failed is not None and not method:\n                kind",
+        "A stage that cannot catch up would serve without a KV cache, or without its adapters.",
+        ("vllm/test_stage_host.py::test_a_stage_that_cannot_catch_up_ends",),
+    ),
+    Fault(
+        "reply-order",
+        "vllm_plugin/stage_host.py",
+        "[*reply.results, *own_results]",
+        "[*own_results, *reply.results]",
+        "One stage's memory would count as another's.",
+        ("vllm/test_stage_host.py::test_results_are_passed_on_in_the_order_of_stages",),
+    ),
+    Fault(
+        "grammar-step",
+        "vllm_plugin/stage_host.py",
+        "if self._unsampled[0].step != sample.step:",
+        "if sample.step < 0:",
+        "A grammar would be applied to another step's rows.",
+        ("vllm/test_stage_host.py::test_a_sample_for_another_step_is_refused",),
+    ),
     # the head: schedules and steps
     Fault(
         "finished-ids",

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 
-from stagewire.errors import StageLost
+from stagewire.errors import PeerError, StageLost
 from stagewire.ring.node import Broken, Delivery
-from stagewire.wire.messages import Call, CallResult, Result, Sample, Step
+from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, Step
 
 pytestmark = pytest.mark.vllm
 
@@ -134,3 +135,51 @@ def test_a_stage_that_cannot_take_up_its_requests_ends_and_any_other_call_may_fa
     else:
         serve(host, make_call(1, method))
         assert sent(host)[0].results[0].error_type == "MemoryError"
+
+
+def test_a_stage_knows_how_many_ranks_come_before_its_own() -> None:
+    """vLLM picks a worker's KV cache by that number."""
+    host = make_host(stage=2)
+    host._ring.identities = [SimpleNamespace(incarnation="head", tensor_parallel=ranks) for ranks in (2, 4)]
+    serve(host, make_call(1, "get_stage_state"))
+    assert host._ranks.call.call_args.args[2] == 6
+
+
+@pytest.mark.parametrize("error_type", ["ConfigError", "MemoryError"])
+def test_a_stage_that_cannot_catch_up_ends(error_type: str) -> None:
+    from stagewire.errors import ConfigError, InternalError
+    from stagewire.vllm_plugin.call_codec import encode_value
+    from stagewire.vllm_plugin.recovery import PREPARE
+
+    host = make_host()
+    host._ranks.call.return_value = [CallResult(1, 0, error_type, "why")], [b""]
+    with pytest.raises(ConfigError if error_type == "ConfigError" else InternalError, match="cannot catch up"):
+        serve(host, make_call(9, PREPARE, encode_value([(1, "add_lora", b"first")])))
+    assert sent(host) == []
+
+
+def test_results_are_passed_on_in_the_order_of_stages() -> None:
+    host = make_host(stage=2)
+    serve(host, make_call(5, "get_stage_state"), Delivery(Reply(7, 5, [CallResult(1, 0, "", "")]), [b"1"], 0))
+    message, payloads = host._ring.send.call_args.args
+    assert [result.stage for result in message.results] == [1, 2]
+    assert payloads[0] == b"1"
+
+
+def test_a_reply_to_a_call_that_was_not_run_here_is_refused() -> None:
+    with pytest.raises(PeerError, match="a reply to call 5"):
+        serve(make_host(stage=2), Delivery(Reply(7, 5, []), [], 0))
+
+
+def test_a_step_with_another_number_of_tokens_than_its_schedule_is_refused() -> None:
+    step = make_step(1)
+    wrong = Delivery(msgspec.structs.replace(step.message, num_tokens=2), step.payloads, 0)
+    with pytest.raises(PeerError, match="2 tokens in the header"):
+        serve(make_host(), wrong)
+
+
+def test_a_sample_for_another_step_is_refused() -> None:
+    host = make_host(stage=2)
+    with pytest.raises(PeerError, match="a Sample for step 2"):
+        serve(host, make_step(1, waits_for_sample=True), Delivery(Sample(7, 2), [], 0))
+    assert not host._ranks.answer.called
