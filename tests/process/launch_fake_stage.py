@@ -1,11 +1,12 @@
 """Stands in for `vllm serve`: reports phases like a stage, and as stage 0 answers HTTP. Started by launch_fake_up.py.
 
-usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `stubborn`
-(serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends with words in its log only), `lost` (serves
-until SIGUSR1, then ends as a stage does that lost its peer), `api:JSON` (a head that tells where and how it answers:
-`task`, `key`, `uds`), `slow:S` (reads for S seconds, then serves), `stuck` (reads a fifth, no more), `standby` (loads,
-is ready as soon as it has the port). `standby:fail` cannot load, `standby:held` loads until a test has opened and
-closed the FIFO `loading`, `standby:S` loads for S seconds. In place of a port there is a lock.
+usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `deaf` (never
+ready, and ignores SIGTERM), `stubborn` (serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends
+with words in its log only), `lost` (serves until SIGUSR1, then ends as a stage does that lost its peer), `api:JSON` (a
+head that tells where and how it answers: `task`, `key`, `uds`), `slow:S` (reads for S seconds, then serves), `stuck`
+(reads a fifth, no more), `standby` (loads, is ready as soon as it has the port). `standby:fail` cannot load,
+`standby:held` loads until a test has opened and closed the FIFO `loading`, `standby:S` loads for S seconds. In place of
+a port there is a lock.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def main() -> None:
         engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         sender.send(Phase.LOADED, f"engine {engine.pid}")
         serve(sender, port, json.loads(code) if behaviour == "api" else {})
-    if behaviour not in ("hang", "stuck", "standby"):
+    if behaviour not in ("hang", "deaf", "stuck", "standby"):
         sender.send(Phase.LINKED)
         sender.send(Phase.READY)
     if behaviour == "lost":
@@ -159,7 +160,7 @@ def main() -> None:
         sys.stderr.write(f"SIGTERM {stage}\n")
         with open(os.path.join(os.environ["FAKE_DIR"], "order"), "a") as order:
             order.write(f"{stage}\n")
-        if behaviour != "stubborn":
+        if behaviour not in ("deaf", "stubborn"):
             sys.exit(0)
 
 

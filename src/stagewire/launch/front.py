@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
@@ -46,7 +47,7 @@ CONNECT_TIMEOUT_S = 5.0
 ASK_TIMEOUT_S = 5.0
 FIRST_TOKEN_TIMEOUT_S = 300.0
 # At the end open answers have this long to finish; the head has ended by then, or goes on without us.
-GRACE_S = 3
+GRACE_S = 1
 # Below the head's (VLLM_HTTP_TIMEOUT_KEEP_ALIVE, 5 s): a request never meets a connection that is just being closed.
 KEEP_ALIVE_S = 2.0
 MAX_HEADER_BYTES = 65536
@@ -413,8 +414,8 @@ def listen(host: str | None, port: int) -> socket.socket:
         ) from error
 
 
-async def serve(front: Front, sock: socket.socket, work: Awaitable[int]) -> int:
-    """Serves until ``work`` is done, whose result it returns; what is open then has a moment to end."""
+async def serve(front: Front, sock: socket.socket, work: Awaitable[int], hurry: asyncio.Event | None = None) -> int:
+    """Serves until ``work`` is done, whose result it returns; what is open then has a moment, unless ``hurry``."""
     # Requests that a client breaks off or that ask for a WebSocket are no news for the terminal.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
@@ -436,7 +437,12 @@ async def serve(front: Front, sock: socket.socket, work: Awaitable[int]) -> int:
         if not working.done():  # the server ended by itself, or we are cancelled
             working.cancel()
             await asyncio.wait({working})
+        # Answers that are cut now are cut by us: uvicorn would print a traceback for each.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
+        hurrying = asyncio.ensure_future((hurry or asyncio.Event()).wait())
+        await asyncio.wait({serving, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        server.force_exit = not hurrying.cancel()
         await serving
     return working.result()
 
@@ -460,17 +466,24 @@ async def serve_launch(launch: Launch, public: Api, sock: socket.socket, private
 
 async def serve_head(head: str, api_key: str | None, public: Api, sock: socket.socket) -> int:
     """Serves before a head that others look after, until Ctrl-C, SIGTERM or the end of the terminal. Returns 0."""
-    asked = asyncio.Event()
+    asked, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal(signum: int) -> None:
+        if asked.is_set() and signum != signal.SIGHUP:
+            hurry.set()
+        asked.set()
+
     loop = asyncio.get_running_loop()
     for signum in stop_signals():
-        loop.add_signal_handler(signum, asked.set)
+        loop.add_signal_handler(signum, on_signal, signum)
     print(f"{public.url} is the front of {head}. Ctrl-C stops it, and nothing else.", flush=True)  # noqa: T201
 
     async def until_asked() -> int:
         await asked.wait()
+        print("stopping", flush=True)  # noqa: T201
         return 0
 
-    return await serve(Front(head, lambda: api_key), sock, until_asked())
+    return await serve(Front(head, lambda: api_key), sock, until_asked(), hurry)
 
 
 def run_in_loop(work: Coroutine[Any, Any, int]) -> int:
