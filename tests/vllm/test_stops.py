@@ -129,7 +129,7 @@ def lingering(ring: Ring, stage: int) -> None:
 
 def draining(ring: Ring, stage: int) -> None:
     """A request is at the other stage, which does not answer and still does not count as lost."""
-    ring.env = {**ring.env, PROBE_PATIENCE_ENV: "600"}
+    ring.env = {**ring.env, PROBE_PATIENCE_ENV: "60"}
     ring.extra = (*ring.extra, "--shutdown-timeout", "600")
     serving(ring, stage)
     body = {"model": str(ring.model), "prompt": "So", "max_tokens": 200, "ignore_eos": True}
