@@ -1085,9 +1085,9 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "head-exit-code",
-        "vllm_plugin/head.py",
-        "sys.exit(HEALTH.exit_code)",
-        "sys.exit(0)",
+        "vllm_plugin/stopping.py",
+        "return self._health.exit_code if self._health.failure else 0",
+        "return 0",
         "A head that failed would end as if all were well.",
         ("vllm/test_bad_rings.py::test_head_refuses_with_its_own_exit_code",),
     ),

@@ -17,6 +17,8 @@ import json
 import os
 import pickle
 import re
+import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -330,6 +332,28 @@ def test_api_server_looks_up_what_is_patched_by_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("signal.signal", Mock())
     asyncio.run(entry.run_server(argparse.Namespace(tool_parser_plugin="", reasoning_parser_plugin="")))
     assert called == ["setup_server", "build_and_serve"]
+
+
+def test_the_api_server_begins_its_stop_with_the_engines() -> None:
+    """Before it stops to answer: from then on `HeadEnd` counts a second signal."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.launchers.launcher import serve_http
+
+    told: list[str] = []
+    app = FastAPI(
+        on_startup=[lambda: os.kill(os.getpid(), signal.SIGTERM)], on_shutdown=[lambda: told.append("server")]
+    )
+    config = SimpleNamespace(shutdown_timeout=7)
+    app.state.engine_client = SimpleNamespace(
+        vllm_config=config, errored=False, shutdown=lambda timeout: told.append(f"engine {timeout}")
+    )
+
+    async def serve() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            await (await serve_http(app, sock=sock, host="127.0.0.1", port=sock.getsockname()[1]))
+
+    asyncio.run(serve())
+    assert told == ["engine 7", "server"]
 
 
 def test_engine_core_gets_the_grace_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

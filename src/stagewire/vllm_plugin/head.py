@@ -51,7 +51,7 @@ HEALTH = HeadHealth()
 def serve_head(
     original: Callable[..., Any], args: argparse.Namespace, config: StageConfig, signals: SignalWatch
 ) -> None:
-    """Runs vLLM's own API server, with our health and exit codes. Raises SystemExit with the ring's reason."""
+    """Runs vLLM's own API server with our health, and ends with our exit codes; raises what is not of the ring."""
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
     HEALTH.pipeline = PipelineStatus(config)
@@ -74,8 +74,7 @@ def serve_head(
         _start(_mind_failure, end)
         _patch_server(end)
         _run(original, args, end)
-    if HEALTH.failure is not None:
-        sys.exit(HEALTH.exit_code)
+    end.leave()
 
 
 def _clean_up(folder: str) -> None:

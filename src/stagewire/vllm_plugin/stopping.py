@@ -11,6 +11,7 @@ Nothing here asks whether somebody lives: `observe.processes` says when somebody
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import signal
@@ -89,11 +90,14 @@ class HeadEnd:
         Guard(self._engine_watch, self._engine_ended)
 
     def _engine_ended(self) -> None:
-        if self._health.wait_for_failure(LAST_WORD_S) is not None or self.is_engine_to_end:
+        """Also vLLM sees it, and begins to stop because of it: only what was told before it counts."""
+        is_told, process = self.is_engine_to_end, self._engine
+        if self._health.wait_for_failure(LAST_WORD_S) is not None or is_told:
             return
-        process = self._engine
         assert process is not None
         process.join(LAST_WORD_S)
+        if process.exitcode == 0 and self.is_engine_to_end:  # it was told by somebody else, as we have heard meanwhile
+            return
         how = "has ended" if process.exitcode is None else describe_exit(process.exitcode)
         self._health.fail(f"stage 0's EngineCore (pid {process.pid}) {how}", 1)
 
@@ -121,10 +125,9 @@ class HeadEnd:
     def begin_stop(self, drain_s: float) -> None:
         """vLLM has begun to stop, in any thread: a second signal and a deadline count from here on."""
         with self._lock:
-            self.is_engine_to_end = True
             if self._loop is None or self._is_asked:
                 return
-            self._is_asked = True
+            self._is_asked = self.is_engine_to_end = True
         timer = threading.Timer(drain_s + STOP_S, self.end_now)
         timer.daemon = True
         timer.start()
@@ -134,6 +137,18 @@ class HeadEnd:
     def _take_signals_in(self, loop: asyncio.AbstractEventLoop) -> None:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.end_now)
+
+    def leave(self) -> None:
+        """The end of an orderly stop: what is registered for it is done, and the seconds that follow it are saved."""
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(self._exit_code)
+
+    @property
+    def _exit_code(self) -> int:
+        return self._health.exit_code if self._health.failure else 0
 
     # ---- at once ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +162,7 @@ class HeadEnd:
             self._engine_watch.wait(LAST_WORD_S)
         self._clean_up()
         text = self._health.failure or "stopped (stage 0 was told to stop)"
-        _end(f"Stage 0: {text}", self._health.exit_code if self._health.failure else 0)
+        _end(f"Stage 0: {text}", self._exit_code)
 
     def _end_engine(self, timeout_s: float) -> None:
         if self._engine is not None and self._engine_watch is not None:
