@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from stagewire.config import Address, StageConfig
+from stagewire.errors import ConfigError
 from stagewire.launch.early import CONFIG_FLAG, OPTIONS, read_early
-from stagewire.observe.status import HeadApi
+from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi
+from stagewire.plan.ranges import LayerRange
 from stagewire.vllm_plugin import compat, flags
 from stagewire.vllm_plugin.engine_args import set_process_environment
 from support.arguments import SPELLINGS, Spelling
@@ -90,6 +94,28 @@ def test_a_head_tells_what_vllm_s_parser_has_read(
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert flags._api_of(parse(*Spelling(words, content=content).words(tmp_path))) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "is_launched", "refused"),
+    [
+        ("--ssl_keyfile k --ssl-certfile c", False, "--ssl-keyfile, --ssl-certfile on stage 1"),
+        ("--ssl_keyfile k --ssl-certfile c", True, ""),
+        ("--port 9000 --uds x", True, ""),
+        ("--config=FILE", False, "vLLM does not read --config="),
+        ("--config=FILE", True, "vLLM does not read --config="),
+    ],
+)
+def test_a_worker_under_a_launcher_passes_over_what_is_of_the_api(
+    words: str, is_launched: bool, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "a-model", *words.split()])
+    monkeypatch.delenv(LAUNCHER_SOCKET_ENV, raising=False)
+    if is_launched:
+        monkeypatch.setenv(LAUNCHER_SOCKET_ENV, "/nowhere")
+    worker = StageConfig(1, 2, LayerRange(4, 8), 15551, Address("127.0.0.1", 15550))
+    with pytest.raises(ConfigError, match=refused) if refused else contextlib.nullcontext():
+        flags._check_entry_point(worker, parse(*words.split()))
 
 
 def test_a_config_file_that_vllm_does_not_read_is_noticed(tmp_path: Path) -> None:

@@ -471,7 +471,7 @@ class Supervisor:
     async def _watch_progress(self, limit: asyncio.Timeout) -> None:
         """Moves the end of the start on, as long as the stages get on."""
         loop = asyncio.get_running_loop()
-        while True:
+        while not limit.expired():
             for stage in self._stages:
                 stage.pace.see_io(loop.time(), io_bytes(stage.process.pid))
             loading = [stage.pace for stage in self._stages if stage.is_before(Phase.LOADED)]
