@@ -647,6 +647,15 @@ class ZmqTransport:
                 port = int(where.rpartition(b":")[2])
                 self._callers[descriptor] = Intake(descriptor, (port, None), CALLER_BYTES_PER_S)
 
+    def _note_descriptor(self, peer: bytes, frame: zmq.Frame) -> None:
+        """Which connection a caller has, as its message says: one that a stranger made up may not."""
+        if peer in self._descriptors:
+            return
+        with contextlib.suppress(zmq.ZMQError):
+            descriptor = int(frame.get(zmq.SRCFD))
+            if descriptor in self._callers:
+                self._descriptors[peer] = descriptor
+
     def _forget_caller(self, descriptor: int) -> None:
         self._callers.pop(descriptor, None)
         for peer in [peer for peer, other in self._descriptors.items() if other == descriptor]:
@@ -667,8 +676,7 @@ class ZmqTransport:
             peer = b""
             if dealer is None:
                 peer, buffers = bytes(buffers[0]), buffers[1:]
-                if peer not in self._descriptors and (descriptor := int(frames[-1].get(zmq.SRCFD))) in self._callers:
-                    self._descriptors[peer] = descriptor
+                self._note_descriptor(peer, frames[-1])
             else:
                 dealer.took_message()
             self._events.append(Received(side, peer, buffers))
