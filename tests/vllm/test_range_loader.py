@@ -219,6 +219,61 @@ def test_a_stage_holds_what_vllms_own_loader_gives_it(
         assert all(value.numel() for value in own.values()), "nothing was there to compare"
 
 
+def mistral_format(folder: Path, tokenizer_of: Path, *, is_alone: bool) -> Path:
+    """params.json and consolidated.safetensors; unless ``is_alone`` beside other weights in HuggingFace's format."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import MistralConfig
+
+    save(MistralConfig(**SMALL, head_dim=16, tie_word_embeddings=False), folder, tokenizer_of, "1GB")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({_mistral_name(name): value for name, value in tensors.items()}, folder / "consolidated.safetensors")
+    params = {"dim": 64, "n_layers": NUM_LAYERS, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 96}
+    more = {"vocab_size": 49152, "norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512}
+    (folder / "params.json").write_text(json.dumps({**params, **more, "dtype": "float32"}))
+    if is_alone:
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
+    else:
+        save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def _mistral_name(name: str) -> str:
+    renamed = {
+        "model.": "",
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "self_attn": "attention",
+        **{f"{letter}_proj": f"w{letter}" for letter in "qkvo"},
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for theirs, own in renamed.items():
+        name = name.replace(theirs, own)
+    return name
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "beside HuggingFace's"])
+def test_mistral_s_own_format_is_read_as_vllm_reads_it(
+    is_alone: bool, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    model = mistral_format(tmp_path / "model", model_dir, is_alone=is_alone)
+    pack(monkeypatch, keeps_all=True)
+    ours = [load(model, stage, "auto") for stage in (0, 2)]
+    stock_format(monkeypatch)
+    for stage, own in zip((0, 2), ours, strict=True):
+        stock = load(model, stage, "mistral")
+        assert own.keys() == stock.keys()
+        assert not [name for name, value in own.items() if not torch.equal(value, stock[name])]
+    assert ours[0]["model.embed_tokens.weight"].abs().sum() > 0, "not the zeros beside it"
+
+
 @pytest.mark.parametrize(
     ("make", "vocabulary"),
     [

@@ -18,7 +18,7 @@ from stagewire.checkpoint import hub
 from stagewire.checkpoint.files import CheckpointFiles, checkpoint_files
 from stagewire.checkpoint.index import config_fingerprint, fingerprint
 from stagewire.checkpoint.manifest import check_place, check_samples, read_manifest
-from stagewire.checkpoint.model_config import CONFIG_NAME, LoadFlags
+from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags
 from stagewire.checkpoint.samples import sample_weights
 from stagewire.config import StageConfig
 from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
@@ -158,5 +158,6 @@ def _sample(stage: int, files: CheckpointFiles) -> str:
 
 def _hub_commit(model: Any) -> str:
     """Name and commit; a branch may have moved between two stages' downloads."""
-    config = hub.find_file(model.model, model.revision, CONFIG_NAME)
+    names = (CONFIG_NAME, PARAMS_NAME)
+    config = next(filter(None, (hub.find_file(model.model, model.revision, name) for name in names)), None)
     return f"{model.model}@{config.parent.name if config else model.revision}"
