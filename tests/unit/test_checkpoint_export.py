@@ -336,7 +336,7 @@ def test_the_manifest_and_the_load_line(model: Path, tmp_path: Path) -> None:
         check_files(folder, manifest)
         assert (manifest.stage, manifest.num_stages, manifest.num_layers) == (stage, 3, NUM_LAYERS)
         assert manifest.source_fingerprint == fingerprint(model)
-        assert manifest.source_samples == sample_weights(checkpoint_files(model)).digest
+        assert manifest.source_samples == sample_weights(checkpoint_files(model), index).digest
         assert manifest.export_id == manifests[0].export_id
         for name, record in manifest.files.items():
             content = (folder / name).read_bytes()
@@ -345,7 +345,7 @@ def test_the_manifest_and_the_load_line(model: Path, tmp_path: Path) -> None:
         assert own is not None
         expected = stage_bytes(index, shape, manifest.layers)
         assert stage_bytes(own, read_model_shape(folder), manifest.layers) == expected == own.total_bytes
-        check_samples(folder, manifest, sample_weights(checkpoint_files(folder)).digest)
+        check_samples(folder, manifest, sample_weights(checkpoint_files(folder), own).digest)
 
 
 @pytest.mark.parametrize("is_tied_by_config", [True, False])
@@ -385,7 +385,7 @@ def test_a_folder_that_was_copied_by_half(model: Path, tmp_path: Path) -> None:
     os.truncate(folder / last.file, last.offset + last.num_bytes)
     check_files(folder, manifest)
     with pytest.raises(ConfigError, match=r"does not hold the weights that were exported .* copied by half\?"):
-        check_samples(folder, manifest, sample_weights(checkpoint_files(folder)).digest)
+        check_samples(folder, manifest, sample_weights(checkpoint_files(folder), index).digest)
 
 
 def test_a_manifest_from_before_there_were_samples(model: Path, tmp_path: Path) -> None:

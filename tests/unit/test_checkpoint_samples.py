@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stagewire.checkpoint.files import checkpoint_files
-from stagewire.checkpoint.index import TensorInfo, read_index
+from stagewire.checkpoint.index import TensorInfo, read_index, read_tensors
 from stagewire.checkpoint.samples import (
     MAX_PER_KIND,
     PAGE_BYTES,
@@ -57,7 +57,8 @@ def tensors_of(folder: Path) -> dict[str, TensorInfo]:
 
 
 def sample(folder: Path) -> Samples:
-    return sample_weights(checkpoint_files(folder))
+    files = checkpoint_files(folder)
+    return sample_weights(files, read_tensors(files))
 
 
 def overwrite(folder: Path, name: str, begin: int, content: bytes) -> None:

@@ -24,6 +24,7 @@ LAYERS = [
     "config",
     "plan",
     "folders",
+    "machine",
     "errors",
 ]
 # Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.

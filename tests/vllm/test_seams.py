@@ -145,6 +145,7 @@ SIGNATURES = {
     ],
     "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ["self", "timeout"],
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ["self", "grammar_output"],
+    "vllm.v1.worker.cpu_worker:get_memory_node_info": ["node_id"],
     "vllm.v1.sample.sampler:Sampler.forward": [
         "self",
         "logits",
@@ -2722,3 +2723,19 @@ def test_default_loader_loads_through_the_methods_that_are_overridden(external_c
         loader.load_weights(model, config)
     assert seen == [("a.weight", torch.ones(1))]
     assert loader.asked == "somewhere"
+
+
+def test_a_container_s_memory_is_what_machine_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker import cpu_worker
+
+    from stagewire import machine
+    from stagewire.vllm_plugin import cpu
+
+    theirs = cpu_worker.get_memory_node_info(0)
+    monkeypatch.setattr(cpu_worker, "get_memory_node_info", inspect.unwrap(cpu_worker.get_memory_node_info))
+    cpu.count_page_cache_as_free()
+    assert cpu_worker.get_memory_node_info(0).total_memory == theirs.total_memory
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 2 << 30)
+    found = cpu_worker.get_memory_node_info(0)
+    assert (found.total_memory, found.available_memory) == (3 << 30, 2 << 30)

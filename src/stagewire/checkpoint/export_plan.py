@@ -17,7 +17,7 @@ from typing import Any
 
 from stagewire.checkpoint.files import CheckpointFiles, is_partial_download, is_weight
 from stagewire.checkpoint.folder import Checkpoint, read_checkpoint
-from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint, read_metadata
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo, fingerprint_of, read_metadata
 from stagewire.checkpoint.kv_cache import check_kv, read_layout
 from stagewire.checkpoint.manifest import MANIFEST_NAME
 from stagewire.checkpoint.model_config import LoadFlags, read_config, read_model_shape
@@ -169,8 +169,8 @@ def plan_export(
         model_dir=model_dir,
         ranges=ranges,
         num_layers=shape.num_layers,
-        source_fingerprint=fingerprint(model_dir, flags),
-        source_samples=sample_weights(checkpoint.files).digest,
+        source_fingerprint=fingerprint_of(checkpoint.files, index, flags),
+        source_samples=sample_weights(checkpoint.files, index).digest,
         stage_samples=tuple(sample_tensors(checkpoint.files, own).digest for own in tensors),
         sources=others | {name: SourceFile.of(model_dir, name) for name in sorted(shards)},
         files=tuple(file for files in stages for file in files),

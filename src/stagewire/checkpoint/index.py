@@ -25,6 +25,7 @@ __all__ = [
     "TensorInfo",
     "config_fingerprint",
     "fingerprint",
+    "fingerprint_of",
     "read_files",
     "read_index",
     "read_metadata",
@@ -124,19 +125,21 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def fingerprint(model_dir: Path, flags: LoadFlags | None = None) -> str:
+    """`fingerprint_of` the checkpoint in a folder. Raises as ``read_model_shape`` and ``read_index``."""
+    files = checkpoint_files(model_dir, flags.load_format if flags else "auto")
+    return fingerprint_of(files, read_tensors(files), flags)
+
+
+def fingerprint_of(files: CheckpointFiles, index: CheckpointIndex | None, flags: LoadFlags | None = None) -> str:
     """16 hexadecimal digits that are equal exactly when two folders hold the same model, as far as headers tell.
 
     Hashed are config.json without the fields that do not change the model, and the sorted (name, dtype, shape) of
-    every tensor: not the files they are in, so that a copy with other shards matches. Without safetensors, the sorted
-    names and sizes of the weight files instead. Nothing of the weights themselves is read: a fine-tuned copy has its
-    base model's fingerprint, and other samples (``checkpoint/samples.py``). Raises ``ConfigError`` as
-    ``read_model_shape`` and ``read_index`` do.
+    every tensor: not the files they are in, so that a copy with other shards matches. Without safetensors (no
+    ``index``), the sorted names and sizes of the weight files instead. Nothing of the weights themselves is read: a
+    fine-tuned copy has its base model's fingerprint, and other samples (``checkpoint/samples.py``).
     """
-    files = checkpoint_files(model_dir, flags.load_format if flags else "auto")
-    index = read_tensors(files)
     weights = _list_files(files) if index is None else _list_tensors(index)
-    content = {"config": _without_bookkeeping(read_config(model_dir, flags)), "weights": weights}
-    return _digest(content)
+    return _digest({"config": _without_bookkeeping(read_config(files.folder, flags)), "weights": weights})
 
 
 def config_fingerprint(model_dir: Path, flags: LoadFlags | None = None) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagewire.checkpoint.files import CheckpointFiles
-from stagewire.checkpoint.index import TensorInfo, read_tensors
+from stagewire.checkpoint.index import CheckpointIndex, TensorInfo
 from stagewire.errors import ConfigError
 
 __all__ = [
@@ -59,13 +59,12 @@ class Samples:
     num_bytes: int
 
 
-def sample_weights(files: CheckpointFiles) -> Samples:
+def sample_weights(files: CheckpointFiles, index: CheckpointIndex | None) -> Samples:
     """Of the whole checkpoint. Equal for the same tensors, whatever files they are in.
 
-    Without safetensors each file of weights counts as one tensor of bytes. Raises ``ConfigError`` for a file that is
-    missing, or that ends before its tensor does.
+    Without safetensors (no ``index``) each file of weights counts as one tensor of bytes. Raises ``ConfigError`` for a
+    file that is gone, or that ends before its tensor does.
     """
-    index = read_tensors(files)
     return sample_tensors(files, _as_tensors(files, files.present) if index is None else index.tensors.values())
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagewire import machine
 from stagewire.errors import ConfigError
 from stagewire.launch.cores import assign_cores
 from stagewire.observe.processes import mark_of
@@ -123,18 +124,21 @@ def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool, 
         gpus = _take_gpus(num_stages, num_ranks, environ)
         return [Resources({"CUDA_VISIBLE_DEVICES": ",".join(own)}) for own in gpus]
     preload = preload_libraries(environ.get("LD_PRELOAD", ""))
-    shares = assign_cores(sorted(os.sched_getaffinity(0)), num_stages, num_ranks)
+    cores, num_cpus = sorted(os.sched_getaffinity(0)), machine.num_cpus()
+    # A limit on CPU time is none on certain cores: pinned, a stage would miss what others leave idle.
+    shares = [()] * num_stages if num_cpus < len(cores) else assign_cores(cores, num_stages, num_ranks)
+    threads = max(1, num_cpus // (num_stages * num_ranks))
     return [
         Resources(
             {
-                "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, len(cores) // num_ranks)),
+                "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(len(own) // num_ranks or threads),
                 # The whole process is pinned, if at all; vLLM would pin only its worker, to cores of its own choice.
                 "VLLM_CPU_OMP_THREADS_BIND": environ.get("VLLM_CPU_OMP_THREADS_BIND") or "nobind",
                 **({"LD_PRELOAD": preload} if preload else {}),
             },
-            cores,
+            own,
         )
-        for cores in shares
+        for own in shares
     ]
 
 

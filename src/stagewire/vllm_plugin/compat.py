@@ -114,6 +114,13 @@ PATCHES = (
         "vLLM gathers both kinds row by row",
     ),
     Patch(
+        "vllm.v1.worker.cpu_worker:get_memory_node_info",
+        "of a container's memory vLLM counts the page cache as taken, which is full of the checkpoint after loading, "
+        "and refuses a KV cache for which there is room; it does not see limits of outer groups, or mounted elsewhere; "
+        "only where a stage's layers run on a CPU",
+        "vLLM leaves the page cache out and looks at every group above its own",
+    ),
+    Patch(
         "vllm.model_executor.models.gemma4:Gemma4Model.forward",
         "stages after the first do not look at the per-layer inputs that came in, and so compute without them; only in "
         "a process that runs a Gemma 4",

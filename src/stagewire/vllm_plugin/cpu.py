@@ -7,26 +7,26 @@ the process that a person started.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shutil
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import psutil
-
+from stagewire import machine
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.ring.hosts import shares_machine
+from stagewire.vllm_plugin import compat
 
 __all__ = [
     "REEXECUTED_ENV",
     "apply_compiler",
     "apply_kv_budget",
     "check_kv_memory",
-    "memory_bytes",
+    "check_kv_room",
+    "count_page_cache_as_free",
     "reexec_with_libraries",
     "release_second_copies",
     "set_threads",
@@ -35,7 +35,6 @@ __all__ = [
 # Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
 KV_SHARE = 0.25
 MAX_KV_BYTES = 8 << 30
-_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 REEXECUTED_ENV = "STAGEWIRE_REEXECUTED"
 
 
@@ -55,22 +54,15 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
     num_ranks = engine_args.tensor_parallel_size
     engine_args.kv_cache_memory_bytes = _kv_budget(config.num_stages * num_ranks)
     init_logger("vllm.stagewire").info_once(
-        "Stage %d: KV cache of %.2f GB%s (%.0f %% of free memory over %d stages; --kv-cache-memory-bytes changes it)",
+        "Stage %d: KV cache of %.2f GB%s (%.0f %% of %.2f GB of free memory over %d stages; "
+        "--kv-cache-memory-bytes changes it)",
         config.stage,
         engine_args.kv_cache_memory_bytes / 1e9,
         f" on each of {num_ranks} ranks" if num_ranks > 1 else "",
         KV_SHARE * 100,
+        _free_at_start() / 1e9,
         config.num_stages,
     )
-
-
-def memory_bytes() -> int:
-    """Of this machine, swap included, or of the container that this process runs in."""
-    limits: list[int] = [psutil.virtual_memory().total + psutil.swap_memory().total]
-    for path in _CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max": none
-            limits.append(int(path.read_text()))
-    return min(limits)
 
 
 def check_kv_memory(num_blocks: int, bytes_per_block: int) -> None:
@@ -81,12 +73,51 @@ def check_kv_memory(num_blocks: int, bytes_per_block: int) -> None:
     Raises:
         ConfigError: it is more than all memory of this machine.
     """
-    needed, total = num_blocks * bytes_per_block, memory_bytes()
+    needed, total = num_blocks * bytes_per_block, machine.memory_bytes()
     if needed > total:
         raise ConfigError(
-            f"the ring's {num_blocks} KV blocks take {needed / 1e9:.2f} GB here and this machine has {total / 1e9:.2f} "
-            "GB: give all stages a smaller --kv-cache-memory-bytes, or this one another machine"
+            f"the ring's {num_blocks} KV blocks take {needed / 1e9:.2f} GB here and this machine, or this container, "
+            f"has {total / 1e9:.2f} GB: give all stages a smaller --kv-cache-memory-bytes, or this one another machine"
         )
+
+
+def check_kv_room(config: StageConfig, kv_bytes: int | None, num_ranks: int) -> None:
+    """Of one rank, when its layers are loaded. ``kv_bytes``: `--kv-cache-memory-bytes`, given or chosen.
+
+    Raises:
+        ConfigError: more than is free; vLLM's own check would end the stage with a traceback.
+    """
+    free = machine.available_bytes()
+    if kv_bytes is not None and kv_bytes > free:
+        fits_all = free // (config.num_stages * num_ranks + 1)
+        raise ConfigError(
+            f"stage {config.stage}'s KV cache of {kv_bytes / 1e9:.2f} GB is more than the {free / 1e9:.2f} GB that are "
+            "free on this machine, or in this container, beside its layers: give all stages --kv-cache-memory-bytes "
+            f"{fits_all >> 20}M, or this one more memory"
+        )
+
+
+def count_page_cache_as_free() -> None:
+    """In a process that runs layers: vLLM's look at a container's memory sees what ours does.
+
+    Its own counts the page cache, which is full of the checkpoint, as taken, and looks at one place for the limit.
+    """
+    if not compat.is_at_least(0, 32):
+        return
+    from vllm.v1.worker import cpu_worker
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_memory_node_info(node_id: int = 0) -> Any:
+            found = original(node_id)
+            limit = machine.memory_limit_bytes()
+            if limit is not None:
+                found.total_memory = min(found.total_memory, limit)
+                found.available_memory = machine.available_bytes()
+            return found
+
+        return get_memory_node_info
+
+    compat.wrap(cpu_worker, "get_memory_node_info", make)
 
 
 def apply_compiler(engine_args: Any, config: StageConfig) -> None:
@@ -122,11 +153,16 @@ def _kv_budget(num_workers: int) -> int:
     """Bytes of one worker, as if all stages had as many; one answer per process, because a head resolves its arguments
     twice.
     """
-    return min(int(psutil.virtual_memory().available * KV_SHARE / num_workers), MAX_KV_BYTES)
+    return min(int(_free_at_start() * KV_SHARE / num_workers), MAX_KV_BYTES)
+
+
+@functools.cache
+def _free_at_start() -> int:
+    return machine.available_bytes()
 
 
 def set_threads(config: StageConfig, num_ranks: int) -> None:
-    """OpenMP threads for a stage that a person started: its share of the cores when the predecessor is on this host,
+    """OpenMP threads for a stage that a person started: its share of the CPUs when the predecessor is on this host,
     divided among its tensor parallel ranks.
 
     The variable reaches the head's EngineCore and followers, which are spawned; in this process OpenMP has read it.
@@ -135,7 +171,7 @@ def set_threads(config: StageConfig, num_ranks: int) -> None:
         return
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.num_cpus()
     own = cores // config.num_stages if shares_machine(config.predecessor) else cores
     threads = max(1, own // num_ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)

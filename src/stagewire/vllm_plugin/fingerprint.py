@@ -16,7 +16,7 @@ from typing import Any
 from stagewire import __version__
 from stagewire.checkpoint import hub
 from stagewire.checkpoint.files import CheckpointFiles, checkpoint_files
-from stagewire.checkpoint.index import config_fingerprint, fingerprint
+from stagewire.checkpoint.index import CheckpointIndex, config_fingerprint, fingerprint_of, read_tensors
 from stagewire.checkpoint.manifest import check_place, check_samples, read_manifest
 from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags
 from stagewire.checkpoint.samples import sample_weights
@@ -119,10 +119,18 @@ def identify_model(config: StageConfig, model: Any, flags: LoadFlags | None = No
     manifest, configuration = read_manifest(path), config_fingerprint(path, flags)
     files = checkpoint_files(path, flags.load_format if flags else "auto")
     if manifest is None and files.missing:
+        logger.warning(
+            "Stage %d: %s lacks %d of its weight files: it cannot be told whether the other stages have the same "
+            "model, only whether they have the same configuration",
+            config.stage,
+            path,
+            len(files.missing),
+        )
         return {MODEL_SETTING: "", _CONFIG: configuration, WEIGHTS_SETTING: "", EXPORT_SETTING: ""}
-    own = _sample(config.stage, files)
+    index = read_tensors(files)
+    own = _sample(config.stage, files, index)
     if manifest is None:
-        whole = fingerprint(path, flags)
+        whole = fingerprint_of(files, index, flags)
         return {MODEL_SETTING: whole, _CONFIG: configuration, WEIGHTS_SETTING: own, EXPORT_SETTING: ""}
     check_place(manifest, path, config.stage, config.num_stages, config.layers)
     check_samples(path, manifest, own)
@@ -141,8 +149,8 @@ def identify_model(config: StageConfig, model: Any, flags: LoadFlags | None = No
     }
 
 
-def _sample(stage: int, files: CheckpointFiles) -> str:
-    samples = sample_weights(files)
+def _sample(stage: int, files: CheckpointFiles, index: CheckpointIndex | None) -> str:
+    samples = sample_weights(files, index)
     if samples.blank:
         first = samples.blank[0]
         logger.warning(

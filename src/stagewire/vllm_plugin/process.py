@@ -22,6 +22,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import set_ulimit
 
+from stagewire import machine
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError, RankError, StageLost, StagewireError
 from stagewire.observe.processes import ORPHAN_EXIT_CODE, take_launcher, take_parent
@@ -32,7 +33,6 @@ from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.security import secure_stage
 from stagewire.ring.zmq_link import ZmqTransport
-from stagewire.vllm_plugin import cpu
 from stagewire.vllm_plugin.awake import AwakeCores
 from stagewire.vllm_plugin.call_codec import encode_value
 from stagewire.vllm_plugin.fingerprint import make_identity
@@ -136,7 +136,7 @@ class RingProcess(Observer):
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
         set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
         frame_bytes = max_frame_bytes(vllm_config, is_head=config.is_head)
-        most_bytes = int(cpu.memory_bytes() * SHARE_FOR_PEERS)
+        most_bytes = int(machine.memory_bytes() * SHARE_FOR_PEERS)
         message_bytes = min(MAX_LARGE_FRAMES * frame_bytes, most_bytes)
         transport = ZmqTransport(
             self._host, frame_bytes, security, message_bytes, functools.partial(hosts.bind_host, config)

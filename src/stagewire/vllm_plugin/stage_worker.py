@@ -117,6 +117,8 @@ class StageWorker:
         os.environ[PARTITION_ENV] = ",".join(str(count) for count in counts)
         compat.keep_generators_of_discarded_rows()
         compat.keep_logprobs_of_neighbours()
+        if current_platform.is_cpu():
+            cpu.count_page_cache_as_free()
         self._wrapper = WorkerWrapperBase(rpc_rank=0)
         self._init_device()
         range_loader.register()
@@ -302,6 +304,13 @@ class StageWorker:
     def _add_lora(self, request: LoRARequest) -> bool:
         return self.adapters.add(request)
 
+    def _determine_memory(self) -> int:
+        """vLLM's own, which ends with a traceback where there is not enough."""
+        if current_platform.is_cpu():
+            kv_bytes = self.vllm_config.cache_config.kv_cache_memory_bytes
+            cpu.check_kv_room(self.config, kv_bytes, self.place.size)
+        return int(self._wrapper.determine_available_memory())
+
     def _initialize(self, kv_cache_configs: list[Any]) -> None:
         """vLLM's own; a new head's configuration may differ from the one before, and this stage from its own."""
         worker = self._wrapper.global_rank
@@ -391,6 +400,7 @@ def run_call(worker: StageWorker, method: str, args_bytes: Frame, first_rank: in
 
 _OWN_CALLS: dict[str, Any] = {
     "compile_or_warm_up_model": StageWorker._warm_up,
+    "determine_available_memory": StageWorker._determine_memory,
     "get_reorder_batch_threshold": StageWorker._get_threshold,
     "set_reorder_batch_threshold": StageWorker._set_threshold,
     "initialize_from_config": StageWorker._initialize,
