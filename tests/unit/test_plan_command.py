@@ -20,6 +20,7 @@ from stagewire.checkpoint.ownership import stage_bytes
 from stagewire.commands import export, plan
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
+from support.nvml import FakeNvml
 
 TOOL = Path(__file__).parents[2] / "tools" / "offline_pipelining" / "validate_layer_ranges.py"
 GIB = 2**30
@@ -374,32 +375,30 @@ def test_less_room_than_one_long_request(ask: Any, llama: Path) -> None:
     assert "That is less than one request of 8,192 tokens: give vLLM a smaller --max-model-len." in out
 
 
-def test_the_gpus_here(ask: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '0, GPU-aaa, 24576'\necho '1, GPU-bbb, 12288'\necho '2, GPU-ccc, 8192'\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+def test_the_gpus_here(ask: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml([("A", 24 * GIB), ("A", 24 * GIB), ("B", 12 * GIB)]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def memory(*arguments: object) -> list[int]:
         stages = figures(ask, "--model", llama, "--memory", *arguments)["stages"]
         return [stage["memory_bytes"] // GIB for stage in stages]
 
-    assert memory() == [24, 12, 8]
-    assert memory("--num-stages", 2) == [24, 12]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-bb")
-    assert memory() == [8, 12]
+    assert memory() == [24, 24, 12]
+    assert memory("--num-stages", 2) == [24, 24]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-c,GPU-b")
+    assert memory() == [12, 24]
     code, _, err = ask("--model", llama, "--memory", "--num-stages", 3)
     assert code == 2
     assert "--num-stages 3, 2 GPUs here" in err
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+
+
+def test_no_library_for_gpus(ask: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare clone."""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     code, _, err = ask("--model", llama, "--memory")
     assert code == 2
-    assert "CUDA_VISIBLE_DEVICES names 7" in err
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    code, _, err = ask("--model", llama, "--memory")
-    assert code == 2
-    assert "nvidia-smi" in err
+    assert "pip install nvidia-ml-py" in err
+    assert "give the figures instead: --memory 24GiB" in err
 
 
 def test_time(ask: Any) -> None:

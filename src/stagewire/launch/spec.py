@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from stagewire import machine
 from stagewire.errors import ConfigError
 from stagewire.launch.cores import assign_cores
+from stagewire.launch.gpus import visible_gpus
 from stagewire.observe.processes import mark_of
 from stagewire.observe.status import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
 from stagewire.plan.ranges import PARTITION_ENV, LayerRange
@@ -121,8 +121,7 @@ def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool, 
         ConfigError: fewer GPUs than ranks of all stages.
     """
     if not is_cpu:
-        gpus = _take_gpus(num_stages, num_ranks, environ)
-        return [Resources({"CUDA_VISIBLE_DEVICES": ",".join(own)}) for own in gpus]
+        return [Resources(own) for own in _take_gpus(num_stages, num_ranks, environ)]
     preload = preload_libraries(environ.get("LD_PRELOAD", ""))
     cores, num_cpus = sorted(os.sched_getaffinity(0)), machine.num_cpus()
     # A limit on CPU time is none on certain cores: pinned, a stage would miss what others leave idle.
@@ -142,30 +141,18 @@ def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool, 
     ]
 
 
-def _take_gpus(num_stages: int, num_ranks: int, environ: Mapping[str, str]) -> list[list[str]]:
-    gpus = visible_gpus(environ)
+def _take_gpus(num_stages: int, num_ranks: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
+    visible = visible_gpus(environ)
     wanted = num_stages * num_ranks
-    if len(gpus) < wanted:
+    if len(visible.names) < wanted:
         each = "one each" if num_ranks == 1 else f"{num_ranks} each (--tensor-parallel-size)"
+        fits = max(1, len(visible.names) // num_ranks)
         raise ConfigError(
-            f"{num_stages} stages need {wanted} GPUs, {each}; this machine shows {len(gpus)}"
-            f" ({', '.join(gpus) or 'none'}): use --num-stages {max(1, len(gpus) // num_ranks)}, or check "
-            "CUDA_VISIBLE_DEVICES"
+            f"{num_stages} stages need {wanted} GPUs, {each}: {visible.text}; use --num-stages {fits}, or say in "
+            f"{visible.variable} which GPUs to use"
         )
-    return [gpus[stage * num_ranks : (stage + 1) * num_ranks] for stage in range(num_stages)]
-
-
-def visible_gpus(environ: Mapping[str, str]) -> list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES if it is set, else one number for each GPU that nvidia-smi lists."""
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    count = sum(line.startswith("GPU ") for line in listing.splitlines())
-    return [str(gpu) for gpu in range(count)]
+    groups = [visible.names[stage * num_ranks : (stage + 1) * num_ranks] for stage in range(num_stages)]
+    return [{visible.variable: ",".join(own), **visible.environ} for own in groups]
 
 
 def preload_libraries(already: str) -> str:
