@@ -23,6 +23,7 @@ LAYERS = [
     "observe",
     "config",
     "plan",
+    "home",
     "folders",
     "machine",
     "errors",

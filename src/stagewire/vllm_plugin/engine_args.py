@@ -7,15 +7,19 @@ entry point that parses our flags either obeys them or refuses them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from typing import Any
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
+from stagewire.home import complete_environment, own_home
 from stagewire.plan.ranges import PARTITION_ENV
 from stagewire.vllm_plugin.settings import KEY, RingSettings
 from stagewire.wire.messages import MAX_RANKS
+
+logger = logging.getLogger("vllm.stagewire")
 
 __all__ = ["apply_external_mode", "asked_load_format", "set_process_environment"]
 
@@ -138,8 +142,20 @@ def set_process_environment() -> None:
             f"Stagewire: {PARTITION_ENV}={partition} in the environment is not used: each stage has the layers of its "
             "own --pipeline-layer-range\n"
         )
+    give_home()
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def give_home() -> None:
+    """Also what this process starts inherits it."""
+    added = complete_environment(os.environ, own_home)
+    if added:
+        logger.warning(
+            "This user's home, name or temporary folder is missing or cannot be written: vLLM gets %s",
+            ", ".join(f"{name}={value}" for name, value in added.items()),
+        )
+    os.environ.update(added)
 
 
 def _refuse(engine_args: Any) -> None:
