@@ -132,6 +132,16 @@ def test_a_stage_gets_private_files_and_the_user_s_own_choices() -> None:
         (1, "torch._inductor.exc.InductorError: OSError: /x/cafe.main.so: file too short", "torch_compile_cache"),
         (1, "OSError: Can't load the configuration of '/nope'.", "--model"),
         (1, "torch.OutOfMemoryError: CUDA out of memory.", "--max-model-len"),
+        (1, "ValueError: Available memory on node 0 (0.1/4.0 GiB) on kv cache allocation is less", "not enough memory"),
+        (1, "OSError: [Errno 30] Read-only file system: '/home/x/.cache'", "set HOME and TMPDIR"),
+        (1, "PermissionError: [Errno 13] Permission denied: '/.cache/vllm'", "set HOME and TMPDIR"),
+        (1, "FileNotFoundError: [Errno 2] No usable temporary directory found in ['/tmp']", "set HOME and TMPDIR"),
+        (1, "OSError: [Errno 28] No space left on device: '/dev/shm/psm_1'", "--shm-size"),
+        (-signal.SIGBUS, "", "--shm-size"),
+        (1, "KeyError: 'getpwuid(): uid not found: 12345'", "set USER"),
+        (1, "RuntimeError: can't start new thread", "--pids-limit"),
+        (1, "libgomp: Thread creation failed: Resource temporarily unavailable", "--pids-limit"),
+        (1, "OSError: [Errno 24] Too many open files", "ulimit -n"),
     ],
 )
 def test_a_known_cause_has_a_hint(returncode: int, tail: str, expected: str) -> None:

@@ -22,14 +22,30 @@ _SAVE_MEMORY = "use more stages, a smaller --max-model-len, or a smaller KV cach
 _COMPILE_CACHE = "a compilation that was stopped half-way leaves broken files: remove ~/.cache/vllm/torch_compile_cache"
 _HINTS = (
     (
-        r"out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator|std::bad_alloc|MemoryError",
+        r"out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator|std::bad_alloc|MemoryError"
+        r"|Available memory on node",
         f"not enough memory: {_SAVE_MEMORY}",
     ),
     (
         r"Address already in use|EADDRINUSE",
         "a port is taken by another program: choose others with --port, --base-port",
     ),
-    (r"No space left on device", "the disk is full: free some space, also in /tmp"),
+    (
+        r"No space left on device|Disk quota exceeded",
+        "a disk is full: free some space, also in /tmp; /dev/shm of a container grows with `docker run --shm-size`",
+    ),
+    (
+        r"Read-only file system|No usable temporary directory"
+        r"|Permission denied: '[^']*(?:\.cache|\.config|\.triton|/tmp)",
+        "a folder that has to be written is read-only: set HOME and TMPDIR to folders that can be written",
+    ),
+    (r"getpwuid\(\): uid not found", "passwd does not know this user: set USER and HOME"),
+    (
+        r"can't start new thread|Thread creation failed|pthread_create.*(?:failed|Resource temporarily unavailable)"
+        r"|fork: Resource temporarily unavailable|BlockingIOError: \[Errno 11\]",
+        "there may be no more processes and threads: raise `ulimit -u`, or `docker run --pids-limit`",
+    ),
+    (r"Too many open files|EMFILE", "there may be no more open files: raise `ulimit -n`"),
     (
         r"InvalidCxxCompiler|No working C\+\+ compiler",
         "compiling on CPU needs g++: install it, or add `-- --enforce-eager`",
@@ -45,8 +61,8 @@ _SIGNAL_HINTS = {
     signal.SIGKILL: "something killed it, most often the kernel when memory runs out (`dmesg | grep -i oom` tells): "
     + _SAVE_MEMORY,
     signal.SIGILL: "this CPU lacks instructions (AMX, AVX-512) that this data type uses: try `-- --dtype float32`",
-    signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk and /dev/shm; "
-    + _COMPILE_CACHE,
+    signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk, and /dev/shm, which "
+    "in a container has 64 MB unless `docker run --shm-size` says more; " + _COMPILE_CACHE,
 }
 
 

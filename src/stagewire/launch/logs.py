@@ -86,7 +86,7 @@ def _try_lock(path: Path) -> IO[bytes] | None:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / LOCK_NAME).open("ab", buffering=0)
     except OSError as error:
-        raise ConfigError(f"--log-dir {path}: {error}") from error
+        raise ConfigError(f"--log-dir {path}: {error}; give --log-dir a folder that can be written") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -29,6 +29,7 @@ from stagewire.errors import ConfigError, PeerError, StagewireError
 from stagewire.launch.api import Api, Served
 from stagewire.launch.hints import describe_exit, hint, last_error
 from stagewire.launch.logs import LogFolder
+from stagewire.launch.orphans import reap_orphans
 from stagewire.launch.pace import Pace, deadline, io_bytes
 from stagewire.launch.screen import Screen
 from stagewire.launch.signals import stop_signals
@@ -260,6 +261,8 @@ class Supervisor:
         loop.add_reader(self._receiver.fileno(), self._receive)
         for signum in stop_signals():
             loop.add_signal_handler(signum, self._on_signal, signum)
+        if os.getpid() == 1:
+            loop.add_signal_handler(signal.SIGCHLD, reap_orphans)
         try:
             return await self._run()
         finally:
