@@ -1,4 +1,4 @@
-"""The launcher as process 1 of a container: what it inherits leaves the process table, what it started stays its own."""
+"""The launcher as process 1 of a container: orphans leave the process table, its own children are left to it."""
 
 from __future__ import annotations
 

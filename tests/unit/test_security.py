@@ -221,6 +221,14 @@ class TestFolder:
         (tmp_path / "xdg").mkdir(mode=0o700)
         assert self.make(tmp_path, {"XDG_RUNTIME_DIR": str(tmp_path / "xdg")}) == tmp_path / "xdg" / "stagewire"
 
+    def test_where_nothing_but_shared_memory_can_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "shm").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) == tmp_path / "shm")
+        places = (tmp_path / "run", tmp_path / "tmp", tmp_path / "shm")
+        assert runtime_folder({}, os.geteuid(), *places) == tmp_path / "shm" / f"stagewire-{os.geteuid()}"
+
     def test_it_is_made_once_and_for_one_user(self, tmp_path: Path) -> None:
         assert self.make(tmp_path) == self.make(tmp_path)
         assert stat.S_IMODE(self.make(tmp_path).stat().st_mode) == 0o700

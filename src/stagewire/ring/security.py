@@ -163,11 +163,16 @@ class Reach(Enum):
 
 
 def runtime_folder(
-    environ: Mapping[str, str], uid: int, run: Path = Path("/run/user"), tmp: Path = Path("/tmp")
+    environ: Mapping[str, str],
+    uid: int,
+    run: Path = Path("/run/user"),
+    tmp: Path = Path("/tmp"),
+    shm: Path = Path("/dev/shm"),
 ) -> Path:
     """The folder for this user's sockets, made if need be: the same for every process of the user.
 
-    Not below TMPDIR, which the launcher gives each stage for itself.
+    Not below TMPDIR, which the launcher gives each stage for itself. In /dev/shm where /tmp cannot be written, as in a
+    container whose file system is read-only.
 
     Raises:
         ConfigError: what is there could be used by somebody else.
@@ -175,7 +180,8 @@ def runtime_folder(
     for base in (environ.get("XDG_RUNTIME_DIR"), run / str(uid)):
         if base and _is_own(Path(base), uid) and _has_room(folder := Path(base) / "stagewire"):
             return _make_private(folder, uid)
-    return _make_private(tmp / f"stagewire-{uid}", uid)
+    base = next((each for each in (tmp, shm) if os.access(each, os.W_OK | os.X_OK)), tmp)
+    return _make_private(base / f"stagewire-{uid}", uid)
 
 
 def _has_room(folder: Path) -> bool:
