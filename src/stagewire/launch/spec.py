@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stagewire import machine
 from stagewire.errors import ConfigError
+from stagewire.home import complete_environment, own_home
 from stagewire.launch.cores import assign_cores
 from stagewire.launch.gpus import visible_gpus
 from stagewire.observe.processes import mark_of
@@ -195,6 +196,7 @@ def stage_environment(resources: Resources, private_dir: str, environ: Mapping[s
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         **{name: value for name, value in environ.items() if name != PARTITION_ENV},
+        **complete_environment(environ, own_home),
         **resources.environ,
         LAUNCHER_SOCKET_ENV: f"{private_dir}/status.sock",
         LAUNCHER_PID_ENV: mark_of(os.getpid()),
