@@ -52,6 +52,8 @@ MAX_LARGE_FRAMES = 4
 SHARE_FOR_PEERS = 0.25
 # A ring that was whole for less than this, and in vain, has not come back: the deadline of its recovery goes on.
 RELAPSE_S = 60.0
+# What the ring's thread has for looking once more who is left when a drain runs out, and for saying it.
+LEAVING_S = 1.0
 
 logger = logging.getLogger("vllm.stagewire")
 
@@ -157,7 +159,7 @@ class RingProcess(Observer):
         self.ring.stop(text)
 
     def leave(self, text: str, timeout_s: float) -> float:
-        """Ends the ring in order once this stage has no requests; for how many seconds at most it waits for that.
+        """Ends the ring in order once this stage has no requests; by when in seconds it has ended whatever happens.
 
         From any thread. The head lets no more requests in, as soon as it has heard of it; the ring's thread looks when
         the last one has ended.
@@ -167,7 +169,7 @@ class RingProcess(Observer):
         self._leaving = (text, time.monotonic() + timeout_s)
         self._state = "draining"
         self.ring.node.transport.wake()
-        return timeout_s
+        return timeout_s + LEAVING_S
 
     def stop_at_once(self) -> None:
         """From any thread: ends the ring in order, and with it the process."""
