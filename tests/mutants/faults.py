@@ -447,8 +447,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "reader-offset",
         "checkpoint/reader.py",
-        "_read_fully(descriptor, buffer[begin:end], tensor.offset + begin)",
-        "_read_fully(descriptor, buffer[begin:end], tensor.offset)",
+        "_read_fully(descriptor, buffer[begin:end], tensor.offset + begin,",
+        "_read_fully(descriptor, buffer[begin:end], tensor.offset,",
         "Later pieces of a tensor would be its first one again.",
         (
             "unit/test_checkpoint_reader.py::test_any_choice_of_tensors",

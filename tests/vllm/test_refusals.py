@@ -285,7 +285,7 @@ def test_stages_must_agree_whether_images_come(image_model: Path, monkeypatch: p
     for change in ({}, *WITHOUT_IMAGES.values()):
         with pytest.raises(StartedError) as started:
             serve(monkeypatch, image_model, WORKER | change)
-        config, vllm_config, _ = started.value.args
+        config, vllm_config, *_ = started.value.args
         found.append(make_identity(config, vllm_config).shared["--language-model-only"])
     assert found == ["False", "True", "True"]
 
