@@ -2127,20 +2127,23 @@ def test_the_last_tokens_of_a_context_are_drafted_too(longest: int, fits_stock: 
     assert GPUModelRunner._input_fits_in_drafter(runner, batch)
 
 
-def test_the_tail_is_told_how_much_to_draft() -> None:
-    """Documented as the scheduler's own, and read by the runner."""
-    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+def test_the_tail_is_told_how_much_to_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documented as the scheduler's own, and read by the runner. The drafter is played: its module imports numba, after
+    which no worker can be made in this process (vllm/triton_utils/dispatcher.py looks into every object).
+    """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    drafter = NgramProposer.__new__(NgramProposer)
-    drafter.propose = Mock(return_value=[[5, 6]])
-    runner = Mock(drafter=drafter)
+    class Drafter:
+        propose = Mock(return_value=[[5, 6]])
+
+    monkeypatch.setitem(sys.modules, "vllm.v1.spec_decode.ngram_proposer", Mock(NgramProposer=Drafter))
+    runner = Mock(drafter=Drafter())
     runner.speculative_config.method = "ngram"
     schedule = SimpleNamespace(total_num_scheduled_tokens=1, num_spec_tokens_to_schedule=2)
     names = list(inspect.signature(GPUModelRunner.propose_draft_token_ids).parameters)[3:]
     drafts = GPUModelRunner.propose_draft_token_ids(runner, schedule, [[4]], **dict.fromkeys(names))
     assert drafts == [[5, 6]]
-    assert drafter.propose.call_args.args[0] == 2
+    assert Drafter.propose.call_args.args[0] == 2
 
 
 @pytest.mark.parametrize("in_batch", [True, False])
