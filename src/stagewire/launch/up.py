@@ -40,7 +40,7 @@ DEFAULT_START_TIMEOUT_S = 600.0
 EPILOG = """\
 Everything after `--` goes to every stage's `vllm serve`, for instance: stagewire up --model DIR -- --dtype float32
 
-Ctrl-C, SIGTERM and the end of the terminal stop every stage in order; a second Ctrl-C kills them at once. Under nohup
+Ctrl-C, SIGTERM and the end of the terminal stop every stage in order; told twice, all end at once. Under nohup
 or setsid the end of the terminal stops nothing.
 Exit codes: 0 stopped while serving; 128 + signal stopped before that; 1, 2 or 3 the code of the stage that
 failed (1 an error of a stage or a kill, 2 a setting, 3 another stage or the network)."""
