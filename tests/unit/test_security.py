@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,11 @@ class TestRules:
 
 
 class TestFolder:
+    @pytest.fixture
+    def tmp_path(self, socket_folder: Path) -> Path:
+        """Short: pytest's own is longer than a folder of sockets may be."""
+        return socket_folder
+
     def make(self, tmp_path: Path, environ: dict[str, str] | None = None) -> Path:
         (tmp_path / "tmp").mkdir(exist_ok=True)
         return runtime_folder(environ or {}, os.geteuid(), tmp_path / "run", tmp_path / "tmp")
@@ -228,6 +234,37 @@ class TestFolder:
         monkeypatch.setattr(os, "access", lambda path, _: Path(path) == tmp_path / "shm")
         places = (tmp_path / "run", tmp_path / "tmp", tmp_path / "shm")
         assert runtime_folder({}, os.geteuid(), *places) == tmp_path / "shm" / f"stagewire-{os.geteuid()}"
+
+    def test_one_with_a_long_name_is_passed_over(self, tmp_path: Path) -> None:
+        """Every process of the user passes it over alike."""
+        (tmp_path / ("x" * 60)).mkdir(mode=0o700)
+        found = self.make(tmp_path, {"XDG_RUNTIME_DIR": str(tmp_path / ("x" * 60))})
+        assert found == tmp_path / "tmp" / f"stagewire-{os.geteuid()}"
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "fd00:1111:2222:3333:4444:5555:6666:7777"])
+    @pytest.mark.parametrize("length", [10, 40, 60])
+    def test_every_socket_can_be_bound_there(self, socket_folder: Path, host: str, length: int) -> None:
+        base = Path(str(socket_folder) + "/" + "x" * (length - len(str(socket_folder)) - 1))
+        base.mkdir(mode=0o700, exist_ok=True)
+        security = Security(find_folder=lambda: runtime_folder({"XDG_RUNTIME_DIR": str(base)}, os.geteuid()))
+        path = security.socket_path(host, 65535)
+        assert path == security.socket_path(host, 65535)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(path)
+        os.unlink(path)
+
+    def test_it_is_made_anew(self, socket_folder: Path) -> None:
+        security = Security.of_folder(socket_folder / "s")
+        path = Path(security.socket_path("127.0.0.1", 1))
+        path.parent.rmdir()
+        assert security.socket_path("127.0.0.1", 1) == str(path)
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+    def test_sockets_of_one_port_under_other_addresses(self, socket_folder: Path) -> None:
+        security = Security.of_folder(socket_folder)
+        for host, port in (("127.0.0.1", 1), ("::1", 1), ("10.0.0.1", 1), ("127.0.0.1", 11)):
+            Path(security.socket_path(host, port)).touch()
+        assert sorted(security.other_paths("127.0.0.1", 1).values()) == ["10.0.0.1", "::1"]
 
     def test_it_is_made_once_and_for_one_user(self, tmp_path: Path) -> None:
         assert self.make(tmp_path) == self.make(tmp_path)
