@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # An address in a name differs from worker to worker, which are to run the same tests.
+    unnamed = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]+", item.nodeid)]
+    assert not unnamed, f"give these tests names of their own: {unnamed[:3]}"
     items.sort(key=schedule.place_of)
     if config.getoption("--all"):
         return

@@ -7,6 +7,7 @@ tests/unit/test_ring_*.py (all of it, in memory) and tests/vllm/test_bad_rings.p
 from __future__ import annotations
 
 import argparse
+import enum
 import os
 import re
 import shutil
@@ -41,7 +42,15 @@ WORKER: dict[str, object] = {
     "--external-pp-worker": None,
 }
 TAIL = WORKER | {"--pipeline-stage-idx": "3", "--pipeline-layer-range": "24-32"}
-DROP = object()
+
+
+class Drop(enum.Enum):
+    """In place of a flag's value: the flag is left out. Its name in a test's id is the same in every process."""
+
+    FLAG = enum.auto()
+
+
+DROP = Drop.FLAG
 
 
 @pytest.fixture(scope="module")
