@@ -188,9 +188,10 @@ from stagewire.observe import signals
 signals.END_S = float(sys.argv[2])
 drain_s = float(sys.argv[1])
 def say(word): print(word, flush=True)
-watch = signals.SignalWatch(
-    lambda number: say(f"ask {number}") or drain_s, lambda: say("stop"), lambda: (say("end"), os._exit(0))
-)
+def early(*_): say("this is how it ended before")
+watch = signals.SignalWatch(early, early, early)
+time.sleep(0.01)  # most often it waits for a signal by now
+watch.direct(lambda number: say(f"ask {number}") or drain_s, lambda: say("stop"), lambda: (say("end"), os._exit(0)))
 say("ready")
 __import__("hashlib").pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # in C: no handler of Python's runs
 """

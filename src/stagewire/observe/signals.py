@@ -59,7 +59,8 @@ class SignalWatch:
         self._ask, self._stop, self._end = ask, stop, end
 
     def _run(self) -> None:
-        allowed_s = self._ask(self._next(None) or 0)
+        number = self._next(None) or 0
+        allowed_s = self._ask(number)  # looked up now: `direct` may have changed it meanwhile
         if allowed_s:
             self._next(allowed_s)
         self._stop()
