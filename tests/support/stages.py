@@ -57,7 +57,8 @@ def free_ports(count: int) -> list[int]:
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **quiet, **(extra or {})}
+    # vLLM's 5 s for a grammar are short for a machine that runs several tests beside one another.
+    return {**os.environ, **quiet, "VLLM_REGEX_COMPILATION_TIMEOUT_S": "60", **(extra or {})}
 
 
 def process_tree(pid: int) -> list[int]:
