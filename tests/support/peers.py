@@ -24,12 +24,13 @@ class Peer:
     program = PEER
 
     def __init__(self, *arguments: str, prefix: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> None:
+        paths = os.pathsep.join(filter(None, (str(PROCESSES.parent), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [*prefix, sys.executable, str(self.program), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": str(PROCESSES.parent), **(environ or {})},
+            env={**os.environ, "PYTHONPATH": paths, **(environ or {})},
         )
         assert self.process.stdout is not None
         self._selector = selectors.DefaultSelector()
