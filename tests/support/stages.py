@@ -33,7 +33,7 @@ from support.forkserver import ForkedProcess, ForkServer
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_DEADLINE_S = 480.0
 STOP_DEADLINE_S = 30.0
-MAX_WORKERS = 16
+MAX_WORKERS = 6  # of scripts/test
 # Only in pytest (conftest.py): benchmarks measure, and soak runs, what a person starts.
 fork_server: ForkServer | None = None
 
@@ -42,17 +42,26 @@ def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on right now, all different.
 
     Below the range that the system picks from: every stage opens a dozen such ports (gloo), and one of them was once
-    the very port that another stage was about to bind. For the same reason each worker of pytest-xdist has its own.
+    the very port that another stage was about to bind. For the same reason each worker of pytest-xdist has its own,
+    in one piece: a launcher takes those after the one that it is given.
     """
     found: list[int] = []
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % MAX_WORKERS
-    for port in random.SystemRandom().sample(range(18000 + worker, 32000, MAX_WORKERS), 500):
+    for port in random.SystemRandom().sample(_own_ports(), 500):
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             found.append(port)
         if len(found) == count:
             return found
     raise AssertionError("no free ports")
+
+
+def _own_ports() -> range:
+    ports = range(18000, 32000)
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return ports
+    size = len(ports) // MAX_WORKERS
+    return ports[int(worker.removeprefix("gw")) % MAX_WORKERS * size :][:size]
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

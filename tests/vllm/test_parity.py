@@ -43,7 +43,7 @@ def work_for(concurrency: int) -> list[Request]:
 def reference(model_dir: Path) -> Iterator[dict[int, Lazily]]:
     """Per workload, its answers at its own concurrency first, then at the others."""
     with SingleProcess(model_dir, SETTINGS) as single:
-        runs = {
+        answers = {
             size: runs(
                 single.url,
                 model_dir,
@@ -56,9 +56,9 @@ def reference(model_dir: Path) -> Iterator[dict[int, Lazily]]:
             )
             for size in CONCURRENCIES
         }
-        for each in runs.values():  # before a ring wants the cores
+        for each in answers.values():  # before a ring wants the cores
             assert next(iter(each))
-        yield runs
+        yield answers
 
 
 @pytest.mark.parametrize(
