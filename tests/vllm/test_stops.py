@@ -170,7 +170,15 @@ def metric(ring: Ring, name: str) -> float:
 
 
 def until_ready(ring: Ring, status: int, seconds: float) -> None:
-    wait(lambda: ready(ring).status_code == status, seconds)
+    wait(lambda: _answers_with(ring, status), seconds)
+
+
+def _answers_with(ring: Ring, status: int) -> bool:
+    """A head that has been started again listens only after its imports."""
+    try:
+        return ready(ring).status_code == status
+    except httpx.ConnectError:
+        return False
 
 
 # ---- told to stop ----------------------------------------------------------------------------------------------------

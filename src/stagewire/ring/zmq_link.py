@@ -501,6 +501,7 @@ class ZmqTransport:
                 return
             self._closed = True
             os.close(self._wake_fd)
+        self._listener.hide()
         linger_ms = int(linger_s * 1000)
         for side in list(self._dealers):
             self._drop(side, linger_ms)

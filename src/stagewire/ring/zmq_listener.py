@@ -6,6 +6,7 @@ listens looks once a second, makes its socket anew, and listens on the address t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -80,11 +81,15 @@ class Listener:
         self._next_look_at = now + LOOK_INTERVAL_S
         return [*self._mind_sockets(), *self._mind_address()]
 
-    def close(self) -> None:
-        """After the router's end."""
+    def hide(self) -> None:
+        """Before the router's end, which takes as long as what is queued: nobody is to find this stage any more."""
         for path, _ in self._sockets.values():
-            if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def close(self) -> None:
+        """After the router's end, in which libzmq may have made a path anew."""
+        self.hide()
         for held in self._held:
             held.close()  # now somebody else may have the port, and the path
 
