@@ -90,6 +90,16 @@ def cpu_seconds(pid: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def thread_states(pid: int) -> list[str]:
+    """Of each thread its name, its state and what it waits for in the kernel."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            name, rest = (task / "stat").read_text().rsplit(") ", 1)
+            found.append(f"{name.partition('(')[2]} {rest[0]} {(task / 'wchan').read_text()}")
+    return found
+
+
 class StageFailedError(AssertionError):
     """A process ended before it was ready; the message has its log's end."""
 
@@ -110,7 +120,11 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout_s: float = STOP_DEADLINE_S) -> int:
-        return self.popen.wait(timeout_s)
+        try:
+            return self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            error.add_note(f"{self.name}, its threads: {thread_states(self.pid)}\n{self.text()[-3000:]}")
+            raise
 
     def kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
