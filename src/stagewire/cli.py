@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from stagewire import __version__
 from stagewire.commands import export, front, keys, plan, status
 from stagewire.errors import StagewireError
 from stagewire.launch import up
+from stagewire.observe.signals import Interrupted, stop_signals_interrupt
 from stagewire.observe.streams import keep_writing
 
 __all__ = ["main"]
@@ -134,31 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.serves and argv is None:
         keep_writing()
     try:
-        with _sigterm_as_interrupt():
+        with stop_signals_interrupt():
             code: int = args.run(args, extra)
     except StagewireError as error:
         print(f"stagewire: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
         print(f"stagewire: stopped by {number.name}", file=sys.stderr)  # noqa: T201
         return 128 + number
     return code
-
-
-class _Terminated(KeyboardInterrupt):
-    pass
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Until somebody takes signals for himself: what was begun is undone, as after Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -219,3 +219,43 @@ def test_signals_are_heard_while_the_main_thread_computes(
         heard += process.stdout.read().split("\n")
         assert process.wait(DEADLINE_S) == 0
         assert [line for line in heard if line] == told
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from stagewire.observe import signals
+number = int(sys.argv[1])
+reader, writer = os.pipe()
+main_thread = f"/proc/self/task/{threading.get_native_id()}/stat"
+def send():
+    while open(main_thread).read().rpartition(")")[2].split()[0] != "S":  # until it is in the call
+        time.sleep(0.01)
+    signal.pthread_kill(threading.get_ident(), number)  # this thread is broken off; the main thread's call goes on
+print("ready", flush=True)
+try:
+    with signals.stop_signals_interrupt():
+        threading.Thread(target=send).start()
+        os.read(reader, 1)
+except signals.Interrupted as interrupt:
+    print(interrupt.number.name, signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_breaks_off_no_call_is_heard_all_the_same(number: signal.Signals) -> None:
+    """As one does that comes a moment before the main thread enters the call."""
+    with running(INTERRUPTED, str(int(number))) as process:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], DEADLINE_S)[0], "the call goes on"
+        assert process.stdout.readline() == f"{number.name} True\n"
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + INTERRUPTED.replace(
+        "os.read(reader, 1)", "os.kill(os.getpid(), number); print('goes on', flush=True)"
+    ).replace("threading.Thread(target=send).start()", "pass")
+    with running(program, str(int(signal.SIGINT))) as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == "goes on\n"
+        assert process.wait(DEADLINE_S) == 0

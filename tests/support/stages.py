@@ -273,17 +273,28 @@ class Ring:
         return "\n".join(f"--- {s.name}, exit code {s.popen.poll()}:\n{s.text()[-3000:]}" for s in stages)
 
     def stop(self) -> None:
-        """SIGTERM to the head, which takes the others along; what is left after the deadline is killed."""
-        if self.stages and self.stages[0].popen.poll() is None:
-            self.stages[0].popen.terminate()
+        """SIGTERM to the head, which takes the others along; without a head, to each of them.
+
+        Raises:
+            StageFailedError: they did not all end; those that were left are killed.
+        """
+        running = [stage for stage in self.stages if stage.popen.poll() is None]
+        for stage in running:
+            if stage is self.stages[0] or self.stages[0] not in running:
+                stage.popen.terminate()
         ends_at = time.monotonic() + STOP_DEADLINE_S
+        left = []
         for stage in self.stages:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 stage.wait(max(0.1, ends_at - time.monotonic()))
+            except subprocess.TimeoutExpired as error:
+                left.append("\n".join([str(error), *error.__notes__]))
             stage.kill_group()
         self._is_over.set()
         self._listener.join()
         self._receiver.close()
+        if left:
+            raise StageFailedError("\n".join([*left, f"the head's log:\n{self.stages[0].text()[-3000:]}"]))
         if os.environ.get("STAGEWIRE_KEEP_LOGS") is None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -369,4 +380,6 @@ def together(*servers: Ring | SingleProcess) -> Iterator[None]:
         finally:
             wait(starting)
             started = [server for server, each in zip(servers, starting, strict=True) if each.exception() is None]
-            wait([pool.submit(server.__exit__, None, None, None) for server in started])
+            stopping = [pool.submit(server.__exit__, None, None, None) for server in started]
+            for stop in stopping:
+                stop.result()

@@ -120,6 +120,25 @@ def test_who_waits_learns_why_it_never_opens() -> None:
     assert record.ended.wait(WAIT_S)
 
 
+def test_who_waits_hears_of_an_end_when_the_ring_has_told_everybody_and_may_have_ended_the_process() -> None:
+    """Else a stage that is told to stop would die of a traceback, now and then."""
+    head, record = make(0, MemoryNetwork())
+    told: list[bool] = []
+
+    def take_long(linger_s: float = 1.0) -> None:
+        threading.Event().wait(0.1)
+
+    head.node.transport.close = take_long  # type: ignore[method-assign]
+    head.start()
+    threading.Timer(0.05, lambda: head.node.request_stop("told to")).start()
+    with pytest.raises(PeerError, match="told to"):
+        head.wait_open(WAIT_S)
+    told.append(record.ended.is_set())
+    assert head.receive(WAIT_S) is None
+    told.append(record.ended.is_set())
+    assert told == [True, True]
+
+
 def test_what_the_process_depends_on_is_watched() -> None:
     head, record = make(0, MemoryNetwork(), lambda: "the launcher is gone")
     head.start()

@@ -10,19 +10,22 @@ compiles, or waits in a collective. What the kernel's handler writes to a descri
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-__all__ = ["END_S", "STOP_SIGNALS", "SignalWatch"]
+__all__ = ["END_S", "STOP_SIGNALS", "Interrupted", "SignalWatch", "stop_signals_interrupt"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # An end in order takes milliseconds, and a second where a queue is not read (ring/link.py).
 END_S = 2.0
+# Between two reminders of a signal that the main thread has not heard of.
+REMIND_S = 0.1
 
 
 class SignalWatch:
@@ -83,3 +86,50 @@ class SignalWatch:
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
     pass
+
+
+class Interrupted(KeyboardInterrupt):
+    """``number``: the signal that it stands for."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def stop_signals_interrupt() -> Iterator[None]:
+    """In the main thread, a stop signal raises `Interrupted`, until somebody takes signals for himself.
+
+    One that was ignored when this process was started stays ignored.
+
+    Python's handler would do that alone but for one moment: a signal that comes when the main thread is about to enter
+    a system call is heard of when that call returns, and a read from a dead disk never does. So a thread sends it again
+    until the handler has run: a call that a signal breaks off asks for signals.
+    """
+    is_heard = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        is_heard.set()
+        raise Interrupted(number)
+
+    main = threading.get_ident()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+
+    def remind() -> None:
+        for number in iter(lambda: os.read(reader, 1), b""):
+            while not is_heard.wait(REMIND_S) and signal.getsignal(number[0]) is interrupt:
+                signal.pthread_kill(main, number[0])
+        os.close(reader)
+
+    os.set_blocking(writer, False)
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=remind, name="stagewire-signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)  # ends the thread

@@ -24,6 +24,8 @@ from stagewire.wire.messages import StageIdentity, StageReport
 __all__ = ["RingRuntime", "new_incarnation"]
 
 TURN_S = 0.2
+# From the end of a ring until what was said last has left and its sockets are closed.
+END_S = 5.0
 
 
 def new_incarnation() -> str:
@@ -79,6 +81,7 @@ class RingRuntime(Observer):
         if not self._settled.wait(timeout_s):
             raise PeerError(f"waited {timeout_s:.0f} s for {self.node.state.waits_for()}")
         if self.error is not None:
+            self._join()
             raise self.error
 
     def send(self, message: Data, payloads: Sequence[Frame] = ()) -> None:
@@ -93,29 +96,31 @@ class RingRuntime(Observer):
         """
         item = self.node.take(timeout_s)
         if item is None or isinstance(item, StagewireError):
+            self._join()
             self.node.inbox.put(item)  # for whoever asks next
             if item is not None:
                 raise item
             return None
         return item
 
-    def stop(self, text: str, linger_s: float = 2.0) -> None:
+    def stop(self, text: str) -> None:
         """Ends the ring in order: tells the others, flushes, closes. Returns when the thread has ended."""
         self.node.request_stop(text)
-        self._join(linger_s + 3)
+        self._join()
 
     def fail(self, error: StagewireError) -> None:
         """Ends the ring because this stage cannot go on; the others learn why."""
         self.node.request_fail(error)
-        self._join(5)
+        self._join()
 
     def end_epoch(self, epoch: int, error: StageLost) -> None:
         """Gives up what is in flight in ``epoch``, because a step failed; the ring comes back by itself."""
         self.node.request_end_of_epoch(epoch, error)
 
-    def _join(self, timeout_s: float) -> None:
+    def _join(self) -> None:
+        """Until the thread has ended, or the process with it: the last word of a stage is not to be a traceback."""
         if self._thread.ident is not None:  # a ring that was never started has ended
-            self._thread.join(timeout_s)
+            self._thread.join(END_S)
 
     @property
     def hop_ns(self) -> int:
