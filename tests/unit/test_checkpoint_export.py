@@ -902,7 +902,7 @@ def _stages(pipeline_dir: Path, **options: Any) -> tuple[tuple[LayerRange, ...],
     args = parser.parse_args(["--pipeline-dir", str(pipeline_dir)])
     for name, value in options.items():
         setattr(args, name, value)
-    return up._choose_stages(args, LoadFlags())
+    return up._choose_stages(args, args.num_stages, LoadFlags())
 
 
 def test_the_launcher_takes_stages_and_ranges_from_it(model: Path, tmp_path: Path) -> None:

@@ -75,7 +75,13 @@ class TestHandedOn:
         assert environ["CUDA_VISIBLE_DEVICES"] == "7"
 
     @pytest.mark.parametrize(
-        ("more", "num_stages"), [([], 3), (["--num-stages", "3"], 3), (["--ranges", "0-1", "1-2", "2-3"], None)]
+        ("more", "num_stages"),
+        [
+            ([], 3),
+            (["--num-stages", "3"], 3),
+            (["--num-stages", "auto"], 3),
+            (["--ranges", "0-1", "1-2", "2-3"], None),
+        ],
     )
     def test_chosen_gpus_are_the_ones_that_stages_see(
         self, decided: list[tuple[Namespace, Mapping[str, str]]], more: list[str], num_stages: int | None

@@ -11,7 +11,7 @@ import pytest
 from stagewire.errors import ConfigError
 from stagewire.launch import gpus
 from stagewire.launch.gpus import amd_cards, ask_nvidia, gpu_memory_bytes, list_gpus, visible_gpus
-from stagewire.launch.spec import assign_resources
+from stagewire.launch.spec import assign_resources, count_stages
 from support.nvml import FakeNvml, Spec
 
 GB = 10**9
@@ -67,6 +67,30 @@ def test_visible(
 ) -> None:
     install(monkeypatch, specs)
     assert list(visible_gpus(environ).names) == names
+
+
+@pytest.mark.parametrize(
+    ("specs", "environ", "num_ranks", "num_stages"),
+    [
+        (ALIKE, {}, 1, 3),
+        (ALIKE, {}, 2, 1),
+        (ALIKE, chosen("1,-1,0"), 1, 1),
+        (SLICED, {}, 1, 3),
+        (UNIFIED, {}, 1, 1),
+        ([], {}, 1, 0),
+        ([], {"HIP_VISIBLE_DEVICES": "0,1"}, 1, 2),
+    ],
+)
+def test_as_many_stages_as_gpus(
+    specs: list[Spec],
+    environ: Mapping[str, str],
+    num_ranks: int,
+    num_stages: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, specs)
+    assert count_stages(environ, is_cpu=False, num_ranks=num_ranks) == num_stages
+    assert count_stages(environ, is_cpu=True, num_ranks=num_ranks) == 0
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,37 @@ def test_ranges_or_a_number_of_stages() -> None:
         up._choose_ranges(["0-7", "8-30"], None, 30)
 
 
+@pytest.mark.parametrize(
+    ("words", "is_cpu", "num_stages"),
+    [
+        (["--num-stages", "auto"], False, 3),
+        (["--num-stages", "auto"], True, 4),
+        (["--num-stages", "2"], False, 2),
+        (["--num-stages", "auto", "--ranges", "0-4", "4-8"], False, 2),
+    ],
+)
+def test_as_many_stages_as_gpus_when_asked_to(
+    words: list[str], is_cpu: bool, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 8}))
+    monkeypatch.setattr(up, "is_cpu_build", lambda: is_cpu)
+    monkeypatch.setattr(up, "find_vllm", lambda: "vllm")
+    parser = argparse.ArgumentParser()
+    up.add_arguments(parser)
+    args = parser.parse_args(["--model", str(tmp_path), "--log-dir", str(tmp_path / "logs"), *words])
+    launch = up.decide(args, [], {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"})
+    launch.logs.close()
+    assert len(launch.specs) == num_stages
+
+
+def test_a_number_of_stages_is_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    up.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "m", "--num-stages", "many"])
+    assert "many: expected a number, or auto" in capsys.readouterr().err
+
+
 def test_a_split_that_vllm_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config = {"model_type": "qwen3_next", "num_hidden_layers": 8, "full_attention_interval": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -2,7 +2,7 @@
 # One model over all GPUs of this machine (over four CPU stages without one), straight from the full checkpoint.
 # Edit the next line, or set any of these in the environment. Arguments go to `stagewire up` (see --help).
 FULL_MODEL_PATH="${FULL_MODEL_PATH:-/path/to/Llama-3-8B}"  # Change this line
-NUM_STAGES="${NUM_STAGES:-}"                               # empty: the number of GPUs, else 4
+NUM_STAGES="${NUM_STAGES:-auto}"                           # auto: the number of GPUs, else 4
 API_PORT="${API_PORT:-8000}"
 LOG_DIR="${LOG_DIR:-zeromq_pp_full_model_logs}"            # below the current directory
 
@@ -22,15 +22,6 @@ if [[ ! -x "$stagewire" ]]; then
     echo "run_from_full_model.sh: no stagewire in $root/.venv, in an active virtual environment, or on PATH:" \
         "run $root/scripts/setup" >&2
     exit 2
-fi
-
-if [[ -z "$NUM_STAGES" ]]; then
-    if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-        NUM_STAGES="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
-    else
-        NUM_STAGES="$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)"
-    fi
-    [[ "$NUM_STAGES" -gt 0 ]] || NUM_STAGES=4
 fi
 
 exec "$stagewire" up --model "$FULL_MODEL_PATH" --num-stages "$NUM_STAGES" --port "$API_PORT" --log-dir "$LOG_DIR" "$@"

@@ -28,6 +28,7 @@ __all__ = [
     "StageSpec",
     "VllmCommand",
     "assign_resources",
+    "count_stages",
     "find_vllm",
     "is_cpu_build",
     "place_stages",
@@ -140,6 +141,15 @@ def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool, 
         )
         for own in shares
     ]
+
+
+def count_stages(environ: Mapping[str, str], is_cpu: bool, num_ranks: int = 1) -> int:
+    """For how many stages of ``num_ranks`` the visible GPUs are enough; 0 on CPU.
+
+    Raises:
+        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that is not there, or one twice.
+    """
+    return 0 if is_cpu else len(visible_gpus(environ).names) // num_ranks
 
 
 def _take_gpus(num_stages: int, num_ranks: int, environ: Mapping[str, str]) -> list[dict[str, str]]:

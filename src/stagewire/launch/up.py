@@ -26,6 +26,7 @@ from stagewire.launch.spec import (
     StageSpec,
     VllmCommand,
     assign_resources,
+    count_stages,
     find_vllm,
     is_cpu_build,
     place_stages,
@@ -33,9 +34,10 @@ from stagewire.launch.spec import (
 from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS, Supervisor, Timeouts
 from stagewire.plan.ranges import PARTITION_ENV, LayerRange, check_ranges, split_evenly
 
-__all__ = ["EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "run"]
+__all__ = ["AUTO", "EPILOG", "Launch", "add_arguments", "add_launch_arguments", "decide", "run"]
 
 DEFAULT_NUM_STAGES = 4
+AUTO = "auto"
 DEFAULT_START_TIMEOUT_S = 600.0
 EPILOG = """\
 Everything after `--` goes to every stage's `vllm serve`, for instance: stagewire up --model DIR -- --dtype float32
@@ -63,7 +65,10 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
         help="output folder of `stagewire export`: one folder for each stage",
     )
     parser.add_argument(
-        "--num-stages", type=int, metavar="N", help=f"default: {DEFAULT_NUM_STAGES}, or as many as ranges"
+        "--num-stages",
+        type=_number_or_auto,
+        metavar="N",
+        help=f"default: {DEFAULT_NUM_STAGES}, or as many as ranges; {AUTO}: as many as the visible GPUs are enough for",
     )
     parser.add_argument(
         "--ranges",
@@ -101,6 +106,15 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyE
         help="load every stage but the head a second time, on the same device, to take over when the first one ends",
     )
     return model
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, or {AUTO}") from error
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,11 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     _check_extra(args, early)
     if args.restarts < 0:
         raise ConfigError(f"--restarts {args.restarts}: a number of 0 or more")
-    ranges, folders = _choose_stages(args, early.load)
+    num_stages = args.num_stages
+    if num_stages == AUTO:
+        is_given = args.ranges is not None or args.pipeline_dir is not None
+        num_stages = None if is_given else count_stages(environ, is_cpu_build(), early.num_ranks) or DEFAULT_NUM_STAGES
+    ranges, folders = _choose_stages(args, num_stages, early.load)
     model_dir = folders[0]
     specs = place_stages(ranges, args.base_port)
     resources = assign_resources(len(specs), environ, is_cpu_build(), early.num_ranks)
@@ -178,14 +196,16 @@ def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str,
     return Launch(specs, command, resources, api, source, logs, chat_template_exists(model_dir), *limits)
 
 
-def _choose_stages(args: argparse.Namespace, flags: LoadFlags) -> tuple[tuple[LayerRange, ...], list[Path]]:
+def _choose_stages(
+    args: argparse.Namespace, num_stages: int | None, flags: LoadFlags
+) -> tuple[tuple[LayerRange, ...], list[Path]]:
     """Each stage's layers, and the folder that it loads from: the full checkpoint's, or its own."""
     if args.pipeline_dir is not None:
-        return _read_pre_split(args.pipeline_dir.expanduser(), args.ranges, args.num_stages)
+        return _read_pre_split(args.pipeline_dir.expanduser(), args.ranges, num_stages)
     model_dir = Path(args.model).expanduser()
     flags = hub.with_config_folder(flags, None)
     config = read_config(model_dir, flags)
-    ranges = _choose_ranges(args.ranges, args.num_stages, read_model_shape(model_dir, flags).num_layers)
+    ranges = _choose_ranges(args.ranges, num_stages, read_model_shape(model_dir, flags).num_layers)
     check_kv(read_layout(config), ranges)
     return ranges, [model_dir] * len(ranges)
 
