@@ -24,8 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter is there
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; what tests start is to find it as ever
-        signal.signal(signal.SIGHUP, lambda *_: None)
+    # Ignored under nohup, and in the background of a script; what tests start is to find them as ever.
+    for number, handler in ((signal.SIGHUP, lambda *_: None), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     if config.getoption("numprocesses", None) and config.option.verbose <= 0:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         assert reporter is not None
