@@ -347,14 +347,16 @@ def _read_weight_map(path: Path) -> dict[str, str] | None:
 
 
 def _check_places(path: Path, weight_map: Mapping[str, object]) -> None:
+    seen: set[str] = set()  # thousands of tensors are in a few files
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or not _is_inside(file):
+        if not isinstance(file, str) or not file or (file not in seen and not _is_inside(file)):
             raise ConfigError(f"{path} places tensor {name} in {file!r}; expected a file inside the model's folder")
         if "/" in file:
             raise ConfigError(
                 f"{path} places tensor {name} in {file!r}; vLLM takes weights from the folder itself, not from "
                 "sub-folders: move the file up, and correct the index"
             )
+        seen.add(file)
 
 
 def _is_inside(place: str) -> bool:

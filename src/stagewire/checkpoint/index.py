@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from stagewire.checkpoint.files import INDEX_NAME, CheckpointFiles, checkpoint_files, natural_key
 from stagewire.checkpoint.model_config import LoadFlags, read_config
@@ -52,8 +52,7 @@ _KEPT_WHOLE = "quantization_config"
 _FINGERPRINT_DIGITS = 16
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):  # 50,000 of these are nothing unusual, and made in a third of a dataclass's time
     """One tensor. ``dtype`` is safetensors' name ("BF16"); ``file`` is relative to the model's folder.
 
     Its bytes are ``offset`` to ``offset + num_bytes`` of that file.
@@ -245,8 +244,7 @@ def _read_tensor(path: Path, file: str, name: str, entry: Any, begins_at: int) -
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path}: tensor {name} needs dtype, shape and data_offsets, found {entry!r:.120}") from error
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes([begin, end]) and begin <= end):
         raise ConfigError(f"{path}: tensor {name} has a malformed entry: {entry!r:.120}")
     bits = _DTYPE_BITS.get(dtype)
     if bits is not None and (math.prod(shape) * bits + 7) // 8 != end - begin:
@@ -254,12 +252,20 @@ def _read_tensor(path: Path, file: str, name: str, entry: Any, begins_at: int) -
     return TensorInfo(name, dtype, tuple(shape), end - begin, file, begins_at + begin)
 
 
+def _are_sizes(numbers: object) -> bool:
+    return isinstance(numbers, list) and {int}.issuperset(map(type, numbers)) and min(numbers, default=0) >= 0
+
+
 def _merge_shards(
     shards: Sequence[Sequence[TensorInfo]], weight_map: Mapping[str, str]
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, ...]]]:
     """Each tensor by name, in the order of the files, and the files of those that are in several."""
+    everything = [tensor for shard in shards for tensor in shard]
+    tensors = {tensor.name: tensor for tensor in everything}
+    if len(tensors) == len(everything):
+        return tensors, {}
     found: dict[str, list[TensorInfo]] = {}
-    for tensor in (tensor for shard in shards for tensor in shard):
+    for tensor in everything:
         found.setdefault(tensor.name, []).append(tensor)
     chosen = {name: _choose_copy(copies, weight_map.get(name)) for name, copies in found.items()}
     several = {
@@ -267,8 +273,7 @@ def _merge_shards(
         for name, copies in found.items()
         if len(copies) > 1
     }
-    tensors = (tensor for shard in shards for tensor in shard if chosen[tensor.name] is tensor)
-    return {tensor.name: tensor for tensor in tensors}, several
+    return {tensor.name: tensor for tensor in everything if chosen[tensor.name] is tensor}, several
 
 
 def _choose_copy(copies: Sequence[TensorInfo], file: str | None) -> TensorInfo:
