@@ -1127,6 +1127,43 @@ FAULTS: tuple[Fault, ...] = (
         ("vllm/test_ring_executor.py::test_the_process_of_a_ring_that_failed_ends_with_the_errors_code",),
     ),
     Fault(
+        "own-news-as-signal",
+        "vllm_plugin/stopping.py",
+        """        if not self._is_asked:
+            os.kill""",
+        """        if True:
+            os.kill""",
+        "EngineCore would be ended before it has told the others good-bye, and they would wait for it.",
+        ("unit/test_head_end.py::test_a_second_signal_ends_it_and_the_news_that_the_ring_has_ended_is_none",),
+    ),
+    Fault(
+        "second-signal",
+        "vllm_plugin/stopping.py",
+        "is_first, self._is_asked = not self._is_asked, True\n        if is_first:\n            act()",
+        "is_first, self._is_asked = True, True\n        if is_first:\n            act()",
+        "A head that drains for an hour could not be ended by a second Ctrl-C.",
+        ("unit/test_head_end.py::test_a_second_signal_ends_it_and_the_news_that_the_ring_has_ended_is_none",),
+    ),
+    Fault(
+        "told-before-the-end",
+        "ring/runtime.py",
+        "        if self.error is not None:\n            self._join()",
+        "        if self.error is not None:",
+        "A stage that is told to stop while it waits would die of a traceback, now and then.",
+        (
+            "unit/test_ring_runtime.py::"
+            "test_who_waits_hears_of_an_end_when_the_ring_has_told_everybody_and_may_have_ended_the_process",
+        ),
+    ),
+    Fault(
+        "no-reminder",
+        "observe/signals.py",
+        "signal.pthread_kill(main, number[0])",
+        "pass",
+        "A command that is told to stop right before it reads would read on for ever.",
+        ("process/test_watched_processes.py::test_a_signal_that_breaks_off_no_call_is_heard_all_the_same",),
+    ),
+    Fault(
         "head-exit-code",
         "vllm_plugin/stopping.py",
         "return self._health.exit_code if self._health.failure else 0",

@@ -35,6 +35,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import uvloop
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, ProtocolError, StageLost
@@ -45,6 +46,7 @@ from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, enc
 from stagewire.vllm_plugin.compat import is_at_least
 from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
 from stagewire.vllm_plugin.executor import RingExecutor
+from stagewire.vllm_plugin.http import HeadHealth
 from stagewire.vllm_plugin.pipeline_group import PipelineGroup, RankPlace
 from stagewire.vllm_plugin.process import max_frame_bytes
 from stagewire.vllm_plugin.recovery import Loss, Restored
@@ -62,6 +64,7 @@ from stagewire.vllm_plugin.step_codec import (
     row_digest,
     token_digest,
 )
+from stagewire.vllm_plugin.stopping import HeadEnd
 from stagewire.wire.messages import KINDS
 from stagewire.wire.tensors import ITEM_BYTES
 
@@ -355,6 +358,73 @@ def test_the_api_server_begins_its_stop_with_the_engines() -> None:
 
     asyncio.run(serve())
     assert told == ["engine 7", "server"]
+
+
+def test_the_api_server_s_own_loop_takes_its_signals() -> None:
+    """Where `HeadEnd` finds a second one, which vLLM passes over."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.launchers.launcher import serve_http
+
+    told: list[str] = []
+
+    class Told(HeadEnd):
+        def end_now(self, engine_s: float = 0.0) -> None:
+            told.append("at once")
+
+    def signal_twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    app = FastAPI(on_startup=[signal_twice])
+    app.state.engine_client = SimpleNamespace(
+        vllm_config=SimpleNamespace(shutdown_timeout=7), errored=False, shutdown=lambda timeout: told.append("engine")
+    )
+
+    async def serve() -> None:
+        Told(HeadHealth(), lambda: None).serve_in(asyncio.get_running_loop())
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            await (await serve_http(app, sock=sock, host="127.0.0.1", port=sock.getsockname()[1]))
+
+    for run in (asyncio.run, uvloop.run):
+        told.clear()
+        run(serve())
+        assert sorted(told) == ["at once", "engine"]
+
+
+def test_an_engine_that_ends_when_it_is_told_to_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`AsyncLLM`'s own task, whose connection ends before it is cancelled."""
+    from vllm.v1.engine import async_llm
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    monkeypatch.setattr(async_llm.AsyncLLM, "shutdown", lambda self, timeout: None)
+    monkeypatch.setattr(async_llm.logger, "filters", [])
+    monkeypatch.setattr(async_llm.logger, "handlers", [caplog.handler])
+    told: list[float] = []
+    compat.on_engine_shutdown(told.append)
+
+    async def lose(error: Exception) -> None:
+        async def get_output_async() -> None:
+            raise error
+
+        llm = async_llm.AsyncLLM.__new__(async_llm.AsyncLLM)
+        for name in ("output_processor", "logger_manager", "renderer"):
+            setattr(llm, name, Mock())
+        llm.output_handler, llm.log_stats = None, False
+        llm.engine_core = Mock(get_output_async=get_output_async)
+        llm._run_output_handler()
+        await llm.output_handler
+
+    asyncio.run(lose(EngineDeadError()))
+    assert "output_handler failed" in caplog.text, "it was not told to end"
+    async_llm.AsyncLLM.shutdown(Mock(), 7.0)
+    caplog.clear()
+    asyncio.run(lose(EngineDeadError()))
+    assert 7.0 in told
+    assert not caplog.text
+    asyncio.run(lose(ValueError("another one")))
+    assert "another one" in caplog.text
 
 
 def test_engine_core_gets_the_grace_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,11 +258,16 @@ def end_all(ring: Ring) -> None:
         for pid in process_tree(stage.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        if stage.popen.poll() is None:
-            stage.popen.terminate()
-            stage.popen.send_signal(TERM)
-    for stage in ring.stages:
-        stage.wait(60)
+    wait(lambda: all(map(told_again, ring.stages)), 60)
+
+
+def told_again(process: Process) -> bool:
+    """To stop, at last at once, and whether it has."""
+    has_ended = process.popen.poll() is not None
+    if not has_ended:
+        process.popen.terminate()
+        select.select([], [], [], 0.2)
+    return has_ended
 
 
 def left_in(place: Path) -> list[str]:
@@ -352,7 +357,7 @@ def test_who_is_killed_is_missed(ring: Ring, place: Path, case: Kill) -> None:
     ended = ring.stages[case.stage if len(ring.stages) > 1 else 0]
     killed = case.role(ring)
     tree = [os.pidfd_open(pid) for pid in process_tree(ended.pid)[1:]]
-    others = [stage for stage in ring.stages if stage is not ended]
+    others = [stage for stage in ring.stages if stage is not ended and stage.popen.poll() is None]
     os.kill(killed, KILL)
     if case.role is engine_core and case.phase is serving:
         until_ready(ring, 503, limit_s(NEWS_LIMIT_S))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,9 +93,10 @@ PATCHES = (
     ),
     Patch(
         "vllm.v1.engine.async_llm:AsyncLLM.shutdown",
-        "the first thing that vLLM's API server does when it is told to stop while it serves: from here on a second "
-        "signal counts, which vLLM ignores, and a deadline; only in a head's process",
-        "vLLM ends at a second signal, and within a time",
+        "the first thing that vLLM's API server does when it is told to stop while it serves: from here on there is a "
+        "deadline, and EngineCore's end is no error any more, which vLLM prints a traceback for now and then; only in "
+        "a head's process",
+        "vLLM ends within a time and without a traceback",
     ),
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
@@ -312,17 +314,26 @@ def watch_engine(act: Callable[[Any], None] | None = None) -> None:
 
 
 def on_engine_shutdown(act: Callable[[float], None]) -> None:
-    """In an API server: ``act`` is called when it begins to stop, with the seconds that open requests may take."""
-    from vllm.v1.engine.async_llm import AsyncLLM
+    """In an API server: ``act`` is called when it begins to stop, with the seconds that open requests may take.
+
+    From then on EngineCore's end is no error. vLLM reports one now and then: `AsyncLLM` takes the end of its connection
+    for a death unless its task has been cancelled before.
+    """
+    from vllm.v1.engine import async_llm
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def shutdown(self: Any, timeout: float | None = None) -> None:
             act(timeout or 0.0)
+            async_llm.logger.addFilter(is_news)
             original(self, timeout)
 
         return shutdown
 
-    wrap(AsyncLLM, "shutdown", make)
+    wrap(async_llm.AsyncLLM, "shutdown", make)
 
 
 def keep_generators_of_discarded_rows() -> None:

@@ -119,7 +119,7 @@ class RingExecutor(Executor):
         if self._process.is_child:  # a user's own Python has its output and its signals for itself
             keep_writing()
             # A terminal's Ctrl-C is sent to this process too; its parent says what it means.
-            end = self._process.stop_at_once, self._process.end
+            end = self._process.stop_at_once, self._process.end_at_once
             SignalWatch(self._go_on_for, *end, installs=False, numbers=[signal.SIGTERM])
         self._process.start()
         try:

@@ -138,9 +138,7 @@ def _listen(receiver: StatusReceiver, end: HeadEnd) -> None:
         for event in receiver.receive():
             HEALTH.update(event)
             if event.phase is Phase.STOPPED:
-                # EngineCore stopped the ring: because we told it to, because somebody else did, or with the launcher.
-                end.is_engine_to_end = True
-                os.kill(os.getpid(), signal.SIGTERM)
+                end.ring_stopped()
                 return
 
 

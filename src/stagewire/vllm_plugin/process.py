@@ -184,6 +184,13 @@ class RingProcess(Observer):
             sys.stderr.flush()
         os._exit(exit_code)
 
+    def end_at_once(self) -> None:
+        """From any thread: the end of a process that was told twice to stop, or whose ring takes too long to end."""
+        if self._exit_code is None and not self._config.is_head:  # of the head, its API server says it
+            stage = self._config.stage
+            sys.stderr.write(f"Stage {stage}: stopped (stage {stage} was told to stop)\n")
+        self.end(self._exit_code or 0)
+
     def mark_loaded(self, count_requests: Callable[[], int]) -> None:
         """``count_requests``: how many the model's runner has in its cache; asked from the ring's thread."""
         self._count_requests = count_requests

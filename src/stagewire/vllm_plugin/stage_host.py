@@ -41,7 +41,7 @@ def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender, sig
     def ask(number: int) -> float:
         return process.leave(f"stage {config.stage} was told to stop", drain_s if number == signal.SIGTERM else 0.0)
 
-    signals.direct(ask, process.stop_at_once, process.end)
+    signals.direct(ask, process.stop_at_once, process.end_at_once)
     process.start()
     try:
         process.open_health_port()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
 
 from stagewire.observe.processes import ORPHAN_EXIT_CODE, Guard, Watched, begin_stage, describe_exit
 from stagewire.observe.signals import STOP_SIGNALS, SignalWatch
@@ -71,6 +72,7 @@ class HeadEnd:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_engine_to_end = False  # its end is no failure
         self._is_asked = False
+        self._has_deadline = False
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -101,6 +103,15 @@ class HeadEnd:
         how = "has ended" if process.exitcode is None else describe_exit(process.exitcode)
         self._health.fail(f"stage 0's EngineCore (pid {process.pid}) {how}", 1)
 
+    def ring_stopped(self) -> None:
+        """EngineCore has ended the ring in order: as we told it, or somebody else did, or because the launcher ended.
+
+        Unless we did, vLLM is told to stop as well. A second signal would leave EngineCore no time for its good-bye.
+        """
+        self.is_engine_to_end = True
+        if not self._is_asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     # ---- while the engine starts -----------------------------------------------------------------------------------
 
     def take_signals(self) -> None:
@@ -120,23 +131,31 @@ class HeadEnd:
     # ---- while it serves -------------------------------------------------------------------------------------------
 
     def serve_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        """vLLM takes signals in this loop, and passes over all but the first. Here a second one ends it at once."""
         self._loop = loop
+        add = loop.add_signal_handler
+
+        def add_signal_handler(number: int, act: Callable[..., object], *args: Any) -> None:
+            add(number, self._heed, partial(act, *args))
+
+        loop.add_signal_handler = add_signal_handler  # type: ignore[assignment]
+
+    def _heed(self, act: Callable[[], object]) -> None:
+        is_first, self._is_asked = not self._is_asked, True
+        if is_first:
+            act()
+        else:
+            self.end_now()
 
     def begin_stop(self, drain_s: float) -> None:
-        """vLLM has begun to stop, in any thread: a second signal and a deadline count from here on."""
+        """vLLM has begun to stop, in any thread: it has so much time for requests, and some for itself."""
         with self._lock:
-            if self._loop is None or self._is_asked:
+            if self._loop is None or self._has_deadline:
                 return
-            self._is_asked = self.is_engine_to_end = True
+            self._is_asked = self._has_deadline = self.is_engine_to_end = True
         timer = threading.Timer(drain_s + STOP_S, self.end_now)
         timer.daemon = True
         timer.start()
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._take_signals_in, self._loop)
-
-    def _take_signals_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self.end_now)
 
     def leave(self) -> None:
         """The end of an orderly stop: what is registered for it is done, and the seconds that follow it are saved."""
