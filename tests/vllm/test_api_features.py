@@ -307,8 +307,17 @@ CONVERSATION = [
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("choice", [NAMED, "required", "auto"], ids=["named", "required", "auto"])
+@pytest.mark.parametrize(
+    ("choice", "streamed"),
+    [
+        pytest.param(NAMED, False, id="named-whole"),
+        pytest.param(NAMED, True, id="named-streamed", marks=pytest.mark.slow),
+        pytest.param("required", False, id="required-whole", marks=pytest.mark.slow),
+        pytest.param("required", True, id="required-streamed", marks=pytest.mark.slow),
+        pytest.param("auto", False, id="auto-whole", marks=pytest.mark.slow),
+        pytest.param("auto", True, id="auto-streamed"),
+    ],
+)
 def test_tool_call(pair: Pair, choice: Any, streamed: bool) -> None:
     body = {"messages": CONVERSATION, "tools": [TOOL], "tool_choice": choice, "temperature": 0}
     body |= {"max_completion_tokens": 80}
@@ -356,6 +365,7 @@ def test_metrics(pair: Pair) -> None:
     assert pair.same(counted)[1:] == [7, 1]
 
 
+@pytest.mark.slow
 def test_bench_serve(pair: Pair, tmp_path: Path) -> None:
     """vLLM's own benchmark against the head."""
     command = [

@@ -94,7 +94,7 @@ def tokens(running: Ring | SingleProcess) -> list[tuple[int, ...]]:
     return [answer.token_ids for answer in run(running.url, running.model, WORK, 2)]
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("level", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sleep_and_wake(ring: Ring, stock: SingleProcess, level: int) -> None:
     """On CPU vLLM only pauses: what it answers, the ring answers, and the tokens afterwards are the same."""
     seen = []
@@ -180,6 +180,7 @@ def test_every_stage_writes_its_profile_where_its_own_config_says(
         assert any(name.startswith("aten::") for name in names), f"stage {stage} recorded no work"
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_steps_only(ring: Ring, traces: Path) -> None:
     """The iteration limits of vLLM's call travel: each stage stops by itself and writes its trace."""
     response = post(ring.url, "/start_profile", profile_prefix="second", delay_iterations=2, max_iterations=3)

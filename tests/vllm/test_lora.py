@@ -170,6 +170,7 @@ def test_load_and_unload_at_run_time(ring: Ring, stock: SingleProcess, folder: P
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_more_adapters_than_fit(ring: Ring, stock: SingleProcess, folder: Path) -> None:
     """Four in use, three in memory, two in a step: stages evict and load again, all of them the same ones."""
     names = ["one", "two", "three", "ends"]

@@ -171,7 +171,7 @@ def check_answer(text: str) -> None:
     "order",
     [
         pytest.param((0, 1, 2, 3), id="in order"),
-        # A minute; other orders, the last stage first among them, are in the tests with several hosts.
+        # A minute each, as are the tests with several hosts.
         pytest.param((3, 2, 1, 0), id="last first", marks=pytest.mark.slow),
     ],
 )
@@ -209,6 +209,7 @@ def test_each_stage_on_its_own_host(launch: Launch, model: Path, namespaces: lis
     check_answer(ask(request_line, namespaces[0]))
 
 
+@pytest.mark.slow
 @can_make_namespaces
 def test_two_stages_on_each_of_two_hosts(launch: Launch, model: Path, namespaces: list[Host]) -> None:
     """Stages 0 and 1 share a port of host A, 2 and 3 have one each on host B; LAN addresses everywhere."""

@@ -26,8 +26,8 @@ SETTINGS = [
     *("--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", "256", "--max-num-seqs", "32"),
     *("--enforce-eager", "--block-size", "32", "--num-gpu-blocks-override", "72", "--kv-cache-memory-bytes", "300M"),
 ]
-NGRAM = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}'
-CONCURRENCIES = {1: 3, 8: 14, 32: 44}  # and how many requests
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 4}'
+CONCURRENCIES = {1: 3, 8: 10, 32: 44}  # and how many requests
 COUNTERS = ("num_draft_tokens", "num_accepted_tokens")
 # A third of the requests; the grammar of some ends early, that of others allows anything for a while.
 GRAMMARS: Sequence[dict[str, Any]] = (
