@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 # Of tests/vllm; all others take less.
 LONGEST_FIRST = (
-    *("test_recovery.py", "test_quickstart.py", "test_api_features.py", "test_parity.py", "test_launcher.py"),
-    *("test_bad_rings.py", "test_serving.py", "test_front.py", "test_lora.py", "test_pooling.py"),
-    *("test_architectures.py", "test_tensor_parallel.py", "test_multimodal.py", "test_speculation.py"),
-    *("test_cut_links.py", "test_entry_points.py"),
+    *("test_recovery.py", "test_api_features.py", "test_quickstart.py", "test_tensor_parallel.py", "test_parity.py"),
+    *("test_speculation.py", "test_serving.py", "test_bad_rings.py", "test_lora.py", "test_front.py"),
+    *("test_range_loader.py", "test_stops.py", "test_control.py", "test_multimodal.py", "test_pooling.py"),
+    *("test_launcher.py", "test_cut_links.py", "test_architectures.py", "test_prompt_embeds.py", "test_presplit.py"),
+    *("test_offline_features.py", "test_entry_points.py", "test_ring_keys.py"),
 )
 SAID = "said"  # the name of the property of a test that the fixture `say` fills
 TELL_EVERY_S = 30.0

@@ -18,7 +18,6 @@ import httpx
 import pytest
 
 from stagewire.checkpoint.index import read_index
-from support import stages
 from support.models import make_llama
 from support.stages import Process, Ring, StageFailedError, free_ports, start
 
@@ -151,14 +150,8 @@ def test_a_step_past_its_deadline_ends_the_stage_that_has_not_run_it(model: Path
         ring.stop()
 
 
-def test_head_refuses_with_its_own_exit_code(
-    model: Path, web_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What EngineCore finds out reaches the person: the API server's process ends with the ring's reason and code.
-
-    Started from nothing, as a person who makes these mistakes starts it.
-    """
-    monkeypatch.setattr(stages, "fork_server", None)
+def test_head_refuses_with_its_own_exit_code(model: Path, web_server: int, tmp_path: Path) -> None:
+    """What EngineCore finds out reaches the person: the API server's process ends with the ring's reason and code."""
     ring = Ring(model, ("0-4", "4-8"), SETTINGS)
     try:
         command = changed(ring.command(0), "--pipeline-prev-stage-addr", f"127.0.0.1:{web_server}")

@@ -146,6 +146,7 @@ def test_embeddings_of_long_prompts_in_chunks(embedder: Pair, say: Callable[[str
     assert difference < TOLERANCE
 
 
+@pytest.mark.slow
 def test_vectors_of_every_token(token_embedder: Pair) -> None:
     """One result of another length for each request, and nothing for those whose prompt is not through yet."""
     bodies = [{"input": text, "task": "token_embed"} for text in texts(8, 200)]
@@ -154,6 +155,7 @@ def test_vectors_of_every_token(token_embedder: Pair) -> None:
     assert worst(ours, theirs) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_late_interaction_scores(token_embedder: Pair) -> None:
     """The stock process caches queries on its worker; over stages the API server compares the vectors."""
     bodies = [{"text_1": "warranty of any kind", "text_2": texts(6, 40)}]

@@ -19,6 +19,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_tokens_of_a_quantised_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, model_dir: Path, say: Callable[[str], None]
 ) -> None:
