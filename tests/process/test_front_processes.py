@@ -78,7 +78,7 @@ def test_it_serves_until_it_is_told_to_stop(start: Start) -> None:
     front.wait_for(f"Serving fake-model at http://localhost:{front.port}")
     assert front.get("/ready")[0] == 200
     assert front.get("/v1/models")[2] == {"data": [{"id": "fake-model"}]}
-    main = "import sys; from stagewire.cli import main; sys.exit(main())"
+    main = "import sys; from stagewire.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "status", "--url", f"http://127.0.0.1:{front.port}"]
     status = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert (status.returncode, status.stdout.splitlines()[0]) == (0, "serving")

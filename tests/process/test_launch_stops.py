@@ -192,3 +192,22 @@ def test_a_command_that_is_told_to_stop_while_it_reads_says_so(tmp_path: Path, n
             assert process.wait(DEADLINE_S) == 128 + number
         assert process.stderr is not None
         assert process.stderr.read() == f"stagewire: stopped by {number.name}\n"
+
+
+IMPORTING = """
+import importlib.abc, os, sys
+class Signals(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "stagewire.cli":
+            os.kill(os.getpid(), int(sys.argv[1]))
+sys.meta_path.insert(0, Signals())
+from stagewire.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_command_that_is_told_to_stop_while_it_imports_says_so(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", IMPORTING, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, f"stagewire: stopped by {number.name}\n")

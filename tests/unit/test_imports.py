@@ -13,6 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "stagewire"
 # Imports point downward: to a later entry, or within the same one.
 LAYERS = [
+    "__main__",
     "cli",
     "commands",
     "launch",

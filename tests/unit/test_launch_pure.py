@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import inspect
 import io
 import json
 import os
@@ -18,6 +20,7 @@ from stagewire.launch.cores import assign_cores
 from stagewire.launch.early import read_early
 from stagewire.launch.hints import describe_exit, hint, last_error
 from stagewire.launch.screen import PlainScreen
+from stagewire.launch.signals import run_loop, take_signals
 from stagewire.launch.spec import (
     StageSpec,
     VllmCommand,
@@ -311,3 +314,37 @@ def test_plain_lines_of_the_way_through_a_phase_come_by_quarters() -> None:
         *(f"stage 1  loading {percent} %" for percent in (25, 50, 75, 100)),
         "stage 1  loaded",
     ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_before_the_loop_runs_is_kept_for_it() -> None:
+    """Raised while a loop is made, or before its work has begun, it would leave warnings and tracebacks."""
+    told: list[int] = []
+
+    async def work() -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        take_signals(told.append)
+        await asyncio.sleep(0)
+        return 7
+
+    def signalled_loop() -> asyncio.AbstractEventLoop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return asyncio.new_event_loop()
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run_loop(work(), signalled_loop) == 7
+    assert told == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.filterwarnings("error")
+def test_work_that_has_not_begun_is_closed() -> None:
+    async def work() -> None: ...
+
+    def fail() -> asyncio.AbstractEventLoop:
+        raise OSError("no more files")
+
+    begun = work()
+    with pytest.raises(OSError, match="no more files"):
+        run_loop(begun, fail)
+    assert inspect.getcoroutinestate(begun) == inspect.CORO_CLOSED

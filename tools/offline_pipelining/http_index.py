@@ -12,7 +12,7 @@ if importlib.util.find_spec("vllm") is None and own_python.exists() and Path(sys
     os.execv(own_python, [str(own_python), *sys.argv])
 sys.path.insert(0, str(root / "src"))
 
-from stagewire.cli import main  # noqa: E402
+from stagewire.__main__ import main  # noqa: E402
 
 sys.argv.insert(1, "front")
 sys.exit(main())

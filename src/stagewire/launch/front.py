@@ -36,7 +36,7 @@ from stagewire.errors import ConfigError
 from stagewire.launch.api import Api, Served
 from stagewire.launch.examples import Example, first_request
 from stagewire.launch.screen import open_screen
-from stagewire.launch.signals import stop_signals
+from stagewire.launch.signals import run_loop, take_signals
 from stagewire.launch.supervisor import Progress
 from stagewire.launch.up import Launch
 
@@ -473,9 +473,7 @@ async def serve_head(head: str, api_key: str | None, public: Api, sock: socket.s
             hurry.set()
         asked.set()
 
-    loop = asyncio.get_running_loop()
-    for signum in stop_signals():
-        loop.add_signal_handler(signum, on_signal, signum)
+    take_signals(on_signal)
     print(f"{public.url} is the front of {head}. Ctrl-C stops it, and nothing else.", flush=True)  # noqa: T201
 
     async def until_asked() -> int:
@@ -491,7 +489,5 @@ def run_in_loop(work: Coroutine[Any, Any, int]) -> int:
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        result: int = runner.run(work)
-        return result
+        return run_loop(work)
+    return run_loop(work, uvloop.new_event_loop)

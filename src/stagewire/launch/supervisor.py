@@ -32,7 +32,7 @@ from stagewire.launch.logs import LogFolder
 from stagewire.launch.orphans import reap_orphans
 from stagewire.launch.pace import Pace, deadline, io_bytes
 from stagewire.launch.screen import Screen
-from stagewire.launch.signals import stop_signals
+from stagewire.launch.signals import take_signals
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
 from stagewire.observe.processes import die_with
 from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
@@ -259,8 +259,7 @@ class Supervisor:
         self._receiver = StatusReceiver(f"{self._private_dir}/status.sock")
         loop = asyncio.get_running_loop()
         loop.add_reader(self._receiver.fileno(), self._receive)
-        for signum in stop_signals():
-            loop.add_signal_handler(signum, self._on_signal, signum)
+        take_signals(self._on_signal)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, reap_orphans)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -20,6 +19,7 @@ from stagewire.launch.api import DEFAULT_PORT, Api, Served, chat_template_exists
 from stagewire.launch.early import ADDRESS_FLAGS, OWN_FLAGS, START_TIMEOUT_FLAG, EarlyArguments, read_early
 from stagewire.launch.logs import LogFolder
 from stagewire.launch.screen import Screen, open_screen
+from stagewire.launch.signals import run_loop
 from stagewire.launch.spec import (
     CommandBuilder,
     Resources,
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     launch = decide(args, extra)
     with closing(launch.logs), private_folder() as folder:
         supervisor = launch.supervisor(open_screen(launch.specs), folder, launch.usage)
-        return asyncio.run(supervisor.run())
+        return run_loop(supervisor.run())
 
 
 def decide(args: argparse.Namespace, extra: Sequence[str], environ: Mapping[str, str] = os.environ) -> Launch:
