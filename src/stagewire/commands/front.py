@@ -129,9 +129,10 @@ def _choose_gpus(args: argparse.Namespace) -> dict[str, str]:
         raise ConfigError(f"--gpu-ids {args.gpu_ids!r}: expected different ids with commas between, for instance 0,2,3")
     if is_cpu_build():
         raise ConfigError(f"--gpu-ids {args.gpu_ids}: this is vLLM's CPU build, which uses no GPU: leave it out")
-    num_stages = len(args.ranges) if args.ranges and args.num_stages in (None, up.AUTO) else args.num_stages
-    if num_stages in (None, up.AUTO) and args.pipeline_dir is None:
+    asked = None if args.num_stages == up.AUTO else args.num_stages
+    num_stages = asked or (len(args.ranges) if args.ranges else None)
+    if num_stages is None and args.pipeline_dir is None:
         args.num_stages = len(gpus)
-    elif num_stages not in (None, up.AUTO, len(gpus)):
+    elif num_stages is not None and num_stages != len(gpus):
         raise ConfigError(f"--gpu-ids {args.gpu_ids} for {num_stages} stages: give one id for each stage")
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
