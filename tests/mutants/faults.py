@@ -1127,6 +1127,32 @@ FAULTS: tuple[Fault, ...] = (
         ("vllm/test_ring_executor.py::test_the_process_of_a_ring_that_failed_ends_with_the_errors_code",),
     ),
     Fault(
+        "interrupt-swallowed",
+        "vllm_plugin/compat.py",
+        """            if interrupt is not None:
+                raise interrupt""",
+        """            if interrupt is None:
+                return""",
+        "An `LLM` that got Ctrl-C while its engine started would wait for it for ten minutes.",
+        ("vllm/test_seams.py::test_ctrl_c_while_an_llm_starts_is_an_interrupt",),
+    ),
+    Fault(
+        "dead-engine-untold",
+        "vllm_plugin/compat.py",
+        "self.outputs_queue.put_nowait(EngineDeadError())",
+        "pass",
+        "`LLM.generate` would wait for ever for an EngineCore that was killed.",
+        ("vllm/test_seams.py::test_whoever_waits_for_an_engine_that_dies_is_told",),
+    ),
+    Fault(
+        "dead-engine-call",
+        "vllm_plugin/compat.py",
+        "future.set_exception(EngineDeadError())",
+        "pass",
+        "A call to an EngineCore that was killed would never return.",
+        ("vllm/test_seams.py::test_whoever_waits_for_an_engine_that_dies_is_told",),
+    ),
+    Fault(
         "own-news-as-signal",
         "vllm_plugin/stopping.py",
         """        if not self._is_asked:

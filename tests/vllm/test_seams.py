@@ -16,11 +16,15 @@ import inspect
 import json
 import os
 import pickle
+import queue
 import re
+import select
 import signal
 import socket
 import sys
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
@@ -36,6 +40,7 @@ import numpy as np
 import pytest
 import torch
 import uvloop
+import zmq
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, ProtocolError, StageLost
@@ -147,6 +152,8 @@ SIGNATURES = {
         "tensor_queue",
     ],
     "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ["self", "timeout"],
+    "vllm.v1.engine.core_client:MPClient.shutdown": ["self", "timeout"],
+    "vllm.v1.engine.utils:zmq_socket_ctx": ["path", "socket_type", "bind", "linger", "identity", "router_handover"],
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": ["self", "grammar_output"],
     "vllm.v1.worker.cpu_worker:get_memory_node_info": ["node_id"],
     "vllm.v1.sample.sampler:Sampler.forward": [
@@ -425,6 +432,73 @@ def test_an_engine_that_ends_when_it_is_told_to_is_no_error(
     assert not caplog.text
     asyncio.run(lose(ValueError("another one")))
     assert "another one" in caplog.text
+
+
+def test_ctrl_c_while_an_llm_starts_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM alone swallows it, and goes on to wait for its engine."""
+    from vllm.v1.engine import utils
+
+    monkeypatch.setattr(utils, "zmq_socket_ctx", utils.zmq_socket_ctx)
+
+    def wait(error: BaseException) -> None:
+        with utils.zmq_socket_ctx("inproc://engine", zmq.ROUTER, bind=True):
+            raise error
+
+    wait(KeyboardInterrupt())  # this vLLM still does
+    compat.interrupt_engine_start()
+    with pytest.raises(KeyboardInterrupt):
+        wait(KeyboardInterrupt())
+    with pytest.raises(TimeoutError):
+        wait(TimeoutError())
+    with utils.zmq_socket_ctx("inproc://engine", zmq.ROUTER, bind=True) as bound:
+        assert bound.getsockopt(zmq.TYPE) == zmq.ROUTER
+
+
+def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits of vLLM's client for an `LLM`, and its monitor, as they are."""
+    from vllm.v1.engine import core_client
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    monkeypatch.setattr(core_client.MPClient, "shutdown", core_client.MPClient.shutdown)
+    told: list[Any] = []
+    compat.end_waits_for_dead_engine(told.append)
+    end = threading.Event()
+    engine = Mock(name="its process")
+
+    def client() -> Any:
+        client = core_client.SyncMPClient.__new__(core_client.SyncMPClient)
+        manager = Mock(processes=[engine], monitor_engine_liveness=end.wait)
+        client.resources = core_client.BackgroundResources(ctx=Mock())
+        client.resources.engine_manager = manager
+        client._finalizer = weakref.finalize(client, client.resources)
+        client.outputs_queue, client.utility_results = queue.Queue(), {}
+        client.core_engine, client.encoder, client.input_socket = b"0", Mock(encode=lambda _: [b""]), Mock()
+        return client
+
+    stopped = client()
+    stopped.shutdown()
+    assert stopped.outputs_queue.empty()
+    assert not told, "it was told to end, and nobody waits"
+
+    waiting = client()
+    waiting.start_engine_core_monitor()
+    errors: queue.Queue[str] = queue.Queue()
+
+    def call(method: str, *args: str) -> None:
+        try:
+            getattr(waiting, method)(*args)
+        except EngineDeadError:
+            errors.put(method)
+
+    for each in (("get_output",), ("call_utility", "get_supported_tasks")):
+        threading.Thread(target=call, args=each, daemon=True).start()
+    while not waiting.utility_results:
+        select.select([], [], [], 0.01)
+    end.set()
+    assert {errors.get(timeout=10) for _ in range(2)} == {"get_output", "call_utility"}
+    assert told == [engine]
+    with pytest.raises(EngineDeadError):
+        waiting.call_utility("get_supported_tasks")
 
 
 def test_engine_core_gets_the_grace_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

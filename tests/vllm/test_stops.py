@@ -12,6 +12,7 @@ import re
 import select
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ from stagewire.observe.status import Phase
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.models import make_llama
 from support.stages import START_DEADLINE_S, Process, Ring, process_tree
+from support.stages import start as start_process
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -374,3 +376,81 @@ def test_who_is_killed_is_missed(ring: Ring, place: Path, case: Kill) -> None:
     end_all(ring)
     remove_abandoned(str(place))  # as the next start would
     assert left_in(place) == []
+
+
+# ---- a head in somebody's own Python ---------------------------------------------------------------------------------
+
+LLM_HEAD = """
+import sys
+from vllm import LLM, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+import stagewire
+
+if __name__ == "__main__":
+    model, port, last = sys.argv[1:]
+    place = dict(total_stages=2, layer_range="0-2", bind_port=int(port), prev_stage_addr=f"127.0.0.1:{last}")
+    llm = LLM(model, **stagewire.head(
+        **place, enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=33554432))
+    print("GENERATING", flush=True)
+    try:
+        while True:
+            llm.generate(["So"] * 4, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+    except EngineDeadError:
+        print("ENGINE DEAD", flush=True)
+        sys.exit(5)
+"""
+
+
+@dataclass(frozen=True)
+class End:
+    """The Python process or its EngineCore gets a signal; Python ends with ``code`` and says why."""
+
+    is_generating: bool
+    to: str
+    number: signal.Signals
+    code: int
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.to}-{'generating' if self.is_generating else 'waiting'}-{self.number.name}"
+
+
+LLM_ENDS = [
+    End(False, "python", INT, -INT, "KeyboardInterrupt"),
+    End(False, "python", TERM, -TERM, "its API server is gone|its parent process has ended"),
+    End(False, "engine", KILL, 1, "Engine core initialization failed"),
+    End(True, "python", INT, -INT, "KeyboardInterrupt"),
+    End(True, "python", TERM, -TERM, "its API server is gone"),
+    End(True, "engine", KILL, 5, rf"(?s){ENGINE_KILLED}.*ENGINE DEAD"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LLM_ENDS, ids=str)
+def test_an_llm_in_python_ends(ring: Ring, place: Path, case: End, tmp_path: Path) -> None:
+    """vLLM by itself swallows Ctrl-C while its EngineCore starts, and waits for ever for one that was killed."""
+    script = tmp_path / "llm.py"
+    script.write_text(LLM_HEAD)
+    if case.is_generating:
+        ring.start_stage(1)
+    command = [sys.executable, str(script), str(ring.model), *map(str, ring.ports)]
+    told = start_process("llm", command, tmp_path / "llm.log", ring.env)
+    try:
+        wait(lambda: ("GENERATING" if case.is_generating else "waiting for") in told.text(), START_DEADLINE_S)
+        assert told.popen.poll() is None, told.text()[-3000:]
+        tree = process_tree(told.pid)
+        engine = next(pid for pid in tree if b"VLLM::EngineCor" in cmdline(pid))
+        watched = [os.pidfd_open(pid) for pid in tree[1:]]
+        if case.number is INT:  # as a terminal does
+            os.killpg(told.pid, INT)
+        else:
+            os.kill(engine if case.to == "engine" else told.pid, case.number)
+        assert told.wait(60) == case.code, told.text()[-3000:]
+        assert_ended(watched)
+        wait(lambda: re.search(case.says, told.text()) is not None, 5)
+    finally:
+        told.kill_group()
+    if case.is_generating and case.number is INT:
+        assert ring.stages[0].wait(30) == 0, "the head has said goodbye, which ends the pipeline"
+    elif case.is_generating:
+        assert ring.stages[0].popen.poll() is None, "the other stage waits for the next head"

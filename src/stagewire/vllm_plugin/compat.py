@@ -5,11 +5,13 @@ A patch raises when its target has moved; nothing is patched by import. tests/vl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -23,8 +25,10 @@ __all__ = [
     "add",
     "bytes_per_kv_block",
     "check_version",
+    "end_waits_for_dead_engine",
     "frontend_args",
     "install_flag_patches",
+    "interrupt_engine_start",
     "is_at_least",
     "keep_generators_of_discarded_rows",
     "keep_logprobs_of_neighbours",
@@ -97,6 +101,18 @@ PATCHES = (
         "deadline, and EngineCore's end is no error any more, which vLLM prints a traceback for now and then; only in "
         "a head's process",
         "vLLM ends within a time and without a traceback",
+    ),
+    Patch(
+        "vllm.v1.engine.core_client:MPClient.shutdown",
+        "vLLM's monitor calls it when EngineCore has been killed: it ends the thread that takes answers in, and "
+        "`LLM.generate` and every other call wait for ever; only in a process with an `LLM` as the head",
+        "vLLM raises EngineDeadError where an `LLM` waits for a killed EngineCore",
+    ),
+    Patch(
+        "vllm.v1.engine.utils:zmq_socket_ctx",
+        "it swallows Ctrl-C while EngineCore starts, and an `LLM` then waits ten minutes for an engine that may itself "
+        "wait for other stages; only in a process with an `LLM` as the head",
+        "vLLM passes KeyboardInterrupt on",
     ),
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
@@ -334,6 +350,57 @@ def on_engine_shutdown(act: Callable[[float], None]) -> None:
         return shutdown
 
     wrap(async_llm.AsyncLLM, "shutdown", make)
+
+
+def end_waits_for_dead_engine(tell: Callable[[Any], None]) -> None:
+    """In a process with an `LLM`: whoever waits for EngineCore when it dies gets vLLM's EngineDeadError.
+
+    Args:
+        tell: called before that, with EngineCore's process of multiprocessing.
+    """
+    from vllm.v1.engine.core_client import MPClient, SyncMPClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def shutdown(self: Any, timeout: float | None = None) -> None:
+            is_dead, manager = self.resources.engine_dead, self.resources.engine_manager
+            try:
+                original(self, timeout)
+            finally:
+                # A client that is still being made has no queue. Whoever asks it later is refused by vLLM itself.
+                if is_dead and isinstance(self, SyncMPClient) and hasattr(self, "outputs_queue"):
+                    for process in manager.processes if manager is not None else ():
+                        tell(process)
+                    self.outputs_queue.put_nowait(EngineDeadError())
+                    for future in list(self.utility_results.values()):
+                        with contextlib.suppress(InvalidStateError):  # its answer came at the last moment
+                            future.set_exception(EngineDeadError())
+
+        return shutdown
+
+    wrap(MPClient, "shutdown", make)
+
+
+def interrupt_engine_start() -> None:
+    """In a process with an `LLM`: Ctrl-C while EngineCore starts is KeyboardInterrupt in the user's Python."""
+    from vllm.v1.engine import utils
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @contextlib.contextmanager
+        def zmq_socket_ctx(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            interrupt = None
+            with original(*args, **kwargs) as socket:
+                try:
+                    yield socket
+                except KeyboardInterrupt as error:
+                    interrupt = error
+                    raise
+            if interrupt is not None:
+                raise interrupt
+
+        return zmq_socket_ctx
+
+    wrap(utils, "zmq_socket_ctx", make)
 
 
 def keep_generators_of_discarded_rows() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stagewire.config import parse_stage
 from stagewire.folders import fits_sockets, short_base
 from stagewire.vllm_plugin import compat
+from stagewire.vllm_plugin.stopping import describe_engine_end
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 __all__ = ["head_arguments"]
 
@@ -36,6 +41,8 @@ def head_arguments(
     if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
         os.environ["VLLM_RPC_BASE_PATH"] = short_base()
     compat.watch_engine()
+    compat.end_waits_for_dead_engine(_tell_of_dead_engine)
+    compat.interrupt_engine_start()
     flags: dict[str, Any] = {
         "pipeline_stage_mode": "external",
         "pipeline_stage_idx": 0,
@@ -51,3 +58,10 @@ def head_arguments(
     apply_external_mode(given, parse_stage(flags))
     changed = {name: value for name, value in vars(given).items() if value is not before[name]}
     return {**options, **changed}
+
+
+def _tell_of_dead_engine(process: BaseProcess) -> None:
+    text = describe_engine_end(process)
+    if process.exitcode:  # else this process has told it to end
+        sys.stderr.write(f"Stage 0: {text}\n")
+        sys.stderr.flush()

@@ -27,7 +27,7 @@ from stagewire.observe.processes import ORPHAN_EXIT_CODE, Guard, Watched, begin_
 from stagewire.observe.signals import STOP_SIGNALS, SignalWatch
 from stagewire.vllm_plugin.http import HeadHealth
 
-__all__ = ["LAUNCHER_ENDED", "HeadEnd", "begin"]
+__all__ = ["LAUNCHER_ENDED", "HeadEnd", "begin", "describe_engine_end"]
 
 LAUNCHER_ENDED = "the launcher is gone"
 # For EngineCore to say goodbye to the ring, of the three seconds that a whole stop may take.
@@ -54,6 +54,13 @@ def _end(text: str, exit_code: int) -> None:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
     os._exit(exit_code)
+
+
+def describe_engine_end(process: BaseProcess) -> str:
+    """One sentence: which EngineCore, and how it ended, if its exit code can be had within a moment."""
+    process.join(LAST_WORD_S)
+    how = "has ended" if process.exitcode is None else describe_exit(process.exitcode)
+    return f"stage 0's EngineCore (pid {process.pid}) {how}"
 
 
 class HeadEnd:
@@ -97,11 +104,10 @@ class HeadEnd:
         if self._health.wait_for_failure(LAST_WORD_S) is not None or is_told:
             return
         assert process is not None
-        process.join(LAST_WORD_S)
+        text = describe_engine_end(process)
         if process.exitcode == 0 and self.is_engine_to_end:  # it was told by somebody else, as we have heard meanwhile
             return
-        how = "has ended" if process.exitcode is None else describe_exit(process.exitcode)
-        self._health.fail(f"stage 0's EngineCore (pid {process.pid}) {how}", 1)
+        self._health.fail(text, 1)
 
     def ring_stopped(self) -> None:
         """EngineCore has ended the ring in order: as we told it, or somebody else did, or because the launcher ended.
