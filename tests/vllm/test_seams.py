@@ -436,9 +436,10 @@ def test_an_engine_that_ends_when_it_is_told_to_is_no_error(
 
 def test_ctrl_c_while_an_llm_starts_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM alone swallows it, and goes on to wait for its engine."""
+    from vllm.utils import network_utils
     from vllm.v1.engine import utils
 
-    monkeypatch.setattr(utils, "zmq_socket_ctx", utils.zmq_socket_ctx)
+    monkeypatch.setattr(utils, "zmq_socket_ctx", network_utils.zmq_socket_ctx)
 
     def wait(error: BaseException) -> None:
         with utils.zmq_socket_ctx("inproc://engine", zmq.ROUTER, bind=True):
@@ -459,7 +460,7 @@ def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.Monke
     from vllm.v1.engine import core_client
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    monkeypatch.setattr(core_client.MPClient, "shutdown", core_client.MPClient.shutdown)
+    monkeypatch.setattr(core_client.MPClient, "shutdown", inspect.unwrap(core_client.MPClient.shutdown))
     told: list[Any] = []
     compat.end_waits_for_dead_engine(told.append)
     end = threading.Event()

@@ -378,7 +378,7 @@ def test_who_is_killed_is_missed(ring: Ring, place: Path, case: Kill) -> None:
     assert left_in(place) == []
 
 
-# ---- a head in somebody's own Python ---------------------------------------------------------------------------------
+# ---- a head without an API -------------------------------------------------------------------------------------------
 
 LLM_HEAD = """
 import sys
@@ -403,40 +403,70 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class End:
-    """The Python process or its EngineCore gets a signal; Python ends with ``code`` and says why."""
+    """The head or its EngineCore gets a signal; the head ends with ``code`` and says why.
+
+    ``is_bench``: the head is `vllm bench latency` and not a script.
+    """
 
     is_generating: bool
     to: str
     number: signal.Signals
     code: int
     says: str
+    is_bench: bool = False
 
     def __str__(self) -> str:
-        return f"{self.to}-{'generating' if self.is_generating else 'waiting'}-{self.number.name}"
+        phase = "generating" if self.is_generating else "waiting"
+        return f"{self.to}-{phase}-{self.number.name}{'-bench' * self.is_bench}"
 
 
 LLM_ENDS = [
-    End(False, "python", INT, -INT, "KeyboardInterrupt"),
-    End(False, "python", TERM, -TERM, "its API server is gone|its parent process has ended"),
+    End(False, "head", INT, -INT, "KeyboardInterrupt"),
+    End(False, "head", TERM, -TERM, "its API server is gone|its parent process has ended"),
     End(False, "engine", KILL, 1, "Engine core initialization failed"),
-    End(True, "python", INT, -INT, "KeyboardInterrupt"),
-    End(True, "python", TERM, -TERM, "its API server is gone"),
+    End(True, "head", INT, -INT, "KeyboardInterrupt"),
+    End(True, "head", TERM, -TERM, "its API server is gone"),
     End(True, "engine", KILL, 5, rf"(?s){ENGINE_KILLED}.*ENGINE DEAD"),
+    End(False, "head", INT, -INT, "KeyboardInterrupt", is_bench=True),
+    End(True, "head", TERM, -TERM, "its API server is gone", is_bench=True),
+    End(True, "engine", KILL, 1, rf"(?s){ENGINE_KILLED}.*EngineDeadError", is_bench=True),
 ]
+
+
+def bench_command(ring: Ring) -> list[str]:
+    vllm, _, model, *flags = ring.command(0)
+    at = flags.index("--port")
+    del flags[at : at + 2]
+    return [
+        vllm,
+        "bench",
+        "latency",
+        "--model",
+        model,
+        "--enable-prefix-caching",
+        *flags,
+        "--num-iters",
+        "1000",
+        "--output-len",
+        "100",
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LLM_ENDS, ids=str)
-def test_an_llm_in_python_ends(ring: Ring, place: Path, case: End, tmp_path: Path) -> None:
+def test_a_head_without_an_api_ends(ring: Ring, place: Path, case: End, tmp_path: Path) -> None:
     """vLLM by itself swallows Ctrl-C while its EngineCore starts, and waits for ever for one that was killed."""
     script = tmp_path / "llm.py"
     script.write_text(LLM_HEAD)
     if case.is_generating:
         ring.start_stage(1)
     command = [sys.executable, str(script), str(ring.model), *map(str, ring.ports)]
+    if case.is_bench:
+        command = bench_command(ring)
     told = start_process("llm", command, tmp_path / "llm.log", ring.env)
+    begins = "Warming up" if case.is_bench else "GENERATING"
     try:
-        wait(lambda: ("GENERATING" if case.is_generating else "waiting for") in told.text(), START_DEADLINE_S)
+        wait(lambda: (begins if case.is_generating else "waiting for") in told.text(), START_DEADLINE_S)
         assert told.popen.poll() is None, told.text()[-3000:]
         tree = process_tree(told.pid)
         engine = next(pid for pid in tree if b"VLLM::EngineCor" in cmdline(pid))

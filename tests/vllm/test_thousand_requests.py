@@ -79,7 +79,8 @@ def bodies(count: int, seed: int) -> list[dict[str, Any]]:
 async def ask(api: Api, work: Sequence[dict[str, Any]], aborted: Sequence[dict[str, Any]]) -> list[Any]:
     """Answers in order; the ``aborted`` are begun in between, and hung up on after a while."""
     gate = asyncio.Semaphore(CONCURRENCY)
-    limits = httpx.Limits(max_connections=CONCURRENCY + 4)
+    # Of a connection that has been idle for 5 s uvicorn hangs up, at times while the next request is on its way.
+    limits = httpx.Limits(max_connections=CONCURRENCY + 4, max_keepalive_connections=0)
     rng = random.Random(9)
     async with httpx.AsyncClient(base_url=api.url, timeout=3000, limits=limits, trust_env=False) as client:
 

@@ -105,13 +105,13 @@ PATCHES = (
     Patch(
         "vllm.v1.engine.core_client:MPClient.shutdown",
         "vLLM's monitor calls it when EngineCore has been killed: it ends the thread that takes answers in, and "
-        "`LLM.generate` and every other call wait for ever; only in a process with an `LLM` as the head",
+        "`LLM.generate` and every other call wait for ever; only in a head's process without an API",
         "vLLM raises EngineDeadError where an `LLM` waits for a killed EngineCore",
     ),
     Patch(
         "vllm.v1.engine.utils:zmq_socket_ctx",
         "it swallows Ctrl-C while EngineCore starts, and an `LLM` then waits ten minutes for an engine that may itself "
-        "wait for other stages; only in a process with an `LLM` as the head",
+        "wait for other stages; only in a head's process without an API",
         "vLLM passes KeyboardInterrupt on",
     ),
     Patch(
@@ -353,7 +353,7 @@ def on_engine_shutdown(act: Callable[[float], None]) -> None:
 
 
 def end_waits_for_dead_engine(tell: Callable[[Any], None]) -> None:
-    """In a process with an `LLM`: whoever waits for EngineCore when it dies gets vLLM's EngineDeadError.
+    """In a head's process without an API: whoever waits for EngineCore when it dies gets vLLM's EngineDeadError.
 
     Args:
         tell: called before that, with EngineCore's process of multiprocessing.
@@ -382,7 +382,7 @@ def end_waits_for_dead_engine(tell: Callable[[Any], None]) -> None:
 
 
 def interrupt_engine_start() -> None:
-    """In a process with an `LLM`: Ctrl-C while EngineCore starts is KeyboardInterrupt in the user's Python."""
+    """In a head's process without an API: Ctrl-C while EngineCore starts is KeyboardInterrupt in the user's Python."""
     from vllm.v1.engine import utils
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -142,11 +142,14 @@ def with_translation(original: Callable[..., Any]) -> Callable[..., Any]:
         engine_args = original(cls, args)
         if is_external(vars(args)):
             from stagewire.vllm_plugin.engine_args import apply_external_mode
+            from stagewire.vllm_plugin.offline import prepare_engine
 
             compat.check_version()
             config = _parse_stage(args)
-            if not config.is_head and getattr(args, "subparser", None) != "serve":
-                raise ConfigError("--external-pp-worker works with `vllm serve` only")
+            if getattr(args, "subparser", None) != "serve":
+                if not config.is_head:
+                    raise ConfigError("--external-pp-worker works with `vllm serve` only")
+                prepare_engine()
             apply_external_mode(engine_args, config)
         return engine_args
 

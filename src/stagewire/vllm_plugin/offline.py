@@ -1,4 +1,4 @@
-"""`LLM(...)` as stage 0, without a command line."""
+"""Stage 0 without an API: `LLM(...)` in somebody's Python, and vllm's other commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stagewire.vllm_plugin.stopping import describe_engine_end
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-__all__ = ["head_arguments"]
+__all__ = ["head_arguments", "prepare_engine"]
 
 _OPTIONS = {
     "bind_host": "pipeline_local_bind_host",
@@ -37,12 +37,7 @@ def head_arguments(
     from stagewire.vllm_plugin.engine_args import apply_external_mode
 
     compat.check_version()
-    compat.let_engine_say_goodbye()
-    if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
-        os.environ["VLLM_RPC_BASE_PATH"] = short_base()
-    compat.watch_engine()
-    compat.end_waits_for_dead_engine(_tell_of_dead_engine)
-    compat.interrupt_engine_start()
+    prepare_engine()
     flags: dict[str, Any] = {
         "pipeline_stage_mode": "external",
         "pipeline_stage_idx": 0,
@@ -58,6 +53,16 @@ def head_arguments(
     apply_external_mode(given, parse_stage(flags))
     changed = {name: value for name, value in vars(given).items() if value is not before[name]}
     return {**options, **changed}
+
+
+def prepare_engine() -> None:
+    """Before this process starts EngineCore as a ring's head: a user's Python, or a `vllm` command other than serve."""
+    compat.let_engine_say_goodbye()
+    if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
+        os.environ["VLLM_RPC_BASE_PATH"] = short_base()
+    compat.watch_engine()
+    compat.end_waits_for_dead_engine(_tell_of_dead_engine)
+    compat.interrupt_engine_start()
 
 
 def _tell_of_dead_engine(process: BaseProcess) -> None:

@@ -37,6 +37,8 @@ ENGINE_END_AT_ONCE_S = 0.5
 STOP_S = 2.3
 # For vLLM to give up a start after EngineCore has ended: it looks up from what it reads or compiles.
 GIVE_UP_S = 5.0
+# A killed EngineCore has ended when its memory is given back. Until then its folder has an owner and cannot be removed.
+KILLED_S = 1.5
 # EngineCore's last word may still be on its way when its process has ended.
 LAST_WORD_S = 0.3
 
@@ -184,7 +186,7 @@ class HeadEnd:
         if self._engine is not None:
             self._engine.kill()
         if self._engine_watch is not None:
-            self._engine_watch.wait(LAST_WORD_S)
+            self._engine_watch.wait(KILLED_S)
         self._clean_up()
         text = self._health.failure or "stopped (stage 0 was told to stop)"
         _end(f"Stage 0: {text}", self._exit_code)
