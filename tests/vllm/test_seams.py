@@ -868,9 +868,14 @@ def test_without_flags_nothing_changes(parser: argparse.ArgumentParser, plain_en
     assert EngineArgs.from_cli_args(args) == vllms_own(EngineArgs, args)
 
 
-def test_every_entry_point_translates_the_flags(parser: argparse.ArgumentParser, plain_environment: None) -> None:
+def test_every_entry_point_translates_the_flags(
+    parser: argparse.ArgumentParser, plain_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stagewire.vllm_plugin import offline
     from vllm.engine.arg_utils import EngineArgs
 
+    prepared: list[str] = []
+    monkeypatch.setattr(offline, "prepare_engine", lambda: prepared.append("an engine"))
     head = """--model somewhere --enforce-eager --pipeline-stage-mode external --pipeline-stage-idx 0
         --pipeline-total-stages 4 --pipeline-layer-range 0-8 --pipeline-local-bind-port 15550
         --pipeline-prev-stage-addr 127.0.0.1:15554"""
@@ -879,6 +884,9 @@ def test_every_entry_point_translates_the_flags(parser: argparse.ArgumentParser,
     assert args.scheduler_cls is RingScheduler
     assert args.pipeline_parallel_size == NUM_STAGES
     assert args.async_scheduling is False, "not left to what vLLM makes of the executor"
+    assert prepared == ["an engine"], "it is watched, as there is no API server of ours to do so"
+    EngineArgs.from_cli_args(argparse.Namespace(**vars(parser.parse_args(head.split())), subparser="serve"))
+    assert prepared == ["an engine"], "serve does it by itself"
 
 
 def test_worker_stage_is_refused_outside_serve(parser: argparse.ArgumentParser, plain_environment: None) -> None:
