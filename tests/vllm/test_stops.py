@@ -141,6 +141,15 @@ def draining(ring: Ring, stage: int) -> None:
     os.kill(ring.stages[stage].pid, TERM)
     if stage == 0:  # vLLM ignores what comes before it has begun
         wait(said(ring, 0, "mode=drain"), 60)
+    else:  # of two signals that are both on their way the kernel keeps one
+        wait(lambda: not is_pending(ring.stages[stage].pid, TERM), 60)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has been sent this signal and has not taken it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def ask(url: str, body: dict[str, Any]) -> None:
