@@ -871,8 +871,9 @@ def test_without_flags_nothing_changes(parser: argparse.ArgumentParser, plain_en
 def test_every_entry_point_translates_the_flags(
     parser: argparse.ArgumentParser, plain_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stagewire.vllm_plugin import offline
     from vllm.engine.arg_utils import EngineArgs
+
+    from stagewire.vllm_plugin import offline
 
     prepared: list[str] = []
     monkeypatch.setattr(offline, "prepare_engine", lambda: prepared.append("an engine"))
