@@ -1,7 +1,8 @@
 """Stop means stop, and a death is seen: each role of a ring, in each phase, told to stop or killed.
 
 Two tables. What is told to stop ends within three seconds with its documented code, without a traceback; what is killed
-is known at once by whoever depends on it, and nobody is left. Neither leaves a process or a folder.
+is known at once by whoever depends on it, and nobody is left. Neither leaves a process or a folder. A third table is of
+heads without an API, whose process is the user's: how long that takes to end, and its traceback, are Python's.
 """
 
 from __future__ import annotations
@@ -447,31 +448,22 @@ def bench_command(ring: Ring) -> list[str]:
     at = flags.index("--port")
     del flags[at : at + 2]
     return [
-        vllm,
-        "bench",
-        "latency",
-        "--model",
-        model,
-        "--enable-prefix-caching",
+        *(vllm, "bench", "latency", "--model", model, "--enable-prefix-caching"),
         *flags,
-        "--num-iters",
-        "1000",
-        "--output-len",
-        "100",
+        *("--num-iters", "1000", "--output-len", "100"),
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LLM_ENDS, ids=str)
-def test_a_head_without_an_api_ends(ring: Ring, place: Path, case: End, tmp_path: Path) -> None:
+def test_a_head_without_an_api_ends(ring: Ring, case: End, tmp_path: Path) -> None:
     """vLLM by itself swallows Ctrl-C while its EngineCore starts, and waits for ever for one that was killed."""
     script = tmp_path / "llm.py"
     script.write_text(LLM_HEAD)
     if case.is_generating:
         ring.start_stage(1)
-    command = [sys.executable, str(script), str(ring.model), *map(str, ring.ports)]
-    if case.is_bench:
-        command = bench_command(ring)
+    by_hand = [sys.executable, str(script), str(ring.model), *map(str, ring.ports)]
+    command = bench_command(ring) if case.is_bench else by_hand
     told = start_process("llm", command, tmp_path / "llm.log", ring.env)
     begins = "Warming up" if case.is_bench else "GENERATING"
     try:
