@@ -50,21 +50,22 @@ def main() -> None:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.usage.usage_lib import UsageContext
 
-    from stagewire.vllm_plugin import engine_args
-    from stagewire.vllm_plugin.range_loader import RangeLoader
-    from stagewire.vllm_plugin.stage_ranks import StageRanks
+    from stagewire.vllm_plugin.entry import external_mode
+    from stagewire.vllm_plugin.loading import load_formats
+    from stagewire.vllm_plugin.loading.range_loader import RangeLoader
+    from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks
     from vllm import AsyncEngineArgs
 
     found: dict[str, float] = {}
     chosen = RangeLoader if loader == "stagewire" else DefaultModelLoader
     chosen.load_weights = measured(chosen.load_weights, found)  # type: ignore[method-assign]
     if loader == "stock":
-        engine_args.REPLACED_LOAD_FORMATS = ()  # type: ignore[assignment]
+        load_formats.REPLACED_LOAD_FORMATS = ()  # type: ignore[assignment]
     config = StageConfig(int(stage), int(num_stages), LayerRange.parse(layers), 15550, Address("127.0.0.1", 15549))
     arguments = AsyncEngineArgs(
         model=model, dtype="auto", enforce_eager=True, max_model_len=512, max_num_batched_tokens=512
     )
-    engine_args.apply_external_mode(arguments, config)
+    external_mode.apply_external_mode(arguments, config)
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     StageRanks(config, vllm_config).load()
     sys.stdout.write(json.dumps(found) + "\n")

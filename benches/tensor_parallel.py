@@ -27,7 +27,7 @@ from benches.common import DEFAULT_MODEL, PinnedRing, Ratios, begin, drive, prin
 from benches.hop import SIZES, step_frames
 
 from stagewire.observe.timings import STEP_TRACE_ENV
-from stagewire.vllm_plugin.local_link import Block, Done, Follower, Followers, LeaderLink, RunStep
+from stagewire.vllm_plugin.ranks.local_link import Block, Done, Follower, Followers, LeaderLink, RunStep
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Step
 

@@ -23,6 +23,6 @@ def head(
     Raises:
         ConfigError: what is wrong with them.
     """
-    from stagewire.vllm_plugin.offline import head_arguments
+    from stagewire.vllm_plugin.entry.llm_head import head_arguments
 
     return head_arguments(total_stages, layer_range, bind_port, prev_stage_addr, options)

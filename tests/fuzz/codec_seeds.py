@@ -13,8 +13,8 @@ from vllm.v1 import kv_cache_interface as kv
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
-from stagewire.vllm_plugin.call_codec import encode_value
-from stagewire.vllm_plugin.step_codec import encode_grammar, encode_output, encode_schedule
+from stagewire.vllm_plugin.codec.schedules import encode_grammar, encode_output, encode_schedule
+from stagewire.vllm_plugin.codec.values import encode_value
 
 __all__ = ["codec_seeds"]
 

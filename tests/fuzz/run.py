@@ -17,8 +17,8 @@ with atheris.instrument_imports(include=["stagewire"]):
     from fuzz.targets import TARGETS, seeds
 
     if sys.argv[1] not in ("decode", "tensors", "state"):
-        import stagewire.vllm_plugin.call_codec
-        import stagewire.vllm_plugin.step_codec  # noqa: F401
+        import stagewire.vllm_plugin.codec.schedules
+        import stagewire.vllm_plugin.codec.values  # noqa: F401
 
 
 def main() -> None:

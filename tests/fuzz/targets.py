@@ -176,25 +176,25 @@ def _decode(frames: list[bytes]) -> Any:
 
 
 def fuzz_schedule(data: bytes) -> None:
-    from stagewire.vllm_plugin.step_codec import decode_schedule
+    from stagewire.vllm_plugin.codec.schedules import decode_schedule
 
     _refuses(decode_schedule, data)
 
 
 def fuzz_output(data: bytes) -> None:
-    from stagewire.vllm_plugin.step_codec import decode_output
+    from stagewire.vllm_plugin.codec.schedules import decode_output
 
     _refuses(decode_output, data)
 
 
 def fuzz_grammar(data: bytes) -> None:
-    from stagewire.vllm_plugin.step_codec import decode_grammar
+    from stagewire.vllm_plugin.codec.schedules import decode_grammar
 
     _refuses(decode_grammar, data)
 
 
 def fuzz_call_value(data: bytes) -> None:
-    from stagewire.vllm_plugin.call_codec import decode_value
+    from stagewire.vllm_plugin.codec.values import decode_value
 
     _refuses(decode_value, data)
 

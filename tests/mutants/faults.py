@@ -612,7 +612,7 @@ FAULTS: tuple[Fault, ...] = (
     # health and status
     Fault(
         "health-200",
-        "vllm_plugin/http.py",
+        "vllm_plugin/head/health.py",
         "        if self.refusal is not None:\n            return 503, self.refusal",
         '        if self.refusal is not None and path != "/health":\n            return 503, self.refusal',
         "/health would be 200 while every request is refused.",
@@ -620,7 +620,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "ready-recovering",
-        "vllm_plugin/http.py",
+        "vllm_plugin/head/health.py",
         "            if self.outage is not None:",
         "            if self.failure is not None:",
         "/ready would be 200 while a stage is lost.",
@@ -628,7 +628,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "silent-engine",
-        "vllm_plugin/pipeline_status.py",
+        "vllm_plugin/head/pipeline_status.py",
         "return silent_s if self._ring is not None and silent_s > SILENCE_S else 0.0",
         "return 0.0",
         "/ready would vouch for an EngineCore that has died.",
@@ -677,7 +677,7 @@ FAULTS: tuple[Fault, ...] = (
     # ranks of a stage
     Fault(
         "rank-digest",
-        "vllm_plugin/local_link.py",
+        "vllm_plugin/ranks/local_link.py",
         "if answer.digest != digest:",
         "if not answer.digest:",
         "A rank with other rows than rank 0 would be summed in.",
@@ -685,7 +685,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "rank-frames",
-        "vllm_plugin/local_link.py",
+        "vllm_plugin/ranks/local_link.py",
         "if offset + size > total:",
         "if offset > total:",
         "A rank would read past its block, and die of SIGBUS.",
@@ -693,7 +693,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "rank-hangs",
-        "vllm_plugin/local_link.py",
+        "vllm_plugin/ranks/local_link.py",
         "if limit_s is None or self._clock() - since < limit_s:",
         "if limit_s is None or self._clock() - since < 1e9:",
         "A collective that hangs would hang its stage for ever.",
@@ -702,7 +702,7 @@ FAULTS: tuple[Fault, ...] = (
     # a stage's model
     Fault(
         "rows-compared",
-        "vllm_plugin/stage_worker.py",
+        "vllm_plugin/worker/stage_worker.py",
         "if self.digest(schedule) != digest:",
         "if not self.digest(schedule):",
         "A stage whose rows are in another order would answer for the wrong requests.",
@@ -710,7 +710,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "tensors-checked",
-        "vllm_plugin/stage_worker.py",
+        "vllm_plugin/worker/stage_worker.py",
         "            check_tensors(self.plan, num_tokens, specs, frames)\n            tensors =",
         "            tensors =",
         "A tensor that is missing would be the last step's.",
@@ -718,7 +718,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "row-slice",
-        "vllm_plugin/stage_worker.py",
+        "vllm_plugin/worker/stage_worker.py",
         "buffers[spec.name][:num_rows].copy_(incoming)",
         "buffers[spec.name][: num_rows - 1].copy_(incoming[:-1])",
         "The last row of a step would be the one of an earlier step.",
@@ -726,7 +726,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "activations-copied",
-        "vllm_plugin/stage_worker.py",
+        "vllm_plugin/worker/stage_worker.py",
         "                rows = rows.clone()",
         "                pass",
         "A queued step's activations would be overwritten by the next step.",
@@ -734,7 +734,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "kv-blocks",
-        "vllm_plugin/own_kv_cache.py",
+        "vllm_plugin/worker/own_kv_cache.py",
         "if planned.num_blocks != config.num_blocks:",
         "if planned.num_blocks > config.num_blocks:",
         "A stage with fewer KV blocks than the head plans would write beyond its cache.",
@@ -742,7 +742,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "tied-head-loaded",
-        "vllm_plugin/model_patches.py",
+        "vllm_plugin/seams/tied_heads.py",
         "    head.weight.weight_loader(head.weight, embedding)\n",
         "",
         "A tied head would be random numbers.",
@@ -750,7 +750,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "stale-step-run",
-        "vllm_plugin/stage_host.py",
+        "vllm_plugin/host/stage_host.py",
         "return epoch == self._ring.node.state.epoch != self._failed_epoch",
         "return True",
         "A stage would run steps of an epoch that is over.",
@@ -758,7 +758,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "new-head",
-        "vllm_plugin/stage_host.py",
+        "vllm_plugin/host/stage_host.py",
         "self._ranks.forget()",
         "pass",
         "A new head's requests would meet the old one's.",
@@ -766,7 +766,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "discarded-rows",
-        "vllm_plugin/compat.py",
+        "vllm_plugin/seams/discarded_rows.py",
         "if row < batch.num_reqs and is_discarded[row] and",
         "if row < batch.num_reqs and not is_discarded[row] and",
         "A seeded request whose prompt is computed in chunks would end vLLM.",
@@ -774,7 +774,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "base-rows",
-        "vllm_plugin/compat.py",
+        "vllm_plugin/seams/lora.py",
         "rows = inputs.masked_fill((indices < 0).unsqueeze(-1), 0)",
         "rows = inputs",
         "Requests for the base model would get an adapter.",
@@ -782,7 +782,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "ranks-step",
-        "vllm_plugin/stage_ranks.py",
+        "vllm_plugin/ranks/stage_ranks.py",
         "or ranks.num_ranks > 1:",
         ":",
         "A stage whose ranks are stuck in a collective would be kept.",
@@ -790,7 +790,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "cuda-error",
-        "vllm_plugin/stage_ranks.py",
+        "vllm_plugin/ranks/stage_ranks.py",
         'return not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error)',
         "return True",
         "A stage with a broken device would be kept.",
@@ -798,7 +798,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "token-digest",
-        "vllm_plugin/step_codec.py",
+        "vllm_plugin/codec/schedules.py",
         "_ENCODER.encode((output.req_ids, output.sampled_token_ids))",
         "_ENCODER.encode((output.req_ids, []))",
         "Ranks of the tail that sample other tokens would not be noticed.",
@@ -806,7 +806,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "drain-deadline",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         "and time.monotonic() < until:",
         ":",
         "A stage that is told to stop would wait for its longest request.",
@@ -814,7 +814,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "host-rank",
-        "vllm_plugin/stage_host.py",
+        "vllm_plugin/host/stage_host.py",
         "first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)",
         "first_rank = len(self._ring.identities)",
         "A stage behind one of several ranks would take another stage's KV cache.",
@@ -822,7 +822,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "catch-up-fails",
-        "vllm_plugin/stage_host.py",
+        "vllm_plugin/host/stage_host.py",
         "            if failed is not None:\n                kind",
         "            if failed is not None and not method:\n                kind",
         "A stage that cannot catch up would serve without a KV cache, or without its adapters.",
@@ -830,7 +830,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "reply-order",
-        "vllm_plugin/stage_host.py",
+        "vllm_plugin/host/stage_host.py",
         "[*reply.results, *own_results]",
         "[*own_results, *reply.results]",
         "One stage's memory would count as another's.",
@@ -838,7 +838,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "grammar-step",
-        "vllm_plugin/stage_host.py",
+        "vllm_plugin/host/stage_host.py",
         "if self._unsampled[0].step != sample.step:",
         "if sample.step < 0:",
         "A grammar would be applied to another step's rows.",
@@ -847,7 +847,7 @@ FAULTS: tuple[Fault, ...] = (
     # the head: schedules and steps
     Fault(
         "finished-ids",
-        "vllm_plugin/step_codec.py",
+        "vllm_plugin/codec/schedules.py",
         "finished_ids=list(schedule.finished_req_ids),",
         "finished_ids=[],",
         "Stages would keep every request that has ended.",
@@ -855,7 +855,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "finished-alone",
-        "vllm_plugin/step_codec.py",
+        "vllm_plugin/codec/schedules.py",
         "        or schedule.finished_req_ids\n",
         "",
         "The last request's end would never be sent.",
@@ -863,7 +863,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "micro-batches",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "share = -(-len(decoding) // self._num_stages)",
         "share = len(decoding)",
         "One step would take all requests and the other stages idle.",
@@ -871,7 +871,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "prompt-shares",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "share = max(-(-total // self._num_stages), self._least_tokens)",
         "share = total",
         "The head would compute all prompts before the next stage has the first.",
@@ -879,7 +879,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "draining",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "if self._ring.is_draining:",
         "if not self._ring.is_whole:",
         "A stage that is to leave would never be free of requests.",
@@ -887,7 +887,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "accepted-tokens",
-        "vllm_plugin/speculation.py",
+        "vllm_plugin/worker/speculation.py",
         "tokens = accepted[-num_missing:]",
         "tokens = accepted[:num_missing]",
         "With speculation stages before the tail would compute other tokens than were accepted.",
@@ -895,7 +895,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "stale-drafts",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "and request.num_stale_output_tokens == 0",
         "",
         "Drafts of before a preemption would be accepted after it.",
@@ -903,7 +903,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "thresholds",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "(min(given) if given else None,)",
         "(max(given) if given else None,)",
         "Stages would order their rows by different thresholds.",
@@ -911,7 +911,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "layouts",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "if all(layout in layouts for layouts in each)]",
         "if any(layout in layouts for layouts in each)]",
         "Stages would be given a KV cache layout that they do not support.",
@@ -919,7 +919,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "lora-digests",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "if digest != digests[0]), None)",
         "if not digest), None)",
         "Stages with different adapters of one name would answer together.",
@@ -927,7 +927,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "call-order",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "        if found != workers:",
         "        if len(found) != len(workers):",
         "One stage's KV cache would be another one's.",
@@ -935,7 +935,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "closed-list",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "if not isinstance(method, str) or method not in CALLS:",
         "if not isinstance(method, str):",
         "Calls that may write files, or change weights, would be made on all stages.",
@@ -943,7 +943,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "step-deadline",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "if piece_s <= 0:",
         "if piece_s <= -1e9:",
         "A step that never comes back would be waited for for ever.",
@@ -951,7 +951,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "blamed",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         "behind = [stage for stage in stages if self._last_steps.get(stage, -1) < step]",
         "behind = [stage for stage in stages if self._last_steps.get(stage, -1) <= step]",
         "A stage that has done its part would be ended in place of the one that hangs.",
@@ -959,7 +959,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "frame-limit",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         "bitmask = rows * (model.get_vocab_size() // 8 + 4)",
         "bitmask = model.get_vocab_size() // 8 + 4",
         "A grammar's bitmask would end the connection.",
@@ -967,7 +967,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "async-off",
-        "vllm_plugin/engine_args.py",
+        "vllm_plugin/entry/external_mode.py",
         "engine_args.async_scheduling = False",
         "pass",
         "vLLM would schedule before tokens are back.",
@@ -975,7 +975,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "refused",
-        "vllm_plugin/engine_args.py",
+        "vllm_plugin/entry/external_mode.py",
         '    "enable_return_routed_experts": _NOT_YET,\n',
         "",
         "A feature that the ring does not carry would be accepted and do nothing.",
@@ -983,7 +983,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "shared-seed",
-        "vllm_plugin/fingerprint.py",
+        "vllm_plugin/member/identity.py",
         '        "--seed": model.seed,\n',
         "",
         "Stages with different seeds would serve together.",
@@ -991,7 +991,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "call-deadline",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "limit_s = timeout or call_limit_s(self._stage, method)",
         "limit_s = 1e9",
         "A call that a stage hangs in would never end.",
@@ -999,7 +999,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "foreign-result",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "if message.step not in self._steps:",
         "if message.step in (None,):",
         "Two steps' results could be taken for each other's.",
@@ -1007,7 +1007,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "half-added",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "            if lora_id not in loaded:\n                with",
         "            if lora_id in loaded:\n                with",
         "An adapter that one stage cannot load would stay on the others.",
@@ -1016,7 +1016,7 @@ FAULTS: tuple[Fault, ...] = (
     # after a loss
     Fault(
         "encoder-cache",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "self.reset_encoder_cache()",
         "pass",
         "After a loss a new stage would be asked for images that it has never seen.",
@@ -1024,7 +1024,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "prefix-cache-kept",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "        self.reset_prefix_cache(reset_running_requests=True)\n",
         "",
         "New prompts would hit KV blocks that a new stage has never computed.",
@@ -1032,7 +1032,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "broken-ring-schedules",
-        "vllm_plugin/scheduler.py",
+        "vllm_plugin/head/scheduler.py",
         "return self._ring.is_whole and self._ring.epoch == self._restored_epoch",
         "return self._ring.is_whole",
         "Steps would run on stages that have not got their requests back.",
@@ -1040,7 +1040,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "lost-steps",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "            each.future.set_result(EMPTY_MODEL_RUNNER_OUTPUT)",
         "            pass",
         "EngineCore would wait for a lost step for ever.",
@@ -1048,7 +1048,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "limits-forgotten",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "self._deadlines.forget()",
         "pass",
         "A new stage that compiles would be taken for one that hangs.",
@@ -1056,7 +1056,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "restore-parts",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "(encode_schedule(schedule), outputs, begin == 0)",
         "(encode_schedule(schedule), outputs, True)",
         "Of many live requests only the last part would be known after a loss.",
@@ -1064,7 +1064,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "restored-outputs",
-        "vllm_plugin/recovery.py",
+        "vllm_plugin/worker/restore.py",
         "state.output_token_ids[:] = accepted",
         "state.output_token_ids[:] = accepted[:-1]",
         "Penalties and stop conditions would miss a token after a loss.",
@@ -1072,7 +1072,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "generator",
-        "vllm_plugin/recovery.py",
+        "vllm_plugin/worker/restore.py",
         "_fast_forward(state.generator, len(accepted), runner)",
         "_fast_forward(state.generator, 0, runner)",
         "Seeded requests would answer otherwise after a loss.",
@@ -1080,7 +1080,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "prompt-logprobs-mark",
-        "vllm_plugin/recovery.py",
+        "vllm_plugin/worker/restore.py",
         "            runner.num_prompt_logprobs.pop(request.req_id, None)",
         "            pass",
         "After a loss a prompt's log-probabilities would be sent a second time.",
@@ -1088,7 +1088,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "journal-forgotten",
-        "vllm_plugin/executor.py",
+        "vllm_plugin/head/executor.py",
         "self._process.journal.add(call_id, method, args, args_bytes)",
         "pass",
         "A stage that comes back would have no KV cache.",
@@ -1096,7 +1096,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "journal-kept",
-        "vllm_plugin/recovery.py",
+        "vllm_plugin/member/journal.py",
         "if not CALLS[method].is_kept:",
         "if not CALLS[method].is_once:",
         "A stage that comes back would not have the adapters of the others.",
@@ -1104,7 +1104,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "condemned",
-        "vllm_plugin/recovery.py",
+        "vllm_plugin/head/suspects.py",
         "if len(present) == 1 and (record.failed >= MAX_FAILED_STEPS or has_killed):",
         "if record.failed >= MAX_FAILED_STEPS or has_killed:",
         "Neighbours of a bad request would be failed with it.",
@@ -1112,7 +1112,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "given-up",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         "if waited_s >= self._config.recovery_timeout_s and self.given_up is None:",
         "if waited_s >= 1e9 and self.given_up is None:",
         "Requests would wait for a stage that never comes back.",
@@ -1120,7 +1120,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "process-exit-code",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         "self._exit_code = error.exit_code",
         "self._exit_code = 0",
         "A stage that was refused would end as if all were well, and nobody would start it again.",
@@ -1128,7 +1128,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "interrupt-swallowed",
-        "vllm_plugin/compat.py",
+        "vllm_plugin/seams/interrupted_start.py",
         """            if interrupt is not None:
                 raise interrupt""",
         """            if interrupt is None:
@@ -1138,7 +1138,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "dead-engine-untold",
-        "vllm_plugin/compat.py",
+        "vllm_plugin/seams/dead_engine.py",
         "self.outputs_queue.put_nowait(EngineDeadError())",
         "pass",
         "`LLM.generate` would wait for ever for an EngineCore that was killed.",
@@ -1146,7 +1146,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "dead-engine-call",
-        "vllm_plugin/compat.py",
+        "vllm_plugin/seams/dead_engine.py",
         "future.set_exception(EngineDeadError())",
         "pass",
         "A call to an EngineCore that was killed would never return.",
@@ -1154,7 +1154,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "own-news-as-signal",
-        "vllm_plugin/stopping.py",
+        "vllm_plugin/head/stopping.py",
         """        if not self._is_asked:
             os.kill""",
         """        if True:
@@ -1164,7 +1164,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "second-signal",
-        "vllm_plugin/stopping.py",
+        "vllm_plugin/head/stopping.py",
         "is_first, self._is_asked = not self._is_asked, True\n        if is_first:\n            act()",
         "is_first, self._is_asked = True, True\n        if is_first:\n            act()",
         "A head that drains for an hour could not be ended by a second Ctrl-C.",
@@ -1191,7 +1191,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "head-exit-code",
-        "vllm_plugin/stopping.py",
+        "vllm_plugin/head/stopping.py",
         "return self._health.exit_code if self._health.failure else 0",
         "return 0",
         "A head that failed would end as if all were well.",
@@ -1199,7 +1199,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "prepared-reply",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         " or message.call_id != self._prepare[1]",
         "",
         "Any reply would count as the end of catching up.",
@@ -1207,7 +1207,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "prepare-deadline",
-        "vllm_plugin/process.py",
+        "vllm_plugin/member/member.py",
         "time.monotonic() >= self._prepare_until:",
         "time.monotonic() >= 1e12:",
         "A stage that hangs while it catches up would be waited for for ever.",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
-from stagewire.vllm_plugin.cpu import REEXECUTED_ENV
+from stagewire.vllm_plugin.worker.cpu import REEXECUTED_ENV
 
 __all__ = ["ENVIRONMENT", "Child", "become_parent", "fork", "wait"]
 

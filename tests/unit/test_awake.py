@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stagewire.vllm_plugin import awake
-from stagewire.vllm_plugin.awake import LET_HALT_ENV, LINGER_S, AwakeCores
+from stagewire.vllm_plugin.member import awake
+from stagewire.vllm_plugin.member.awake import LET_HALT_ENV, LINGER_S, AwakeCores
 
 
 @pytest.fixture

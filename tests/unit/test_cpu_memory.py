@@ -8,7 +8,7 @@ from stagewire import machine
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
-from stagewire.vllm_plugin import cpu
+from stagewire.vllm_plugin.worker import cpu
 
 GIB = 1 << 30
 

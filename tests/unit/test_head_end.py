@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-from stagewire.vllm_plugin import stopping
-from stagewire.vllm_plugin.http import HeadHealth
-from stagewire.vllm_plugin.stopping import HeadEnd
+from stagewire.vllm_plugin.head import stopping
+from stagewire.vllm_plugin.head.health import HeadHealth
+from stagewire.vllm_plugin.head.stopping import HeadEnd
 
 SOON_S = 0.2
 

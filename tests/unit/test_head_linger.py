@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from stagewire.observe.status import LAUNCHER_PID_ENV
-from stagewire.vllm_plugin.head import linger
+from stagewire.vllm_plugin.head.api_server import linger
 
 FOR_EVER_S = 600.0
 DEADLINE_S = 30.0

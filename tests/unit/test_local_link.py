@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from stagewire.errors import ConfigError, InternalError, ProtocolError, RankError
-from stagewire.vllm_plugin.local_link import (
+from stagewire.vllm_plugin.ranks.local_link import (
     ALIGNMENT,
     MAX_FRAMES,
     Block,

@@ -16,8 +16,11 @@ import pytest
 
 from stagewire.observe.status import MAX_DATAGRAM_BYTES, DatagramReceiver, Phase, StatusEvent
 from stagewire.observe.timings import StageTimes, StepStatistics
-from stagewire.vllm_plugin.http import EarlyServer, HeadHealth, RingMiddleware, StageHealth
-from stagewire.vllm_plugin.pipeline_status import Health, NewsSender, PipelineStatus, RingNews
+from stagewire.vllm_plugin.head.api_app import RingMiddleware
+from stagewire.vllm_plugin.head.health import HeadHealth
+from stagewire.vllm_plugin.head.pipeline_status import Health, PipelineStatus
+from stagewire.vllm_plugin.member.news import NewsSender, RingNews
+from stagewire.vllm_plugin.member.probes import EarlyServer, StageHealth
 from stagewire.wire.messages import MAX_STAGES, StageReport, StageTiming
 from unit.ring_harness import make_config, make_report
 

@@ -227,9 +227,9 @@ def load_all(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> list[Values]:
     from torch import nn
     from vllm.config.load import LoadConfig
 
-    from stagewire.vllm_plugin import range_loader
-    from stagewire.vllm_plugin.engine_args import OWN_LOAD_FORMATS
-    from stagewire.vllm_plugin.settings import KEY, RingSettings
+    from stagewire.vllm_plugin.loading import range_loader
+    from stagewire.vllm_plugin.loading.load_formats import OWN_LOAD_FORMATS
+    from stagewire.vllm_plugin.seams.settings import KEY, RingSettings
 
     class Model(nn.Module):  # type: ignore[misc]
         def load_weights(self, weights: Any) -> None:

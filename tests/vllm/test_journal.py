@@ -14,7 +14,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture
 def journal() -> Any:
-    from stagewire.vllm_plugin.recovery import Journal
+    from stagewire.vllm_plugin.member.journal import Journal
 
     return Journal()
 
@@ -94,14 +94,14 @@ class TestJournal:
 class TestSuspicion:
     @pytest.fixture
     def suspicion(self) -> Any:
-        from stagewire.vllm_plugin.recovery import Suspicion
+        from stagewire.vllm_plugin.head.suspects import Suspicion
 
         return Suspicion()
 
     def note(
         self, suspicion: Any, step: int, in_flight: list[str], tokens: dict[str, int], stage: int = 1
     ) -> list[str]:
-        from stagewire.vllm_plugin.recovery import Loss
+        from stagewire.vllm_plugin.head.suspects import Loss
 
         loss = Loss(StageLost(stage, "gone", step), in_flight if step >= 0 else [], in_flight)
         found: list[str] = suspicion.note(loss, self.requests(tokens))
@@ -147,7 +147,7 @@ class TestSuspicion:
 
     def test_it_is_failed_before_a_launcher_gives_up(self) -> None:
         from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS
-        from stagewire.vllm_plugin.recovery import MAX_DEATHS_ALONE, SUSPICIOUS_DEATHS
+        from stagewire.vllm_plugin.head.suspects import MAX_DEATHS_ALONE, SUSPICIOUS_DEATHS
 
         assert MAX_DEATHS_ALONE + SUSPICIOUS_DEATHS <= DEFAULT_MAX_RESTARTS
 

@@ -17,8 +17,9 @@ from stagewire.errors import ConfigError
 from stagewire.launch.early import CONFIG_FLAG, OPTIONS, read_early
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi
 from stagewire.plan.ranges import LayerRange
-from stagewire.vllm_plugin import compat, flags
-from stagewire.vllm_plugin.engine_args import set_process_environment
+from stagewire.vllm_plugin.entry import serve
+from stagewire.vllm_plugin.entry.external_mode import set_process_environment
+from stagewire.vllm_plugin.seams import interfaces
 from support.arguments import SPELLINGS, Spelling
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -93,7 +94,7 @@ def test_a_head_tells_what_vllm_s_parser_has_read(
     monkeypatch.delenv(KEY, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert flags._api_of(parse(*Spelling(words, content=content).words(tmp_path))) == expected
+    assert serve._api_of(parse(*Spelling(words, content=content).words(tmp_path))) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_a_worker_under_a_launcher_passes_over_what_is_of_the_api(
         monkeypatch.setenv(LAUNCHER_SOCKET_ENV, "/nowhere")
     worker = StageConfig(1, 2, LayerRange(4, 8), 15551, Address("127.0.0.1", 15550))
     with pytest.raises(ConfigError, match=refused) if refused else contextlib.nullcontext():
-        flags._check_entry_point(worker, parse(*words.split()))
+        serve._check_entry_point(worker, parse(*words.split()))
 
 
 def test_a_config_file_that_vllm_does_not_read_is_noticed(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_what_a_model_is_for(supported: tuple[str, ...], pooling: str | None, nu
         hf_config=SimpleNamespace(num_labels=num_labels),
     )
     model.get_pooling_task = functools.partial(ModelConfig.get_pooling_task, model)
-    assert compat.main_task(supported, model) == expected
+    assert interfaces.main_task(supported, model) == expected
 
 
 def test_a_split_of_vllm_s_own_is_named_and_not_used(

@@ -22,7 +22,7 @@ class Stages:
         self.calls: list[str] = []
 
     def __call__(self, method: str, args: Sequence[Any], timeout: float | None) -> list[Any]:
-        from stagewire.vllm_plugin.executor import _RingBroken
+        from stagewire.vllm_plugin.head.executor import _RingBroken
 
         self.calls.append(method)
         if self.is_broken:
@@ -56,8 +56,8 @@ def stages() -> Stages:
 
 @pytest.fixture
 def executor(stages: Stages) -> Any:
-    from stagewire.vllm_plugin.executor import RingExecutor
-    from stagewire.vllm_plugin.recovery import Journal
+    from stagewire.vllm_plugin.head.executor import RingExecutor
+    from stagewire.vllm_plugin.member.journal import Journal
 
     built: Any = RingExecutor.__new__(RingExecutor)
     built._call, built._adapters, built._is_started = stages, {}, True
@@ -105,7 +105,7 @@ def test_a_removed_adapter_that_a_request_names_again_is_added_again(executor: A
 
 def test_nor_is_it_missed_when_its_request_is_restored(executor: Any, stages: Stages) -> None:
     """The request was running when its adapter was removed, and went on with it, as in stock vLLM."""
-    from stagewire.vllm_plugin.recovery import Restored
+    from stagewire.vllm_plugin.head.live_requests import Restored
 
     executor.add_lora(adapter(7))
     executor.remove_lora(7)
@@ -203,7 +203,7 @@ def test_only_an_end_in_order_takes_the_stages_along(
 @pytest.mark.parametrize("is_head", [True, False])
 def test_a_stage_of_one_rank_ends_itself_when_it_hangs_in_a_step(is_head: bool) -> None:
     """The head may have forgotten the step, with the ring. Its own layers it runs in the thread that would look."""
-    from stagewire.vllm_plugin.stage_ranks import StageRanks
+    from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks
 
     now, seen = [0.0], []
     config: Any = SimpleNamespace(stage=1, is_head=is_head, is_tail=False, step_timeout_s=300)
@@ -227,7 +227,7 @@ def test_a_stage_of_one_rank_ends_itself_when_it_hangs_in_a_step(is_head: bool) 
 
 def test_a_start_up_call_that_failed_is_not_answered_from_memory() -> None:
     """A new head's, of another KV cache, for which the old one had gone; then the old one's again."""
-    from stagewire.vllm_plugin.stage_host import _StageHost
+    from stagewire.vllm_plugin.host.stage_host import _StageHost
     from stagewire.wire.messages import CallResult
 
     fine, failed = CallResult(1, 0, "", ""), CallResult(1, 0, "MemoryError", "")
@@ -244,12 +244,12 @@ class TestDeadlineOfTheRecovery:
     @pytest.fixture
     def process(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         """The head's, with a clock to turn."""
-        from stagewire.vllm_plugin import process as module
+        from stagewire.vllm_plugin.member import member
 
-        built: Any = module.RingProcess.__new__(module.RingProcess)
+        built: Any = member.Member.__new__(member.Member)
         built.now = 1000.0
-        monkeypatch.setattr(module, "logger", Mock())
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: built.now))
+        monkeypatch.setattr(member, "logger", Mock())
+        monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: built.now))
         built._config = SimpleNamespace(is_head=True, recovery_timeout_s=600)
         built.ring, built._status, built._news, built._prepare, built._state = Mock(), Mock(), None, None, "serving"
         built._broken = built.given_up = None

@@ -65,7 +65,7 @@ def test_tokens_equal_the_full_model_s(exported: tuple[Path, list[list[Answer]]]
 
 def test_a_folder_counts_as_its_source(small_model: Path, tmp_path: Path) -> None:
     """So that full and pre-split stages mix; a fine-tuned copy, equal by its headers, has other values."""
-    from stagewire.vllm_plugin.fingerprint import identify_model
+    from stagewire.vllm_plugin.member.identity import identify_model
 
     def identity(folder: Path, stage: int) -> dict[str, str]:
         config = StageConfig(stage, 3, LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
@@ -109,7 +109,7 @@ def test_what_is_another_stage_s_is_taken_out_and_stops_whoever_uses_it(
     import torch
     from torch import nn
 
-    from stagewire.vllm_plugin.presplit import drop_absent
+    from stagewire.vllm_plugin.loading.presplit import drop_absent
 
     model: Any = nn.Module()
     model.model = nn.Module()

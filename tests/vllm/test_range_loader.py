@@ -97,8 +97,8 @@ def loaded(model: Path, stage: int, load_format: str, **options: Any) -> Iterato
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.usage.usage_lib import UsageContext
 
-    from stagewire.vllm_plugin.engine_args import apply_external_mode
-    from stagewire.vllm_plugin.stage_ranks import StageRanks
+    from stagewire.vllm_plugin.entry.external_mode import apply_external_mode
+    from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks
     from vllm import AsyncEngineArgs
 
     config = StageConfig(stage, len(RANGES), LayerRange.parse(RANGES[stage]), 15550, Address("127.0.0.1", 15549))
@@ -125,7 +125,7 @@ def loaded(model: Path, stage: int, load_format: str, **options: Any) -> Iterato
 
 def stock_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on external mode leaves vLLM's own loader in place."""
-    monkeypatch.setattr("stagewire.vllm_plugin.engine_args.REPLACED_LOAD_FORMATS", ())
+    monkeypatch.setattr("stagewire.vllm_plugin.loading.load_formats.REPLACED_LOAD_FORMATS", ())
 
 
 def save(config: Any, folder: Path, tokenizer_of: Path, shard: str = "200KB") -> Path:
@@ -377,7 +377,7 @@ def test_a_checkpoint_without_safetensors_takes_vllms_own_path(
 
 
 def test_a_format_that_somebody_chose_is_left_alone() -> None:
-    from stagewire.vllm_plugin.engine_args import apply_external_mode
+    from stagewire.vllm_plugin.entry.external_mode import apply_external_mode
     from vllm import AsyncEngineArgs
 
     arguments = AsyncEngineArgs(model=os.curdir, load_format="dummy")
@@ -427,7 +427,7 @@ class TestMemory:
     def test_what_somebody_keeps_is_not_used_again(self) -> None:
         import torch
 
-        from stagewire.vllm_plugin.range_loader import _Memory
+        from stagewire.vllm_plugin.loading.range_loader import _Memory
 
         memory = _Memory(100 * self.MIB)
         kept, addresses = [], set()
@@ -442,7 +442,7 @@ class TestMemory:
         assert all(bool((view == value).all()) for value, view in kept)
 
     def test_spare_memory_is_never_more_than_what_is_left_to_read(self) -> None:
-        from stagewire.vllm_plugin.range_loader import _Memory
+        from stagewire.vllm_plugin.loading.range_loader import _Memory
 
         sizes = [size * self.MIB for size in (64, 8, 8, 8, 4, 2, 1)]
         memory = _Memory(sum(sizes))
@@ -455,7 +455,7 @@ class TestMemory:
         assert sum(map(len, memory._buffers)) <= 2 * sizes[-1], "what is at hand"
 
     def test_much_smaller_tensors_do_not_occupy_large_memory(self) -> None:
-        from stagewire.vllm_plugin.range_loader import _Memory
+        from stagewire.vllm_plugin.loading.range_loader import _Memory
 
         memory = _Memory(1000 * self.MIB)
         large = memory.take(64 * self.MIB)

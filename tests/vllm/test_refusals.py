@@ -74,13 +74,15 @@ def serve(monkeypatch: pytest.MonkeyPatch, model: object, flags: dict[str, objec
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from stagewire.vllm_plugin import cpu, head, stage_host
-    from stagewire.vllm_plugin.compat import install_flag_patches
+    from stagewire.vllm_plugin.entry.install import install_flag_patches
+    from stagewire.vllm_plugin.head import api_server
+    from stagewire.vllm_plugin.host import stage_host
+    from stagewire.vllm_plugin.worker import cpu
 
     def started(*args: object) -> None:
         raise StartedError(*args)
 
-    monkeypatch.setattr(head, "serve_head", started)
+    monkeypatch.setattr(api_server, "serve_head", started)
     monkeypatch.setattr(stage_host, "serve_stage", started)
     monkeypatch.setattr(cpu, "reexec_with_libraries", lambda: None)
     given = {name: value for name, value in flags.items() if value is not DROP}
@@ -227,16 +229,16 @@ def test_on_a_gpu_it_is_said_what_is_off(
 ) -> None:
     from vllm.platforms import current_platform
 
-    from stagewire.vllm_plugin import flags
+    from stagewire.vllm_plugin.entry import serve as start_up
 
-    resolve = flags._resolve
+    resolve = start_up._resolve
 
     def resolve_as_on_a_gpu(args: argparse.Namespace) -> object:
         resolved = resolve(args)
         monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
         return resolved
 
-    monkeypatch.setattr(flags, "_resolve", resolve_as_on_a_gpu)
+    monkeypatch.setattr(start_up, "_resolve", resolve_as_on_a_gpu)
     for index, flag_set in enumerate((HEAD, WORKER)):
         with pytest.raises(StartedError):
             serve(monkeypatch, model, flag_set)
@@ -287,7 +289,7 @@ def test_images_and_ranks_that_start(
 
 def test_stages_must_agree_whether_images_come(image_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM builds another attention without them, so it is compared between the stages."""
-    from stagewire.vllm_plugin.fingerprint import make_identity
+    from stagewire.vllm_plugin.member.identity import make_identity
 
     found = []
     for change in ({}, *WITHOUT_IMAGES.values()):
@@ -436,7 +438,7 @@ def test_compilation_asked_for_without_a_compiler(
 
 
 def test_libraries_are_preloaded_by_running_again_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from stagewire.vllm_plugin import cpu
+    from stagewire.vllm_plugin.worker import cpu
 
     library = tmp_path / "libtcmalloc.so"
     library.touch()

@@ -32,7 +32,7 @@ def make_state(seed: int | None = None) -> Any:
 def restore(worker: Any, outputs: dict[str, list[int]]) -> None:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from stagewire.vllm_plugin.recovery import restore_requests
+    from stagewire.vllm_plugin.worker.restore import restore_requests
 
     schedule = SchedulerOutput.make_empty()
     schedule.scheduled_new_reqs = [SimpleNamespace(req_id=req_id) for req_id in outputs]

@@ -23,7 +23,7 @@ NUM_STAGES = 3
 @pytest.fixture
 def executor() -> Any:
     from stagewire.observe.deadlines import StepDeadlines
-    from stagewire.vllm_plugin.executor import RingExecutor
+    from stagewire.vllm_plugin.head.executor import RingExecutor
 
     built: Any = RingExecutor.__new__(RingExecutor)
     built._stage = SimpleNamespace(step_timeout_s=1, start_timeout_s=1, num_stages=NUM_STAGES)
@@ -113,7 +113,7 @@ def reply(executor: Any, *results: tuple[int, int]) -> Callable[[Any], None]:
     """The ring's answer to a call: (stage, rank) of each result."""
 
     def receive(timeout_s: Any) -> None:
-        from stagewire.vllm_plugin.call_codec import encode_value
+        from stagewire.vllm_plugin.codec.values import encode_value
 
         call_id = next(iter(executor._replies))
         executor._replies[call_id] = SimpleNamespace(results=[CallResult(*where, "", "") for where in results])
@@ -123,7 +123,7 @@ def reply(executor: Any, *results: tuple[int, int]) -> Callable[[Any], None]:
 
 
 def begin_call(executor: Any, *results: tuple[int, int]) -> Any:
-    from stagewire.vllm_plugin.call_codec import encode_value
+    from stagewire.vllm_plugin.codec.values import encode_value
 
     executor._ranks.call.return_value = [CallResult(0, 0, "", "")], [encode_value(True)]
     executor._receive, executor.poll = reply(executor, *results), Mock()
@@ -145,10 +145,10 @@ def test_results_that_are_not_one_of_each_rank_in_order_are_refused(results: Any
 
 
 def test_a_call_that_does_not_come_back_is_given_up(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stagewire.vllm_plugin import executor as module
+    from stagewire.vllm_plugin.head import executor as executor_module
 
     now = [1000.0]
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(executor_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     executor._ranks.call.return_value, executor.poll = ([], []), Mock()
 
     def receive(timeout_s: float | None) -> None:
@@ -172,10 +172,10 @@ def test_a_call_that_does_not_come_back_is_given_up(executor: Any, monkeypatch: 
 
 def test_a_step_that_does_not_come_back_is_given_up(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the whole limit, in pieces; then somebody is accused, and the end of the epoch ends the wait."""
-    from stagewire.vllm_plugin import executor as module
+    from stagewire.vllm_plugin.head import executor as executor_module
 
     now = [1000.0]
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(executor_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     executor._steps = {4: in_flight(4, ["a"])}
 
     def receive(timeout_s: float | None) -> None:
@@ -225,8 +225,8 @@ def test_more_live_requests_than_a_batch_has_rows_are_restored_in_parts(executor
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
 
-    from stagewire.vllm_plugin.recovery import Restored
-    from stagewire.vllm_plugin.step_codec import decode_schedule
+    from stagewire.vllm_plugin.codec.schedules import decode_schedule
+    from stagewire.vllm_plugin.head.live_requests import Restored
 
     asked: list[Any] = []
     executor._call = lambda method, args, timeout: asked.append((method, args))
@@ -256,9 +256,9 @@ def test_more_live_requests_than_a_batch_has_rows_are_restored_in_parts(executor
 def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
     last_steps: dict[int, int], accused: int
 ) -> None:
-    from stagewire.vllm_plugin.process import RingProcess
+    from stagewire.vllm_plugin.member.member import Member
 
-    process: Any = RingProcess.__new__(RingProcess)
+    process: Any = Member.__new__(Member)
     process._config, process._last_steps, process.ring = SimpleNamespace(num_stages=3), last_steps, Mock()
     process.accuse(1, 4, "step 4 did not come back")
     epoch, lost = process.ring.end_epoch.call_args.args
@@ -267,13 +267,13 @@ def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
 
 def test_only_the_answer_to_catching_up_ends_it() -> None:
     from stagewire.ring.node import Delivery
-    from stagewire.vllm_plugin.process import RingProcess
+    from stagewire.vllm_plugin.member.member import Member
     from stagewire.wire.messages import Reply
 
     process = Mock(_prepare=(7, 55))
-    assert not RingProcess.takes(process, Delivery(Reply(7, 54, []), [], 0))
+    assert not Member.takes(process, Delivery(Reply(7, 54, []), [], 0))
     assert not process._set_whole.called
-    assert RingProcess.takes(process, Delivery(Reply(7, 55, []), [], 0))
+    assert Member.takes(process, Delivery(Reply(7, 55, []), [], 0))
     process._set_whole.assert_called_once_with(7)
 
 
@@ -281,12 +281,12 @@ def test_only_the_answer_to_catching_up_ends_it() -> None:
 def test_a_stage_that_does_not_catch_up_in_time_is_accused(
     now: float, is_accused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stagewire.vllm_plugin import process as module
+    from stagewire.vllm_plugin.member import member
 
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: now))
     process = Mock(_prepare=(7, 55), _prepare_until=100.0, _news=None, _broken=None, _leaving=None, _parent=None)
     process._ranks.problem.return_value = None
-    module.RingProcess._watch(process)
+    member.Member._watch(process)
     assert process.accuse.called == is_accused
     assert (process._prepare is None) == is_accused
 
@@ -299,12 +299,12 @@ def test_a_stage_that_does_not_catch_up_in_time_is_accused(
 def test_a_stage_that_is_told_to_stop_waits_for_its_requests_but_not_for_ever(
     now: float, num_left: int, is_broken: bool, leaves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stagewire.vllm_plugin import process as module
+    from stagewire.vllm_plugin.member import member
 
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(member, "time", SimpleNamespace(monotonic=lambda: now))
     process = Mock(_broken=StageLost(2, "stage 2 is lost") if is_broken else None)
     process._count_requests.return_value = num_left
-    module.RingProcess._mind_leaving(process, "stage 1 was told to stop", 100.0)
+    member.Member._mind_leaving(process, "stage 1 was told to stop", 100.0)
     assert process.ring.node.request_stop.called == leaves
 
 
@@ -321,16 +321,16 @@ def test_a_stage_that_is_told_to_stop_waits_for_its_requests_but_not_for_ever(
     ids=str,
 )
 def test_what_a_stage_can_go_on_after(error: Exception, num_ranks: int, goes_on: bool) -> None:
-    from stagewire.vllm_plugin.stage_ranks import is_step_failure
+    from stagewire.vllm_plugin.ranks.stage_ranks import is_step_failure
 
     assert is_step_failure(Mock(num_ranks=num_ranks), error) == goes_on
 
 
 def test_the_process_of_a_ring_that_failed_ends_with_the_errors_code() -> None:
     from stagewire.errors import ConfigError
-    from stagewire.vllm_plugin.process import RingProcess
+    from stagewire.vllm_plugin.member.member import Member
 
-    process: Any = RingProcess.__new__(RingProcess)
+    process: Any = Member.__new__(Member)
     process._config, process._news, process._status = SimpleNamespace(stage=1), None, Mock()
     process.on_failed(ConfigError("a wrong setting"))
     assert process._exit_code == 2

@@ -46,19 +46,8 @@ from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, ProtocolError, StageLost
 from stagewire.observe.deadlines import StepDeadlines
 from stagewire.plan.ranges import LayerRange, partition_counts, split_evenly
-from stagewire.vllm_plugin import compat, flags, model_patches
-from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
-from stagewire.vllm_plugin.compat import is_at_least
-from stagewire.vllm_plugin.engine_args import REFUSED, apply_external_mode
-from stagewire.vllm_plugin.executor import RingExecutor
-from stagewire.vllm_plugin.http import HeadHealth
-from stagewire.vllm_plugin.pipeline_group import PipelineGroup, RankPlace
-from stagewire.vllm_plugin.process import max_frame_bytes
-from stagewire.vllm_plugin.recovery import Loss, Restored
-from stagewire.vllm_plugin.scheduler import RingScheduler
-from stagewire.vllm_plugin.settings import KEY, RingSettings
-from stagewire.vllm_plugin.stage_worker import compile_ranks
-from stagewire.vllm_plugin.step_codec import (
+from stagewire.vllm_plugin.codec.calls import CALLS, bind_call
+from stagewire.vllm_plugin.codec.schedules import (
     decode_grammar,
     decode_output,
     decode_schedule,
@@ -69,7 +58,35 @@ from stagewire.vllm_plugin.step_codec import (
     row_digest,
     token_digest,
 )
-from stagewire.vllm_plugin.stopping import HeadEnd
+from stagewire.vllm_plugin.codec.values import decode_value, encode_value
+from stagewire.vllm_plugin.entry import install, serve
+from stagewire.vllm_plugin.entry.external_mode import REFUSED, apply_external_mode
+from stagewire.vllm_plugin.head.executor import RingExecutor
+from stagewire.vllm_plugin.head.health import HeadHealth
+from stagewire.vllm_plugin.head.live_requests import Restored
+from stagewire.vllm_plugin.head.scheduler import RingScheduler
+from stagewire.vllm_plugin.head.stopping import HeadEnd
+from stagewire.vllm_plugin.head.suspects import Loss
+from stagewire.vllm_plugin.loading import model_cuts
+from stagewire.vllm_plugin.member.member import max_frame_bytes
+from stagewire.vllm_plugin.seams import (
+    catalogue,
+    dead_engine,
+    discarded_rows,
+    engine_goodbye,
+    interfaces,
+    interrupted_start,
+    lora,
+    neighbours_logprobs,
+    patching,
+    stop_deadline,
+    tied_heads,
+    versions,
+)
+from stagewire.vllm_plugin.seams.settings import KEY, RingSettings
+from stagewire.vllm_plugin.seams.versions import is_at_least
+from stagewire.vllm_plugin.worker.pipeline_group import PipelineGroup, RankPlace
+from stagewire.vllm_plugin.worker.stage_worker import compile_ranks
 from stagewire.wire.messages import KINDS
 from stagewire.wire.tensors import ITEM_BYTES
 
@@ -90,7 +107,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The version gate is open: seams are compared with more versions than can be run.
     """
-    monkeypatch.setattr(compat, "SUPPORTED", ((0, 30), (0, 34)))
+    monkeypatch.setattr(versions, "SUPPORTED", ((0, 30), (0, 34)))
     for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROC_METHOD", "OMP_NUM_THREADS", "LD_PRELOAD"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -199,14 +216,14 @@ ADDED = {"vllm.model_executor.models.utils:PPMissingLayer.tie_weights"}
 
 
 def test_every_patch_is_described_here() -> None:
-    assert {patch.target for patch in compat.PATCHES} == {*SIGNATURES, *ADDED}
-    assert all(patch.reason and patch.until for patch in compat.PATCHES)
+    assert {patch.target for patch in catalogue.PATCHES} == {*SIGNATURES, *ADDED}
+    assert all(patch.reason and patch.until for patch in catalogue.PATCHES)
 
 
 @pytest.mark.parametrize("target", SIGNATURES)
 def test_patch_target_exists_with_the_signature_that_is_wrapped(target: str) -> None:
     owner, name = find(target)
-    assert name in vars(owner), f"{target} is gone: `compat.wrap` would refuse"
+    assert name in vars(owner), f"{target} is gone: `patching.wrap` would refuse"
     # Wrapped already, when a test before this one has used the flags; and without binding the class.
     found = vars(owner)[name]
     assert parameters(inspect.unwrap(getattr(found, "__func__", found))) == SIGNATURES[target]
@@ -222,10 +239,10 @@ def test_an_added_method_is_not_in_vllm(target: str) -> None:
 def test_add_refuses_what_is_there_and_happens_once() -> None:
     owner = SimpleNamespace(taken=len)
     with pytest.raises(ConfigError, match="taken exists in this vLLM"):
-        compat.add(owner, "taken", lambda: None)
+        patching.add(owner, "taken", lambda: None)
     first, second = (lambda: 1), (lambda: 2)
-    compat.add(owner, "free", first)
-    compat.add(owner, "free", second)
+    patching.add(owner, "free", first)
+    patching.add(owner, "free", second)
     assert owner.free is first
 
 
@@ -233,9 +250,9 @@ def test_installed_version_is_supported_unless_only_its_files_are_tested() -> No
     """Nothing of vLLM 0.33 can be run without a GPU so far: its seams are compared, and the gate is shut."""
     if is_at_least(0, 33):
         with pytest.raises(ConfigError):
-            compat.check_version()
+            versions.check_version()
     else:
-        compat.check_version()
+        versions.check_version()
 
 
 def test_unsupported_version_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,12 +263,12 @@ def test_unsupported_version_is_refused_with_both_versions(monkeypatch: pytest.M
         monkeypatch.setattr(vllm.version, "__version_tuple__", installed)
         monkeypatch.setattr(vllm.version, "__version__", text)
         with pytest.raises(ConfigError, match=rf"{re.escape(text)} is installed.*>=0\.30,<0\.33"):
-            compat.check_version()
+            versions.check_version()
 
 
 def test_wrap_refuses_a_target_that_has_moved() -> None:
     with pytest.raises(ConfigError, match=r"gone_function is gone in this vLLM"):
-        compat.wrap(SimpleNamespace(__name__="module"), "gone_function", lambda original: original)
+        patching.wrap(SimpleNamespace(__name__="module"), "gone_function", lambda original: original)
 
 
 def test_wrap_happens_once_and_keeps_the_kind_of_method() -> None:
@@ -268,8 +285,8 @@ def test_wrap_happens_once_and_keeps_the_kind_of_method() -> None:
         return lambda *args: [*original(*args), "wrapped"]
 
     for _ in range(2):
-        compat.wrap(Owner, "static", add_one)
-        compat.wrap(Owner, "of_class", add_one)
+        patching.wrap(Owner, "static", add_one)
+        patching.wrap(Owner, "of_class", add_one)
     assert Owner.static(5) == [5, "wrapped"]
     assert Owner.of_class(5) == [Owner, 5, "wrapped"]
 
@@ -409,7 +426,7 @@ def test_an_engine_that_ends_when_it_is_told_to_is_no_error(
     monkeypatch.setattr(async_llm.logger, "filters", [])
     monkeypatch.setattr(async_llm.logger, "handlers", [caplog.handler])
     told: list[float] = []
-    compat.on_engine_shutdown(told.append)
+    stop_deadline.on_engine_shutdown(told.append)
 
     async def lose(error: Exception) -> None:
         async def get_output_async() -> None:
@@ -446,7 +463,7 @@ def test_ctrl_c_while_an_llm_starts_is_an_interrupt(monkeypatch: pytest.MonkeyPa
             raise error
 
     wait(KeyboardInterrupt())  # this vLLM still does
-    compat.interrupt_engine_start()
+    interrupted_start.interrupt_engine_start()
     with pytest.raises(KeyboardInterrupt):
         wait(KeyboardInterrupt())
     with pytest.raises(TimeoutError):
@@ -462,7 +479,7 @@ def test_whoever_waits_for_an_engine_that_dies_is_told(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(core_client.MPClient, "shutdown", inspect.unwrap(core_client.MPClient.shutdown))
     told: list[Any] = []
-    compat.end_waits_for_dead_engine(told.append)
+    dead_engine.end_waits_for_dead_engine(told.append)
     end = threading.Event()
     engine = Mock(name="its process")
 
@@ -516,9 +533,9 @@ def test_grace_is_only_for_an_end_without_drain(monkeypatch: pytest.MonkeyPatch)
     from vllm.v1.engine import utils
 
     monkeypatch.setattr(utils, "get_engine_process_shutdown_timeout", lambda request, process: process)
-    compat.let_engine_say_goodbye()
+    engine_goodbye.let_engine_say_goodbye()
     timeout = utils.get_engine_process_shutdown_timeout
-    assert timeout(0, 0) == compat.ENGINE_STOP_GRACE_S
+    assert timeout(0, 0) == engine_goodbye.ENGINE_STOP_GRACE_S
     assert [timeout(30, 0), timeout(0, 7), timeout(0, None)] == [0, 7, None]
 
 
@@ -582,7 +599,7 @@ def test_discarded_row_leaves_its_generator_alone(monkeypatch: pytest.MonkeyPatc
         return f"sampled after {grammar_output}"
 
     monkeypatch.setattr(GPUModelRunner, "sample_tokens", sample_tokens)
-    compat.keep_generators_of_discarded_rows()
+    discarded_rows.keep_generators_of_discarded_rows()
     generators = {row: torch.Generator("cpu").manual_seed(row) for row in (0, 1, 2)}
     before = {row: generator.get_state() for row, generator in generators.items()}
     batch = SimpleNamespace(num_reqs=3, generators=dict(generators))
@@ -618,7 +635,7 @@ def test_neighbours_of_chosen_logprobs_keep_theirs(
 
     for name in ("forward", "gather_specific_token_logprobs"):
         monkeypatch.setattr(Sampler, name, inspect.unwrap(getattr(Sampler, name)))
-    compat.keep_logprobs_of_neighbours()
+    neighbours_logprobs.keep_logprobs_of_neighbours()
     monkeypatch.setattr("vllm.v1.sample.sampler.PIN_MEMORY", False)
     sampler: Any = Sampler()
     sampler.stagewire_num_logprobs = count
@@ -677,7 +694,7 @@ def test_a_missing_layer_passes_hidden_states_and_residual() -> None:
 
     layer, named = PPMissingLayer(), {"positions": 0, "hidden_states": 1, "residual": 2}
     assert inspect.unwrap(PPMissingLayer.forward)(layer, **named) == 0
-    model_patches.install(a_model("LlamaForCausalLM"))
+    model_cuts.install(a_model("LlamaForCausalLM"))
     assert layer(**named) == (1, 2)
     assert layer(5, 6) == 5
     assert layer.tie_weights(torch.nn.Embedding(2, 2)) is layer
@@ -688,17 +705,17 @@ def test_a_tied_head_without_an_embedding_is_loaded_by_us() -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    model_patches.install(a_model("LlamaForCausalLM"))
+    model_cuts.install(a_model("LlamaForCausalLM"))
     head = torch.nn.Linear(2, 3)
     head.weight.weight_loader = lambda parameter, loaded: parameter.data.copy_(loaded)
     model = torch.nn.ModuleDict({"head": head})
     assert ParallelLMHead.tie_weights(head, PPMissingLayer()) is head
     with pytest.raises(ConfigError, match="--load-format"):
-        model_patches.check_heads(model)
-    (found,) = model_patches.heads_without_embedding(model)
-    model_patches.load_head(found, torch.full((3, 2), 7.0))
+        tied_heads.check_heads(model)
+    (found,) = tied_heads.heads_without_embedding(model)
+    tied_heads.load_head(found, torch.full((3, 2), 7.0))
     assert torch.equal(head.weight, torch.full((3, 2), 7.0))
-    model_patches.check_heads(model)
+    tied_heads.check_heads(model)
 
 
 def test_transformers_backend_adds_no_positions_on_later_stages() -> None:
@@ -724,7 +741,7 @@ def test_transformers_backend_adds_no_positions_on_later_stages() -> None:
     inspect.unwrap(base.Base.pipeline_parallel)(stock)
     assert isinstance(stock.model.wpe, torch.nn.Embedding), "the patch can go"
 
-    model_patches.install(a_model("GPTBigCodeForCausalLM", transformers_backend=True))
+    model_cuts.install(a_model("GPTBigCodeForCausalLM", transformers_backend=True))
     base.Base.pipeline_parallel(ours)
     assert isinstance(ours.model.wte, torch.nn.Embedding)
     added = ours.model.wpe(torch.arange(3)[None])
@@ -756,7 +773,7 @@ def test_gemma4_reads_what_the_stage_before_sent(monkeypatch: pytest.MonkeyPatch
     assert seen == [None]
 
     monkeypatch.setattr(gemma4.Gemma4Model, "forward", stock)
-    model_patches.install(a_model("Gemma4ForCausalLM"))
+    model_cuts.install(a_model("Gemma4ForCausalLM"))
     assert gemma4.Gemma4Model.forward(stage, None, None, came).tensors["per_layer_inputs"] is inputs
     assert torch.equal(seen[1], inputs[:, 1])
 
@@ -766,7 +783,7 @@ def test_adapters_are_touched_in_the_order_of_their_ids() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-    compat.mend_lora()
+    lora.mend_lora()
     touched: list[int] = []
     manager = SimpleNamespace(
         _adapter_manager=SimpleNamespace(lora_slots=9),
@@ -786,7 +803,7 @@ def test_rows_of_the_base_model_get_no_adapter() -> None:
     plain, mended = torch.zeros(2, 5), torch.zeros(2, 5)
     inspect.unwrap(lora_ops.bgmv_expand)(inputs, weights, plain, indices)
     assert plain.tolist() == [[0.0 if is_at_least(0, 33) else 3.0] * 5, [3.0] * 5], "the base model's row too"
-    compat.mend_lora()
+    lora.mend_lora()
     lora_ops.bgmv_expand(inputs, weights, mended, indices)
     assert mended.tolist() == [[0.0] * 5, [3.0] * 5]
     lengths = torch.tensor([1, 1])
@@ -827,7 +844,7 @@ def test_head_uses_settings_of_the_api_server_that_exist() -> None:
     from vllm import envs
 
     assert "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH" in envs.environment_variables
-    names = {field.name for field in dataclasses.fields(compat.frontend_args())}
+    names = {field.name for field in dataclasses.fields(interfaces.frontend_args())}
     assert names >= {"host", "port", "uds", "ssl_keyfile", "middleware"}
 
 
@@ -839,7 +856,7 @@ def parser() -> argparse.ArgumentParser:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    compat.install_flag_patches()
+    install.install_flag_patches()
     added: argparse.ArgumentParser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     return added
 
@@ -873,10 +890,10 @@ def test_every_entry_point_translates_the_flags(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from stagewire.vllm_plugin import offline
+    from stagewire.vllm_plugin.entry import llm_head
 
     prepared: list[str] = []
-    monkeypatch.setattr(offline, "prepare_engine", lambda: prepared.append("an engine"))
+    monkeypatch.setattr(llm_head, "prepare_engine", lambda: prepared.append("an engine"))
     head = """--model somewhere --enforce-eager --pipeline-stage-mode external --pipeline-stage-idx 0
         --pipeline-total-stages 4 --pipeline-layer-range 0-8 --pipeline-local-bind-port 15550
         --pipeline-prev-stage-addr 127.0.0.1:15554"""
@@ -902,7 +919,7 @@ def test_worker_stage_is_refused_outside_serve(parser: argparse.ArgumentParser, 
 
 def test_flag_wrappers_pass_through_what_is_not_ours() -> None:
     seen: list[Any] = []
-    flags.with_stages(seen.append)(argparse.Namespace(model="somewhere"))
+    serve.with_stages(seen.append)(argparse.Namespace(model="somewhere"))
     assert seen == [argparse.Namespace(model="somewhere")]
 
 
@@ -1009,7 +1026,7 @@ def names_of_table(text: str) -> set[str]:
 
 
 def test_identity_compares_what_the_documentation_says(external_config: Any) -> None:
-    from stagewire.vllm_plugin.fingerprint import make_identity
+    from stagewire.vllm_plugin.member.identity import make_identity
 
     shared = make_identity(stage_config(), external_config).shared
     page = (DOCS / "vllm-seams.md").read_text()
@@ -1029,7 +1046,7 @@ def test_identity_differs_with_the_tokens(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from stagewire.vllm_plugin.fingerprint import make_identity
+    from stagewire.vllm_plugin.member.identity import make_identity
 
     args = EngineArgs(
         model=str(model_dir), enforce_eager=True, kv_cache_memory_bytes=1 << 26, dtype="float32", **option
@@ -1599,7 +1616,7 @@ def test_a_stage_plans_its_own_kv_cache_with_vllms_functions() -> None:
     from vllm.v1 import core
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MambaSpec
 
-    from stagewire.vllm_plugin import own_kv_cache
+    from stagewire.vllm_plugin.worker import own_kv_cache
 
     groups = "kv_cache_groups"
     modules = ("kv_cache_config_builder", "kv_cache_planning") if is_at_least(0, 33) else ("kv_cache_utils",) * 2
@@ -2080,7 +2097,7 @@ def test_an_image_whose_positions_are_cached_has_no_data() -> None:
     ids=str,
 )
 def test_an_image_that_contradicts_itself_is_a_protocol_error(change: dict[str, Any]) -> None:
-    from stagewire.vllm_plugin.inputs import pack_features, unpack_features
+    from stagewire.vllm_plugin.codec.inputs import pack_features, unpack_features
 
     (feature,) = pack_features([make_feature()])
     assert unpack_features([feature])
@@ -2152,7 +2169,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2,
 
 
 def test_drafts_and_accepted_tokens_round_trip() -> None:
-    from stagewire.vllm_plugin.speculation import SpeculativeRequestData
+    from stagewire.vllm_plugin.codec.speculative import SpeculativeRequestData
 
     schedule = make_schedule(None)
     schedule.scheduled_spec_decode_tokens = {"z": [5, 6], "m": [-1, -1]}
@@ -2168,7 +2185,7 @@ def test_drafts_and_accepted_tokens_round_trip() -> None:
 def test_drafts_return_with_the_step() -> None:
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-    from stagewire.vllm_plugin.speculation import DraftingOutput
+    from stagewire.vllm_plugin.codec.speculative import DraftingOutput
 
     output = ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1}, [[1, 2], []])
     decoded = decode_output(encode_output(output, DraftTokenIds(["a", "b"], [[3, 4], []])))
@@ -2193,7 +2210,7 @@ def speculative_config(model_dir: Path, **changes: Any) -> Any:
 
 
 def test_stages_must_agree_on_speculation(model_dir: Path, external_config: Any, plain_environment: None) -> None:
-    from stagewire.vllm_plugin.fingerprint import make_identity
+    from stagewire.vllm_plugin.member.identity import make_identity
 
     configs = [external_config, *(speculative_config(model_dir, num_speculative_tokens=k) for k in (3, 4))]
     found = [make_identity(stage_config(), config).shared["--speculative-config"] for config in configs]
@@ -2213,7 +2230,7 @@ def test_stages_must_agree_on_speculation(model_dir: Path, external_config: Any,
 def test_other_speculation_is_refused(
     change: dict[str, Any], expected: str, model_dir: Path, plain_environment: None
 ) -> None:
-    from stagewire.vllm_plugin.speculation import check_speculation
+    from stagewire.vllm_plugin.worker.speculation import check_speculation
 
     check_speculation(speculative_config(model_dir))
     with pytest.raises(ConfigError, match=expected):
@@ -2225,7 +2242,7 @@ def test_speculation_with_state_space_layers_is_refused(model_dir: Path, plain_e
     it in which case cannot be seen without a model."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from stagewire.vllm_plugin.speculation import check_speculation
+    from stagewire.vllm_plugin.worker.speculation import check_speculation
 
     counts, name = inspect.unwrap(GPUModelRunner.sample_tokens), "_update_states_after_model_execute"
     assert name in counts.__code__.co_names
@@ -2243,7 +2260,7 @@ def test_runner_asks_for_a_drafter_that_only_the_last_stage_has(monkeypatch: pyt
     prepared. The first half fails when vLLM looks before it asks."""
     from vllm.v1.worker import gpu_model_runner
 
-    from stagewire.vllm_plugin.speculation import prepare_runner
+    from stagewire.vllm_plugin.worker.speculation import prepare_runner
 
     for name in ("allocate_kv_cache", "bind_kv_cache", "map_kv_caches_to_kernel_blocks"):
         monkeypatch.setattr(gpu_model_runner, name, Mock(), raising=is_at_least(0, 32))
@@ -2271,7 +2288,7 @@ def test_the_last_tokens_of_a_context_are_drafted_too(longest: int, fits_stock: 
     """The other half of `prepare_runner`: where drafts do not fit the drafter, vLLM drafts zeros for every row."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from stagewire.vllm_plugin.speculation import prepare_runner
+    from stagewire.vllm_plugin.worker.speculation import prepare_runner
 
     runner = Mock(max_model_len=100, num_spec_tokens=3, effective_drafter_max_model_len=100)
     runner.speculative_config.use_dflash.return_value = False
@@ -2306,7 +2323,8 @@ def test_a_stage_takes_the_accepted_tokens_that_it_lacks(in_batch: bool) -> None
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
     from stagewire.errors import PeerError
-    from stagewire.vllm_plugin.speculation import SpeculativeRequestData, take_accepted
+    from stagewire.vllm_plugin.codec.speculative import SpeculativeRequestData
+    from stagewire.vllm_plugin.worker.speculation import take_accepted
 
     # Three tokens of the prompt and one of the answer are known; of the drafts after it, two were accepted.
     state = CachedRequestState("a", [1, 2, 3], [], None, None, ([1],), 3, [4])
@@ -2539,7 +2557,7 @@ def speculating(scheduler: Any) -> Any:
 def answer_with_drafts(scheduler: Any, schedule: Any, sampled: list[int], drafts: list[int]) -> None:
     from vllm.v1.outputs import DraftTokenIds
 
-    from stagewire.vllm_plugin.speculation import DraftingOutput
+    from stagewire.vllm_plugin.codec.speculative import DraftingOutput
 
     ids = list(schedule.num_scheduled_tokens)
     output = DraftingOutput(
@@ -2783,7 +2801,7 @@ def test_a_request_whose_steps_fail_is_failed_alone(scheduler: Any) -> None:
 
 def test_seams_page_names_every_patch_call_and_refusal() -> None:
     page = (DOCS / "vllm-seams.md").read_text()
-    missing = [patch.target for patch in compat.PATCHES if f"`{patch.target}`" not in page]
+    missing = [patch.target for patch in catalogue.PATCHES if f"`{patch.target}`" not in page]
     table = page[page.index("## C1") : page.index("## C2/C3")]
     missing += [name for name in {*CALLS, *NOT_CARRIED, *ANSWERED_BY_HEAD} if f"`{name}`" not in table]
     assert missing == []
@@ -2818,8 +2836,8 @@ def test_our_load_format_gives_our_loader() -> None:
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import get_model_loader
 
-    from stagewire.vllm_plugin import range_loader
-    from stagewire.vllm_plugin.engine_args import LOAD_FORMAT
+    from stagewire.vllm_plugin.loading import range_loader
+    from stagewire.vllm_plugin.loading.load_formats import LOAD_FORMAT
 
     range_loader.register()
     given = LoadConfig(load_format=LOAD_FORMAT)
@@ -2834,15 +2852,15 @@ def test_names_are_mapped_as_vllms_models_do() -> None:
 
     mapper = WeightsMapper(orig_to_new_prefix={"visual.": "tower.", "gone.": None})
     names = ["visual.a.weight", "gone.b", "model.c"]
-    assert [compat.mapped_name(mapper, name) for name in names] == ["tower.a.weight", None, "model.c"]
-    assert compat.mapped_name(None, "visual.a.weight") == "visual.a.weight"
+    assert [interfaces.mapped_name(mapper, name) for name in names] == ["tower.a.weight", None, "model.c"]
+    assert interfaces.mapped_name(None, "visual.a.weight") == "visual.a.weight"
 
 
 def test_default_loader_asks_the_methods_that_are_overridden() -> None:
     """Both hooks exist with these parameters, and loading goes through them."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from stagewire.vllm_plugin.range_loader import RangeLoader
+    from stagewire.vllm_plugin.loading.range_loader import RangeLoader
 
     for name in ("load_weights", "_prepare_weights", "_get_weights_iterator"):
         ours, theirs = (inspect.signature(getattr(each, name)) for each in (RangeLoader, DefaultModelLoader))
@@ -2886,11 +2904,11 @@ def test_a_container_s_memory_is_what_machine_says(monkeypatch: pytest.MonkeyPat
     from vllm.v1.worker import cpu_worker
 
     from stagewire import machine
-    from stagewire.vllm_plugin import cpu
+    from stagewire.vllm_plugin.seams import container_memory
 
     theirs = cpu_worker.get_memory_node_info(0)
     monkeypatch.setattr(cpu_worker, "get_memory_node_info", inspect.unwrap(cpu_worker.get_memory_node_info))
-    cpu.count_page_cache_as_free()
+    container_memory.count_page_cache_as_free()
     assert cpu_worker.get_memory_node_info(0).total_memory == theirs.total_memory
     monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 3 << 30)
     monkeypatch.setattr(machine, "available_bytes", lambda: 2 << 30)

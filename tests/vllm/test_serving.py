@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stagewire.vllm_plugin.awake import LATENCY_FILE, AwakeCores
+from stagewire.vllm_plugin.member.awake import LATENCY_FILE, AwakeCores
 from support.inside import states, until_idle
 from support.stages import Ring, free_ports, process_tree
 from support.workload import Request, complete, license_text, requests, run

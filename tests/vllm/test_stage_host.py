@@ -17,8 +17,8 @@ pytestmark = pytest.mark.vllm
 
 
 def make_host(stage: int = 1, num_stages: int = 3) -> Any:
-    from stagewire.vllm_plugin.call_codec import encode_value
-    from stagewire.vllm_plugin.stage_host import _StageHost
+    from stagewire.vllm_plugin.codec.values import encode_value
+    from stagewire.vllm_plugin.host.stage_host import _StageHost
 
     config = SimpleNamespace(stage=stage, is_tail=stage == num_stages - 1, is_head=False)
     process, ranks = Mock(), Mock(config=config, num_ranks=1)
@@ -33,7 +33,7 @@ def make_step(step: int, epoch: int = 7, *, waits_for_sample: bool = False) -> D
     """Of one request with one token."""
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from stagewire.vllm_plugin.step_codec import encode_schedule
+    from stagewire.vllm_plugin.codec.schedules import encode_schedule
 
     schedule = SchedulerOutput.make_empty()
     schedule.num_scheduled_tokens, schedule.total_num_scheduled_tokens = {"a": 1}, 1
@@ -112,8 +112,8 @@ def test_a_new_heads_requests_do_not_meet_those_of_the_one_before() -> None:
 
 
 def test_of_a_journal_a_stage_runs_what_it_has_not_run() -> None:
-    from stagewire.vllm_plugin.call_codec import encode_value
-    from stagewire.vllm_plugin.recovery import PREPARE
+    from stagewire.vllm_plugin.codec.values import encode_value
+    from stagewire.vllm_plugin.member.journal import PREPARE
 
     host = make_host()
     first, second = (1, "add_lora", b"first"), (2, "add_lora", b"second")
@@ -148,8 +148,8 @@ def test_a_stage_knows_how_many_ranks_come_before_its_own() -> None:
 @pytest.mark.parametrize("error_type", ["ConfigError", "MemoryError"])
 def test_a_stage_that_cannot_catch_up_ends(error_type: str) -> None:
     from stagewire.errors import ConfigError, InternalError
-    from stagewire.vllm_plugin.call_codec import encode_value
-    from stagewire.vllm_plugin.recovery import PREPARE
+    from stagewire.vllm_plugin.codec.values import encode_value
+    from stagewire.vllm_plugin.member.journal import PREPARE
 
     host = make_host()
     host._ranks.call.return_value = [CallResult(1, 0, error_type, "why")], [b""]

@@ -31,8 +31,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
 
     from stagewire.config import Address, StageConfig
     from stagewire.plan.ranges import LayerRange
-    from stagewire.vllm_plugin.engine_args import apply_external_mode
-    from stagewire.vllm_plugin.stage_ranks import StageRanks
+    from stagewire.vllm_plugin.entry.external_mode import apply_external_mode
+    from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks
     from vllm import AsyncEngineArgs
 
     model = make_llama(tmp_path_factory.mktemp("llama8"), model_dir, num_layers=8)
@@ -119,7 +119,7 @@ def tensors(
 
 
 def test_a_right_step_passes_its_digest_on(worker: Any) -> None:
-    from stagewire.vllm_plugin.step_codec import row_digest
+    from stagewire.vllm_plugin.codec.schedules import row_digest
 
     step = schedule(3)
     digest = row_digest(["a", "b"], step.num_scheduled_tokens)
@@ -135,7 +135,7 @@ def test_a_right_step_passes_its_digest_on(worker: Any) -> None:
 
 def test_activations_keep_their_bytes_while_the_next_step_runs(worker: Any) -> None:
     """What is queued for sending must not be a view of a buffer that the next step overwrites."""
-    from stagewire.vllm_plugin.step_codec import row_digest
+    from stagewire.vllm_plugin.codec.schedules import row_digest
 
     step = schedule(3)
     first = worker.execute(step, row_digest(["a", "b"], step.num_scheduled_tokens), *tensors(6))
@@ -166,7 +166,7 @@ def test_every_row_that_came_in_is_used(worker: Any) -> None:
 
 
 def test_rows_in_another_order_fail_the_step(worker: Any) -> None:
-    from stagewire.vllm_plugin.step_codec import row_digest
+    from stagewire.vllm_plugin.codec.schedules import row_digest
 
     step = schedule(3)
     swapped = row_digest(["b", "a"], step.num_scheduled_tokens)
@@ -226,7 +226,7 @@ def planned(worker: Any, specs: Any, num_bytes: int) -> Any:
 
 
 def test_a_stage_like_the_one_before_takes_the_heads_configuration(worker: Any, specs: Any) -> None:
-    from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
+    from stagewire.vllm_plugin.worker.own_kv_cache import own_kv_cache_config
 
     config, other = planned(worker, specs, 20_000_000), planned(worker, {"other": next(iter(specs.values()))}, 1 << 24)
     assert own_kv_cache_config([other, config], 1, specs, worker.vllm_config) is config
@@ -241,8 +241,8 @@ def test_another_size_of_kv_cache_is_planned_as_vllm_would(worker: Any, specs: A
 
     import torch
 
-    from stagewire.vllm_plugin.compat import bytes_per_kv_block
-    from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
+    from stagewire.vllm_plugin.seams.interfaces import bytes_per_kv_block
+    from stagewire.vllm_plugin.worker.own_kv_cache import own_kv_cache_config
 
     values = {name: getattr(torch, value) if name == "dtype" else value for name, value in changes.items()}
     own = {name: replace(spec, **values) for name, spec in specs.items()}
@@ -262,7 +262,7 @@ def test_another_number_of_blocks_than_the_heads_is_refused(
     """With fewer the stage would write beyond its cache."""
     from dataclasses import replace
 
-    from stagewire.vllm_plugin import own_kv_cache
+    from stagewire.vllm_plugin.worker import own_kv_cache
 
     config = planned(worker, specs, 20_000_000)
     monkeypatch.setattr(
@@ -276,7 +276,7 @@ def test_another_number_of_blocks_than_the_heads_is_refused(
 def test_a_kv_cache_of_other_layers_or_of_padded_pages_is_refused(worker: Any, specs: Any) -> None:
     from dataclasses import replace
 
-    from stagewire.vllm_plugin.own_kv_cache import own_kv_cache_config
+    from stagewire.vllm_plugin.worker.own_kv_cache import own_kv_cache_config
 
     config = planned(worker, specs, 20_000_000)
     with pytest.raises(ConfigError, match="stage 0 has made no KV cache for 1 layers"):

@@ -10,6 +10,6 @@ __all__ = ["register"]
 
 def register() -> None:
     """Adds the --pipeline flags to vLLM's parsers. Changes nothing for people who do not use them."""
-    from stagewire.vllm_plugin.compat import install_flag_patches
+    from stagewire.vllm_plugin.entry.install import install_flag_patches
 
     install_flag_patches()

@@ -1,0 +1,171 @@
+"""The head's API server process: what it answers before the ring has answered, and how it ends with it.
+
+EngineCore (a child of this process) owns the ring; it reports over Unix sockets (observe/status.py). From that this
+process knows whether to answer 503, with which reason, which exit code is right, and what to say of every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stagewire.config import StageConfig
+from stagewire.folders import fits_sockets, private_folder, remove_abandoned
+from stagewire.observe.processes import Guard, find_launcher, take_launcher
+from stagewire.observe.signals import SignalWatch
+from stagewire.observe.status import (
+    HEAD_SOCKET_ENV,
+    LAUNCHER_SOCKET_ENV,
+    NEWS_SOCKET_ENV,
+    DatagramReceiver,
+    Phase,
+    StatusReceiver,
+    StatusSender,
+)
+from stagewire.vllm_plugin.head.health import HEALTH
+from stagewire.vllm_plugin.head.pipeline_status import PipelineStatus
+from stagewire.vllm_plugin.head.stopping import HeadEnd
+from stagewire.vllm_plugin.member.probes import EarlyServer
+from stagewire.vllm_plugin.seams import engine_goodbye, engine_watch, interfaces, patching, stop_deadline
+
+__all__ = ["linger", "serve_head"]
+
+# How long the head of a broken ring goes on answering 503 with the reason before it exits.
+LINGER_S = 30.0
+# Under a launcher, which says why and starts the head again: long enough for open requests to hear the reason.
+LINGER_WITH_LAUNCHER_S = 0.5
+MIDDLEWARE = "stagewire.vllm_plugin.head.api_app.RingMiddleware"
+
+
+def serve_head(
+    original: Callable[..., Any], args: argparse.Namespace, config: StageConfig, signals: SignalWatch
+) -> None:
+    """Runs vLLM's own API server with our health, and ends with our exit codes; raises what is not of the ring."""
+    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    HEALTH.pipeline = PipelineStatus(config)
+    with private_folder() as folder:
+        receiver = StatusReceiver(str(Path(folder) / "head.sock"))
+        os.environ[HEAD_SOCKET_ENV] = receiver.path
+        # vLLM leaves the sockets between its processes behind in the temporary folder.
+        chosen = os.environ.get("VLLM_RPC_BASE_PATH")
+        if not chosen or not fits_sockets(chosen):
+            os.environ["VLLM_RPC_BASE_PATH"] = folder
+        news = DatagramReceiver(str(Path(folder) / "news.sock"))
+        os.environ[NEWS_SOCKET_ENV] = news.path
+        end = HeadEnd(HEALTH, partial(_clean_up, folder))
+        signals.direct(lambda _: 0.0, end.end_now, end.end_now)
+        launcher = take_launcher()
+        if launcher is not None:
+            Guard(launcher, end.launcher_ended)
+        _start(_listen, receiver, end)
+        _start(_hear, news, HEALTH.pipeline)
+        _start(_mind_failure, end)
+        _patch_server(end)
+        _run(original, args, end)
+    end.leave()
+
+
+def _clean_up(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    remove_abandoned()  # a killed EngineCore's
+
+
+def _start(work: Callable[..., None], *args: Any) -> None:
+    threading.Thread(target=work, args=args, name=f"stagewire{work.__name__}", daemon=True).start()
+
+
+def _run(original: Callable[..., Any], args: argparse.Namespace, end: HeadEnd) -> None:
+    try:
+        original(args)
+    except BaseException:  # the top of this process: vLLM's own words are told where there are no better ones
+        if HEALTH.wait_for_failure(1.0) is None:
+            raise
+        sys.stderr.write(f"Stage 0: {HEALTH.failure}\n")
+    finally:
+        end.take_signals()
+
+
+def _patch_server(end: HeadEnd) -> None:
+    """vLLM binds its socket before the engine starts and listens after: in between we answer."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    early: list[EarlyServer] = []
+
+    def setup(original: Callable[..., Any]) -> Callable[..., Any]:
+        def setup_server(args: argparse.Namespace, **kwargs: Any) -> Any:
+            end.take_signals()
+            address, sock = original(args, **kwargs)
+            if not args.uds and not args.ssl_keyfile:
+                early.append(EarlyServer(sock, HEALTH))
+            return address, sock
+
+        return setup_server
+
+    def build(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
+            end.serve_in(asyncio.get_running_loop())
+            for server in early:
+                server.close()
+            if HEALTH.pipeline is not None:
+                tasks = await engine_client.get_supported_tasks()
+                HEALTH.pipeline.task = interfaces.main_task(tasks, engine_client.model_config)
+            return await original(engine_client, *args, **kwargs)
+
+        return build_and_serve
+
+    engine_goodbye.let_engine_say_goodbye()
+    engine_watch.watch_engine(end.meet_engine)
+    stop_deadline.on_engine_shutdown(end.begin_stop)
+    patching.wrap(entry, "setup_server", setup)
+    patching.wrap(entry, "build_and_serve", build)
+
+
+def _listen(receiver: StatusReceiver, end: HeadEnd) -> None:
+    while True:
+        select.select([receiver], [], [])
+        for event in receiver.receive():
+            HEALTH.update(event)
+            if event.phase is Phase.STOPPED:
+                end.ring_stopped()
+                return
+
+
+def _hear(news: DatagramReceiver, pipeline: PipelineStatus) -> None:
+    while True:
+        select.select([news], [], [])
+        for data in news.receive_all():
+            pipeline.update(data)
+
+
+def _mind_failure(end: HeadEnd) -> None:
+    """While serving: answers 503 for a while, then ends. While starting the main thread ends by itself."""
+    reason = HEALTH.wait_for_failure() or ""
+    launcher = os.environ.get(LAUNCHER_SOCKET_ENV)
+    if launcher is not None:
+        StatusSender(0, [launcher]).send(Phase.FAILED, reason, HEALTH.exit_code)
+    if not HEALTH.is_serving:
+        end.give_up_start()
+    sys.stderr.write(f"Stage 0: {reason}\n")
+    sys.stderr.flush()
+    linger(LINGER_S if launcher is None else LINGER_WITH_LAUNCHER_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def linger(seconds: float) -> None:
+    """Waits ``seconds``, or until the launcher is gone: a stage that saw it go first looks like a lost one here."""
+    launcher = find_launcher()
+    if launcher is None:
+        threading.Event().wait(seconds)
+    else:
+        launcher.wait(seconds)

@@ -1,0 +1,1 @@
+"""A worker stage: the loop that runs what the head decides."""

@@ -1,0 +1,241 @@
+"""A worker stage: `vllm serve ... --external-pp-worker`. No HTTP, no scheduler; it runs what the head decides.
+
+The main thread runs the model (OpenMP's threads belong to it); the ring's thread owns the sockets.
+
+A stage remembers which calls it has run, because the head that comes back, or comes back to it, does not: the journal
+(recovery.py) is replayed to all stages alike, and a new head begins as if its stages were new.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import time
+from typing import Any
+
+from stagewire.config import StageConfig
+from stagewire.errors import ConfigError, InternalError, PeerError
+from stagewire.observe.signals import SignalWatch
+from stagewire.observe.status import StatusSender
+from stagewire.ring.node import Broken, Delivery, Whole
+from stagewire.vllm_plugin.codec.calls import CALLS
+from stagewire.vllm_plugin.codec.schedules import decode_schedule, encode_output
+from stagewire.vllm_plugin.codec.values import decode_value, encode_value
+from stagewire.vllm_plugin.member.journal import PREPARE, Entry
+from stagewire.vllm_plugin.member.member import Member
+from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks, is_step_failure
+from stagewire.wire.codec import Frame
+from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, StageTiming, Step
+
+__all__ = ["serve_stage"]
+
+logger = logging.getLogger("vllm.stagewire")
+
+
+def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender, signals: SignalWatch) -> None:
+    """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
+    ranks = StageRanks(config, vllm_config)
+    process = Member(config, vllm_config, ranks, status)
+    drain_s = vllm_config.shutdown_timeout
+
+    def ask(number: int) -> float:
+        return process.leave(f"stage {config.stage} was told to stop", drain_s if number == signal.SIGTERM else 0.0)
+
+    signals.direct(ask, process.stop_at_once, process.end_at_once)
+    process.start()
+    try:
+        process.open_health_port()
+        ranks.load()
+        process.mark_loaded(lambda: len(ranks.own.runner.requests))
+        _StageHost(process, ranks).run()
+    except Exception as error:
+        process.fail_from(error)
+        raise
+
+
+class _StageHost:
+    def __init__(self, process: Member, ranks: StageRanks) -> None:
+        self._process = process
+        self._ring = process.ring
+        self._ranks = ranks
+        self._config = ranks.config
+        self._call_results: dict[int, tuple[list[CallResult], list[Frame]]] = {}
+        self._unsampled: tuple[Step, StageTiming] | None = None
+        self._failed_epoch = -1
+        self._head = ""
+        self._ran: set[int] = set()  # calls of this head that are kept in its journal
+        # What calls that no stage runs twice have answered: by method, the arguments and the results.
+        self._answered: dict[str, tuple[bytes, list[CallResult], list[Frame]]] = {}
+
+    def run(self) -> None:
+        while True:
+            try:
+                item = self._ring.receive(60.0)
+            except queue.Empty:
+                continue  # idle; a dead predecessor is the ring's business
+            match item:
+                case None:
+                    self._ranks.shutdown()
+                    return
+                case Broken() | Whole():
+                    self._call_results.clear()
+                    self._unsampled = None
+                case Delivery() if self._is_current(item.message.epoch):
+                    self._handle(item)
+
+    def _is_current(self, epoch: int) -> bool:
+        """Not of an epoch that is over, or in which a step has failed here."""
+        return epoch == self._ring.node.state.epoch != self._failed_epoch
+
+    def _handle(self, delivery: Delivery) -> None:
+        match delivery.message:
+            case Step() as step:
+                self._run_step(step, delivery)
+            case Sample() as sample:
+                self._sample(sample, delivery.payloads)
+            case Call() as call:
+                self._run_call(call, delivery.payloads[0])
+            case Reply() as reply:
+                self._pass_reply(reply, list(delivery.payloads))
+            case other:
+                raise PeerError(f"stage {self._config.stage} received a {type(other).__name__}, which is for the head")
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def _run_step(self, step: Step, delivery: Delivery) -> None:
+        schedule_bytes, *frames = delivery.payloads
+        schedule = decode_schedule(schedule_bytes, self._ranks.own.adapters.known)
+        if schedule.total_num_scheduled_tokens != step.num_tokens:
+            raise PeerError(f"step {step.step}: {step.num_tokens} tokens in the header, another number in the schedule")
+        started_ns = time.monotonic_ns()
+        try:
+            activations = self._ranks.execute(schedule, schedule_bytes, step.digest, step.tensors, frames)
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
+            self._fail_step(step, error)
+            return
+        self._process.last_step = step.step
+        timing = StageTiming(
+            self._config.stage, delivery.received_ns, started_ns, time.monotonic_ns(), 0, self._ring.hop_ns
+        )
+        if not self._config.is_tail:
+            timings = [*step.timings, _sent(timing)]
+            specs, out = (activations.specs, activations.frames) if activations else ([], [])
+            message = Step(step.epoch, step.step, step.num_tokens, step.digest, step.waits_for_sample, specs, timings)
+            self._ring.send(message, [schedule_bytes, *out])
+        elif step.num_tokens and not step.waits_for_sample:
+            self._answer(step, timing, None)
+        elif step.num_tokens:
+            self._unsampled = (step, timing)
+
+    def _sample(self, sample: Sample, payloads: Any) -> None:
+        if not self._config.is_tail:
+            self._ring.send(sample, payloads)
+            return
+        if self._unsampled is None:
+            return  # its step has failed here
+        if self._unsampled[0].step != sample.step:
+            raise PeerError(f"a Sample for step {sample.step}, which this stage has not just run")
+        step, timing = self._unsampled
+        self._unsampled = None
+        self._answer(step, timing, payloads[0] if payloads else None)
+
+    def _answer(self, step: Step, timing: StageTiming, grammar: Frame | None) -> None:
+        try:
+            output = self._ranks.answer(grammar)
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
+            self._fail_step(step, error)
+            return
+        finished = StageTiming(
+            timing.stage, timing.received_ns, timing.started_ns, time.monotonic_ns(), 0, timing.hop_ns
+        )
+        payload = encode_output(output, self._ranks.own.take_drafts())
+        self._ring.send(Result(step.epoch, step.step, [*step.timings, _sent(finished)]), [payload])
+
+    def _fail_step(self, step: Step, error: Exception) -> None:
+        """The others hear of it, the epoch ends, and this stage goes on if it can."""
+        if not is_step_failure(self._ranks, error):
+            raise error
+        self._failed_epoch = step.epoch
+        self._process.end_epoch(step.epoch, step.step, error)
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def _run_call(self, call: Call, args_bytes: Frame) -> None:
+        """The ring's thread has passed the call on already; a failure is a result, not the end of the stage."""
+        self._meet_head()
+        if call.method == PREPARE:
+            self._prepare(decode_value(args_bytes))
+            results, payloads = self._nothing()
+        else:
+            results, payloads = self._call(call.call_id, call.method, bytes(args_bytes))
+        if call.method == "restore_requests" and results[0].error_type:
+            # Without its requests this stage is of no use; a fresh process may be.
+            raise InternalError(f"cannot take up its requests: {results[0].error_type}: {results[0].error_text}")
+        if self._config.stage == 1:
+            self._ring.send(Reply(call.epoch, call.call_id, results), payloads)
+        else:
+            self._call_results[call.call_id] = (results, payloads)
+
+    def _call(self, call_id: int, method: str, args_bytes: bytes) -> tuple[list[CallResult], list[Frame]]:
+        spec = CALLS.get(method)
+        if spec is not None and spec.is_once and method in self._answered:
+            before, results, payloads = self._answered[method]
+            if before == args_bytes:
+                self._ran.add(call_id)
+                return results, payloads
+            del self._answered[method]  # even if it fails: what was there before may be gone
+            if method == "initialize_from_config":  # by a new head: another KV cache, and warm for it
+                self._answered.pop("compile_or_warm_up_model", None)
+        first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)
+        results, payloads = self._ranks.call(method, args_bytes, first_rank)
+        if any(result.error_type for result in results):
+            return results, payloads
+        if spec is not None and spec.is_kept:
+            self._ran.add(call_id)
+        if spec is not None and spec.is_once:
+            self._answered[method] = (args_bytes, results, payloads)
+        if method == "initialize_from_config":
+            self._process.report_kv_cache(self._ranks.vllm_config.cache_config.num_gpu_blocks or 0)
+        if method == "compile_or_warm_up_model":
+            self._process.mark_ready()
+        return results, payloads
+
+    def _nothing(self) -> tuple[list[CallResult], list[Frame]]:
+        results = [CallResult(self._config.stage, rank, "", "") for rank in range(self._ranks.num_ranks)]
+        return results, [encode_value(None) for _ in results]
+
+    def _prepare(self, journal: list[Entry]) -> None:
+        """Runs what the other stages have run, and this one has not. A stage that cannot is of no use to them."""
+        for call_id, method, args_bytes in journal:
+            if call_id in self._ran:
+                continue
+            logger.info("Stage %d: catching up: %s", self._config.stage, method)
+            results, _ = self._call(call_id, method, args_bytes)
+            failed = next((result for result in results if result.error_type), None)
+            if failed is not None:
+                kind = ConfigError if failed.error_type == ConfigError.__name__ else InternalError
+                raise kind(f"cannot catch up with the others: {method}: {failed.error_text}")
+
+    def _meet_head(self) -> None:
+        """A new head knows nothing of what this stage has done for the one before it."""
+        head = self._ring.identities[0].incarnation
+        if self._head and head != self._head:
+            logger.info("Stage %d: stage 0 is a new process; the old one's requests are forgotten", self._config.stage)
+            self._ran.clear()
+            self._process.last_step = -1
+            self._ranks.forget()
+        self._head = head
+
+    def _pass_reply(self, reply: Reply, payloads: list[Frame]) -> None:
+        own = self._call_results.pop(reply.call_id, None)
+        if own is None:
+            raise PeerError(f"a reply to call {reply.call_id}, which this stage has not run")
+        own_results, own_payloads = own
+        self._ring.send(Reply(reply.epoch, reply.call_id, [*reply.results, *own_results]), [*payloads, *own_payloads])
+
+
+def _sent(timing: StageTiming) -> StageTiming:
+    return StageTiming(
+        timing.stage, timing.received_ns, timing.started_ns, timing.finished_ns, time.monotonic_ns(), timing.hop_ns
+    )

@@ -1,0 +1,1 @@
+"""One process's end of the ring: what it tells the others, what it remembers for them, how it ends with them."""

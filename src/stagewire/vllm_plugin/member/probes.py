@@ -1,0 +1,93 @@
+"""Answers to health probes: of a stage without an API, and on any socket before vLLM's own server listens."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+__all__ = ["EarlyServer", "StageHealth", "body_of"]
+
+RETRY_AFTER_S = 5
+
+
+class StageHealth:
+    """What a stage without an API says. Asked from the server's threads.
+
+    Args:
+        describe: whether its model can serve; what it waits for, empty in a whole ring; why it failed, or None.
+    """
+
+    def __init__(self, describe: Callable[[], tuple[bool, str, str | None]]) -> None:
+        self._describe = describe
+
+    def respond(self, path: str) -> tuple[int, bytes]:
+        """Status and body for this path."""
+        is_prepared, waits_for, failure = self._describe()
+        if path == "/live":
+            found = 200, "alive"
+        elif path not in ("/health", "/ready"):
+            return 404, body_of(404, "this stage has no API: /live, /health and /ready")
+        elif failure is not None:
+            found = 503, failure
+        elif not is_prepared:
+            found = 503, "the stage has not joined a ring that serves yet"
+        elif path == "/ready" and waits_for:
+            found = 503, f"waiting for {waits_for}"
+        else:
+            found = 200, "healthy" if path == "/health" else "the ring is whole"
+        return found[0], body_of(*found)
+
+
+def body_of(status: int, text: str) -> bytes:
+    if status == 200:
+        return json.dumps({"status": text}).encode()
+    error = {"message": text, "type": "ServiceUnavailable", "param": None, "code": status}
+    return json.dumps({"error": error}).encode()
+
+
+class Health(Protocol):
+    """Who knows the answer to a probe."""
+
+    def respond(self, path: str) -> tuple[int, bytes] | None:
+        """Status and body for this path; None: not yet known."""
+
+
+class EarlyServer:
+    """Answers on a socket until `close`: the API's, whose connections wait in its backlog after that, or a stage's."""
+
+    def __init__(self, sock: socket.socket, health: Health) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            timeout = 5
+
+            def answer(self) -> None:
+                starting = 503, body_of(503, "the pipeline is starting")
+                status, body = health.respond(self.path.partition("?")[0]) or starting
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                if status == 503:
+                    self.send_header("Retry-After", str(RETRY_AFTER_S))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = answer  # noqa: N815
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        sock.listen(128)
+        self._server = http.server.ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = sock.dup()
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()

@@ -1,0 +1,225 @@
+"""All ranks of one stage as one: this process's own worker (rank 0, the leader) and its followers' processes.
+
+Activations are complete at a stage's boundary, so a stage receives once, tells its followers what came in, and sends
+rank 0's tensors on; followers have no ring and no HTTP. Every rank runs every schedule and every call. A stage of one
+has no followers and is the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Sequence
+from multiprocessing.util import Finalize
+from pathlib import Path
+
+import torch
+from vllm.config import VllmConfig
+from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from stagewire.config import StageConfig
+from stagewire.errors import ConfigError, InternalError, RankError
+from stagewire.folders import private_folder
+from stagewire.observe.deadlines import StepDeadlines
+from stagewire.observe.processes import watch_spawned
+from stagewire.vllm_plugin.codec.calls import CALLS
+from stagewire.vllm_plugin.codec.schedules import decode_grammar, encode_schedule, token_digest
+from stagewire.vllm_plugin.codec.values import encode_value
+from stagewire.vllm_plugin.ranks.follower import run_follower
+from stagewire.vllm_plugin.ranks.local_link import Block, Follower, Followers, RunCall, RunSample, RunStep
+from stagewire.vllm_plugin.worker.pipeline_group import RankPlace
+from stagewire.vllm_plugin.worker.stage_worker import Activations, StageWorker, run_call
+from stagewire.wire.codec import Frame
+from stagewire.wire.messages import CallResult, TensorSpec
+
+__all__ = ["StageRanks", "call_limit_s", "is_step_failure"]
+
+# A stage whose ranks hang says so before the head's own deadline for the step, which cannot know which stage it is.
+SHARE_OF_TIMEOUT = 0.9
+# A stage of one rank is watched by the head, unless that has lost the step with the ring while the stage hangs in it.
+TIMES_TIMEOUT_ALONE = 2
+
+
+def call_limit_s(config: StageConfig, method: str) -> float:
+    """Compiling may take many minutes on a first start; nothing waits longer than an hour for it."""
+    is_slow = method in CALLS and CALLS[method].is_slow
+    return max(config.start_timeout_s, 3600.0) if is_slow else config.step_timeout_s
+
+
+def is_step_failure(ranks: StageRanks, error: Exception) -> bool:
+    """Whether only a step failed and the stage can go on: not with ranks that may be stuck in a collective, nor with a
+    device in an unknown state.
+    """
+    if isinstance(error, (ConfigError, InternalError, RankError)) or ranks.num_ranks > 1:
+        return False
+    return not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error)
+
+
+class StageRanks:
+    """Spawns the followers at once, so that they inherit no socket of the ring; `load` does the rest.
+
+    Args:
+        config: this stage's place.
+        vllm_config: resolved; ``tensor_parallel_size`` is the number of ranks.
+    """
+
+    own: StageWorker  # rank 0, once it is loaded
+
+    def __init__(self, config: StageConfig, vllm_config: VllmConfig) -> None:
+        self.config = config
+        self.vllm_config = vllm_config
+        self.num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._folder = contextlib.ExitStack()
+        self._store = Path(self._folder.enter_context(private_folder())) / "store"
+        self._is_pooling = vllm_config.model_config.runner_type == "pooling"
+        self._unsettled: list[int] = []
+        # As the head's, of less: it is this stage that says so, and which rank.
+        self._deadlines = StepDeadlines(config.step_timeout_s)
+        self._last = 0, 0.0  # tokens of the last step, and how long it took
+        block = Block()
+        self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
+        share = SHARE_OF_TIMEOUT if self.followers else TIMES_TIMEOUT_ALONE
+        self._limit_s = config.step_timeout_s * share  # of the last step
+        if self.followers:
+            # multiprocessing waits for its children at exit, whatever ends this process; these must have ended by then.
+            Finalize(self, self.followers.kill, exitpriority=100)
+
+    def __repr__(self) -> str:
+        return f"StageRanks(stage={self.config.stage}, {self.followers!r})"
+
+    def _spawn(self, rank: int, block: Block) -> Follower:
+        maybe_register_config_serialize_by_value()
+        context = multiprocessing.get_context("spawn")
+        connection, their_end = context.Pipe()
+        words, their_words = context.Pipe(duplex=False)
+        place = RankPlace(rank, self.num_ranks, self._store)
+        arguments = (self.config, self.vllm_config, place, their_end, their_words, block)
+        name = f"Stage{self.config.stage}_TP{rank}"
+        process = context.Process(target=run_follower, args=arguments, name=name, daemon=True)
+        with watch_spawned(f"Stage {self.config.stage}, tensor parallel rank {rank}"):
+            process.start()
+        their_end.close()
+        their_words.close()
+        return Follower(rank, process, connection, words)
+
+    def load(self) -> None:
+        """Returns when all ranks have loaded their part.
+
+        Raises:
+            RankError: a follower did not.
+        """
+        with self.followers.work("loading", None):
+            self.own = StageWorker(self.config, self.vllm_config, RankPlace(0, self.num_ranks, self._store))
+            self.followers.settle(0)
+        self._folder.close()
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def execute(
+        self,
+        schedule: SchedulerOutput,
+        schedule_bytes: Frame,
+        digest: int,
+        specs: Sequence[TensorSpec],
+        frames: Sequence[Frame],
+    ) -> Activations | None:
+        """`StageWorker.execute` on all ranks; ``schedule_bytes`` is the schedule as it travels.
+
+        Raises:
+            RankError: also when a rank is gone, or its rows differ from rank 0's.
+        """
+        num_tokens = schedule.total_num_scheduled_tokens
+        # Images are computed before, on the head: nothing in the number of tokens says how long that takes.
+        has_images = bool(schedule.scheduled_encoder_inputs)
+        limit_s = self.config.step_timeout_s if has_images else self._deadlines.limit_s(num_tokens)
+        if self.followers:
+            self._limit_s = limit_s * SHARE_OF_TIMEOUT
+        began = time.monotonic()
+        with self.followers.work("a step", self._limit_s, counts_alone=not self.config.is_head):
+            self.followers.send(RunStep(digest, list(specs)), [schedule_bytes, *frames])
+            activations = self.own.execute(schedule, digest, specs, frames)
+            if self.followers:
+                self._unsettled.append(self.own.digest(schedule))
+            if self._is_pooling or not self.config.is_tail or not num_tokens:
+                self._settle()
+        self._last = num_tokens, time.monotonic() - began
+        if not has_images:
+            self._deadlines.add(*self._last)
+        return activations
+
+    def answer(self, grammar: Frame | None) -> ModelRunnerOutput:
+        """On the tail, after `execute`: all ranks sample the same tokens, as in stock vLLM; rank 0's travel.
+
+        A pooling model has no such step: every rank has pooled in `execute`, and rank 0's vectors travel.
+        """
+        if self._is_pooling:
+            return self.own.answer(None)
+        began = time.monotonic()
+        with self.followers.work("sampling", self._limit_s, counts_alone=not self.config.is_head):
+            self.followers.send(RunSample(), [] if grammar is None else [grammar])
+            output = self.own.answer(None if grammar is None else decode_grammar(grammar))
+            if self.followers:
+                self._unsettled.append(token_digest(output))
+            self._settle()
+        num_tokens, spent_s = self._last
+        self._deadlines.add(num_tokens, spent_s + time.monotonic() - began)
+        return output
+
+    def _settle(self) -> None:
+        self.followers.settle(*self._unsettled)
+        self._unsettled.clear()
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def call(self, method: str, args_bytes: Frame, first_rank: int) -> tuple[list[CallResult], list[Frame]]:
+        """One call of the closed list on all ranks: a result and a value for each, in order.
+
+        Args:
+            method: its name.
+            args_bytes: of call_codec.encode_value.
+            first_rank: how many workers the earlier stages have.
+
+        Raises:
+            RankError: a rank is gone. A call that fails is a result.
+        """
+        if self._unsettled:  # a step that was lost before it was sampled
+            self._settle()
+        limit_s = call_limit_s(self.config, method) * SHARE_OF_TIMEOUT
+        with self.followers.work(f"the call {method}", limit_s, counts_alone=True):
+            self.followers.send(RunCall(method, first_rank), [args_bytes])
+            *error, value = run_call(self.own, method, args_bytes, first_rank)
+            answers = self.followers.answers()
+        outcomes = [error, *([done.error_type, done.error_text] for done in answers)]
+        results = [CallResult(self.config.stage, rank, *outcome) for rank, outcome in enumerate(outcomes)]
+        return results, [value, *(done.value for done in answers)]
+
+    def forget(self) -> None:
+        """Every rank forgets its requests, and the adapters that they named."""
+        results, _ = self.call(
+            "restore_requests", encode_value((encode_schedule(SchedulerOutput.make_empty()), [], True)), 0
+        )
+        for lora_id in list(self.own.adapters.known):
+            more, _ = self.call("remove_lora", encode_value((lora_id,)), 0)
+            results += more
+            del self.own.adapters.known[lora_id]
+        failed = next((result for result in results if result.error_type), None)
+        if failed is not None:
+            raise InternalError(f"cannot forget its requests: {failed.error_type}: {failed.error_text}")
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+
+    def problem(self) -> RankError | None:
+        """For the ring's thread: why this stage cannot go on, once that is so."""
+        return self.followers.problem()
+
+    def kill(self) -> None:
+        """Ends the followers at once, from any thread; nothing of this stage is left behind."""
+        self.followers.kill()
+        self._folder.close()
+
+    def shutdown(self) -> None:
+        self.followers.close()
+        self.own.shutdown()

@@ -1,0 +1,43 @@
+"""vLLM's look at a container's memory sees what ours does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stagewire import machine
+from stagewire.vllm_plugin.seams.patching import Patch, wrap
+from stagewire.vllm_plugin.seams.versions import is_at_least
+
+__all__ = ["PATCH", "count_page_cache_as_free"]
+
+PATCH = Patch(
+    "vllm.v1.worker.cpu_worker:get_memory_node_info",
+    "of a container's memory vLLM counts the page cache as taken, which is full of the checkpoint after loading, "
+    "and refuses a KV cache for which there is room; it does not see limits of outer groups, or mounted elsewhere; "
+    "only where a stage's layers run on a CPU",
+    "vLLM leaves the page cache out and looks at every group above its own",
+)
+
+
+def count_page_cache_as_free() -> None:
+    """In a process that runs layers: vLLM's look at a container's memory sees what ours does.
+
+    Its own counts the page cache, which is full of the checkpoint, as taken, and looks at one place for the limit.
+    """
+    if not is_at_least(0, 32):
+        return
+    from vllm.v1.worker import cpu_worker
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_memory_node_info(node_id: int = 0) -> Any:
+            found = original(node_id)
+            limit = machine.memory_limit_bytes()
+            if limit is not None:
+                found.total_memory = min(found.total_memory, limit)
+                found.available_memory = machine.available_bytes()
+            return found
+
+        return get_memory_node_info
+
+    wrap(cpu_worker, "get_memory_node_info", make)

@@ -1,0 +1,35 @@
+"""EngineCore gets time to tell the ring that the head stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stagewire.vllm_plugin.seams.patching import Patch, wrap
+
+__all__ = ["PATCH", "let_engine_say_goodbye"]
+
+PATCH = Patch(
+    "vllm.v1.engine.utils:get_engine_process_shutdown_timeout",
+    "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a "
+    "head's process, where it gets the grace that ROCm gets",
+    "the grace is not for ROCm alone",
+)
+
+# Saying goodbye takes milliseconds. What follows, vLLM's own teardown, spends seconds in the garbage collector, and
+# stock vLLM never waits for it.
+ENGINE_STOP_GRACE_S = 2.0
+
+
+def let_engine_say_goodbye() -> None:
+    """In the process that started EngineCore: time to tell the ring that the head stops."""
+    from vllm.v1.engine import utils
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_engine_process_shutdown_timeout(request_timeout: Any, process_timeout: Any) -> Any:
+            timeout = original(request_timeout, process_timeout)
+            return ENGINE_STOP_GRACE_S if request_timeout == 0 and timeout == 0 else timeout
+
+        return get_engine_process_shutdown_timeout
+
+    wrap(utils, "get_engine_process_shutdown_timeout", make)

@@ -1,0 +1,44 @@
+"""How a stage's place reaches every process of vLLM: ``vllm_config.additional_config["stagewire"]``.
+
+vLLM hashes `additional_config` as JSON into the key of its compile cache, so the dictionary holds only what changes
+the compiled graph; ports, addresses and ids ride along as an attribute that JSON does not see.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stagewire.config import StageConfig
+
+if TYPE_CHECKING:
+    from stagewire.vllm_plugin.head.live_requests import RingAccess
+
+__all__ = ["KEY", "RingSettings"]
+
+KEY = "stagewire"
+
+
+class RingSettings(dict[str, Any]):
+    """JSON-visible: stage, number of stages, layer range. ``config``: everything."""
+
+    config: StageConfig
+    # At the head, once its executor has one: how its scheduler reaches the ring. Stays in the process.
+    ring: RingAccess | None = None
+
+    @classmethod
+    def of(cls, config: StageConfig) -> RingSettings:
+        settings = cls(stage=config.stage, num_stages=config.num_stages, layers=str(config.layers))
+        settings.config = config
+        return settings
+
+    @staticmethod
+    def read(vllm_config: Any) -> StageConfig:
+        """The stage's config. Raises KeyError outside external mode."""
+        return RingSettings.find(vllm_config).config
+
+    @staticmethod
+    def find(vllm_config: Any) -> RingSettings:
+        """Raises KeyError outside external mode."""
+        settings = vllm_config.additional_config[KEY]
+        assert isinstance(settings, RingSettings)
+        return settings
