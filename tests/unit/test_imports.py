@@ -27,6 +27,7 @@ LAYERS = [
     "home",
     "folders",
     "machine",
+    "version",
     "errors",
 ]
 # Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.

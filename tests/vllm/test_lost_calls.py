@@ -21,7 +21,7 @@ class Stages:
         self.breaks = self.is_broken = False
         self.calls: list[str] = []
 
-    def __call__(self, method: str, args: Sequence[Any], timeout: float | None) -> list[Any]:
+    def __call__(self, method: str, args: Sequence[Any], timeout: float | None, own_args: Any = None) -> list[Any]:
         from stagewire.vllm_plugin.head.executor import _RingBroken
 
         self.calls.append(method)

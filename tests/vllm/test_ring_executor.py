@@ -56,7 +56,7 @@ def test_all_stages_get_the_smallest_threshold_of_row_order(
     executor.collective_rpc = Mock(return_value=answers)
     executor.initialize_from_config([SimpleNamespace(num_blocks=7)])
     executor.collective_rpc.assert_called_with("set_reorder_batch_threshold", args=(expected,))
-    executor._process.report_kv_cache.assert_called_once_with(7)
+    executor._process.reach.assert_called_once_with("kv_cache", 7)
 
 
 def test_only_layouts_that_every_stage_supports_are_offered(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,13 +229,15 @@ def test_more_live_requests_than_a_batch_has_rows_are_restored_in_parts(executor
     from stagewire.vllm_plugin.head.live_requests import Restored
 
     asked: list[Any] = []
-    executor._call = lambda method, args, timeout: asked.append((method, args))
+    executor._call = lambda method, args, timeout, own_args: asked.append((method, args, own_args))
     live = [
         Restored(NewRequestData(name, [1], [], SamplingParams(), None, ([],), 0, None), [index])
         for index, name in enumerate("abcde")
     ]
     assert executor.restore(live)
-    parts = [(decode_schedule(data), outputs, is_first) for _, (data, outputs, is_first) in asked]
+    parts = [(decode_schedule(data), outputs, is_first) for _, (data, outputs, is_first), _ in asked]
+    assert [own[1:] for _, _, own in asked] == [part[1:] for part in parts], "the head's own rank does as the others"
+    assert [own[0].scheduled_new_reqs[0].req_id for _, _, own in asked] == ["a", "c", "e"]
     assert [[each.req_id for each in part.scheduled_new_reqs] for part, _, _ in parts] == [
         ["a", "b"],
         ["c", "d"],
@@ -313,7 +315,6 @@ def test_a_stage_that_is_told_to_stop_waits_for_its_requests_but_not_for_ever(
     [
         (ValueError("any"), 1, True),
         (ValueError("any"), 2, False),  # the others may be stuck in a collective
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), 1, False),
         (torch.AcceleratorError("any"), 1, False),
         (InternalError("a bug"), 1, False),
         (PeerError("rows in another order"), 1, True),
@@ -324,6 +325,18 @@ def test_what_a_stage_can_go_on_after(error: Exception, num_ranks: int, goes_on:
     from stagewire.vllm_plugin.ranks.stage_ranks import is_step_failure
 
     assert is_step_failure(Mock(num_ranks=num_ranks), error) == goes_on
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_stage_goes_on_only_with_a_device_that_answers(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the step raised: libraries beside torch have errors of their own for a device that is lost."""
+    from stagewire.vllm_plugin.ranks.stage_ranks import is_step_failure
+
+    asked = Mock(side_effect=None if answers else torch.AcceleratorError("an illegal memory access was encountered"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", asked)
+    assert is_step_failure(Mock(num_ranks=1), RuntimeError("any")) == answers
+    assert asked.called
 
 
 def test_the_process_of_a_ring_that_failed_ends_with_the_errors_code() -> None:

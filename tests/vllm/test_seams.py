@@ -2405,8 +2405,7 @@ def make_scheduler(external_config: Any, num_blocks: int = 1000) -> Any:
     config.cache_config.enable_prefix_caching = False  # or requests need hashes of their blocks
     config.cache_config.num_gpu_blocks = num_blocks
     config.cache_config.block_size = 16
-    RingSettings.find(config).ring = FakeRing()
-    return RingScheduler(config, cache, StructuredOutputManager(config), block_size=16)
+    return RingScheduler(config, cache, StructuredOutputManager(config), block_size=16, ring=FakeRing())
 
 
 @pytest.fixture

@@ -112,8 +112,8 @@ def test_a_new_heads_requests_do_not_meet_those_of_the_one_before() -> None:
 
 
 def test_of_a_journal_a_stage_runs_what_it_has_not_run() -> None:
+    from stagewire.vllm_plugin.codec.calls import PREPARE
     from stagewire.vllm_plugin.codec.values import encode_value
-    from stagewire.vllm_plugin.member.journal import PREPARE
 
     host = make_host()
     first, second = (1, "add_lora", b"first"), (2, "add_lora", b"second")
@@ -148,8 +148,8 @@ def test_a_stage_knows_how_many_ranks_come_before_its_own() -> None:
 @pytest.mark.parametrize("error_type", ["ConfigError", "MemoryError"])
 def test_a_stage_that_cannot_catch_up_ends(error_type: str) -> None:
     from stagewire.errors import ConfigError, InternalError
+    from stagewire.vllm_plugin.codec.calls import PREPARE
     from stagewire.vllm_plugin.codec.values import encode_value
-    from stagewire.vllm_plugin.member.journal import PREPARE
 
     host = make_host()
     host._ranks.call.return_value = [CallResult(1, 0, error_type, "why")], [b""]

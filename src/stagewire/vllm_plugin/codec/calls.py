@@ -1,22 +1,36 @@
-"""The closed list of calls that may go round the ring.
+"""The closed list of calls that may go round the ring, and all that is special about one of them.
 
-A method that is not in `CALLS` does not exist for a peer; a callable never travels.
+A method that is not in `CALLS` does not exist for a peer; a callable never travels. The head checks a call before it
+leaves, each stage before it runs it. This is the only place that knows calls by their names, but for those that make
+one: head/executor.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 from vllm.v1 import kv_cache_interface as kv
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from stagewire.errors import ConfigError
 from stagewire.vllm_plugin.seams.versions import is_at_least
+from stagewire.wire.messages import StageState
 
-__all__ = ["CALLS", "CallSpec", "bind_call", "check_call"]
+__all__ = ["CALLS", "MEMORY_PARTS", "PREPARE", "CallSpec", "Runs", "bind_call", "check_call"]
+
+# The call that carries the journal. The ring's thread of the head makes it, and no code of vLLM.
+PREPARE = "prepare"
+
+
+Check = Callable[[Any], bool]
+
+# What a sleeping worker gives up, as `wake_up` names it.
+MEMORY_PARTS = frozenset({"weights", "kv_cache"})
 
 
 def _is_layouts(value: Any) -> bool:
@@ -53,38 +67,87 @@ def _is_token_lists(value: Any) -> bool:
     )
 
 
+def _is_entries(value: Any) -> bool:
+    kinds = [int, str, bytes]  # number of the call, method, arguments
+    return isinstance(value, list) and all(
+        isinstance(entry, tuple) and list(map(type, entry)) == kinds for entry in value
+    )
+
+
 def _is_nothing(value: Any) -> bool:
     return value is None
 
 
-def _is_a(*types: type) -> Callable[[Any], bool]:
+def _is_a(*types: type) -> Check:
     return lambda value: isinstance(value, types)
+
+
+class Runs(Enum):
+    """Who has a method of the call's name."""
+
+    VLLM = "vLLM's worker"
+    RANK = "worker.stage_worker.StageWorker"
+    HOST = "host.stage_host: the stage as a whole, and not its ranks"
 
 
 @dataclass(frozen=True)
 class CallSpec:
-    """One allowed call: a check per argument by vLLM's name for it, one for the result, and how it is made.
+    """One allowed call.
 
-    ``by_keyword``: how many of the last arguments vLLM takes by keyword only. ``is_slow``: it may take minutes.
-    ``is_kept``: a stage that comes back must run it too, to be like the others. ``is_once``: and no stage runs it
-    twice; asked again, it answers as it did (a new head does not know what its stages did for the one before).
+    Args:
+        args: a check for each argument, by vLLM's name for it.
+        result: a check of what each rank returns.
+        runs: who runs it.
+        by_keyword: how many of the last arguments vLLM takes by keyword only.
+        is_slow: it may profile, compile, allocate or write a trace, and so has the start deadline.
+        is_vital: a stage where it fails is of no use to the others, and ends.
+        is_kept: it belongs into the journal. A stage that comes back runs it too, to be like the others.
+        is_once: and no stage runs it twice. Asked again with the same arguments, it answers as it did: a new head does
+            not know what its stages did for the one before.
+        voids: calls that are run again once this one has been run anew, whatever they have answered.
+        undoes: calls that leave the journal when this one succeeds. With ``adapter``: those of the same adapter.
+        follows: calls whose entries of the same adapter move to the journal's end, before this one's.
+        adapter: the LoRA adapter's number, out of the arguments.
+        sleeps: it takes memory away that ``wakes`` gives back.
+        wakes: which parts of the memory, out of the arguments. It undoes calls only when no part is left asleep.
+        reaches: what a stage is after it, for its reports.
     """
 
-    args: dict[str, Callable[[Any], bool]]
-    result: Callable[[Any], bool]
-    is_slow: bool = False
+    args: dict[str, Check]
+    result: Check
+    runs: Runs = Runs.VLLM
     by_keyword: int = 0
+    is_slow: bool = False
+    is_vital: bool = False
     is_kept: bool = False
     is_once: bool = False
+    voids: tuple[str, ...] = ()
+    undoes: tuple[str, ...] = ()
+    follows: tuple[str, ...] = ()
+    adapter: Callable[[tuple[Any, ...]], int] | None = None
+    sleeps: bool = False
+    wakes: Callable[[tuple[Any, ...]], set[str]] | None = None
+    reaches: StageState | None = None
+
+
+def _named_adapter(args: tuple[Any, ...]) -> int:
+    return int(args[0].lora_int_id)
+
+
+def _numbered_adapter(args: tuple[Any, ...]) -> int:
+    return int(args[0])
+
+
+def _woken_parts(args: tuple[Any, ...]) -> set[str]:
+    return set(MEMORY_PARTS if args[0] is None else args[0])
 
 
 # Arguments that calls have got in the course of vLLM's versions.
-_LAYOUT_ARGS: dict[str, Callable[[Any], bool]] = {"kv_cache_layout": _is_a(str)}
-
+_LAYOUT_ARGS: dict[str, Check] = {"kv_cache_layout": _is_a(str)}
 if is_at_least(0, 33):
     _LAYOUT_ARGS["cp_kv_cache_interleave_size"] = _is_a(int)
-_PROFILE_ARGS: dict[str, Callable[[Any], bool]] = {"is_start": _is_a(bool), "profile_prefix": _is_a(str, type(None))}
-_PROFILE_KEYWORDS: dict[str, Callable[[Any], bool]] = {}
+_PROFILE_ARGS: dict[str, Check] = {"is_start": _is_a(bool), "profile_prefix": _is_a(str, type(None))}
+_PROFILE_KEYWORDS: dict[str, Check] = {}
 if is_at_least(0, 32):
     _PROFILE_KEYWORDS |= {"delay_iterations": _is_optional_int, "max_iterations": _is_optional_int}
 if is_at_least(0, 33):
@@ -92,45 +155,70 @@ if is_at_least(0, 33):
 
 _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
-# Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile, allocate or write a trace, so it gets the start
-# deadline.
+# Table C1 of the seams page.
 CALLS: dict[str, CallSpec] = {
+    # start-up, in this order
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
     "get_supported_kv_cache_layouts": CallSpec({}, _is_layouts, is_slow=True),
     "set_kv_cache_layout": CallSpec(_LAYOUT_ARGS, _is_nothing, **_START),
-    "determine_available_memory": CallSpec({}, _is_a(int), **_START),
+    "determine_available_memory": CallSpec({}, _is_a(int), Runs.RANK, **_START),
     "update_max_model_len": CallSpec({"max_model_len": _is_a(int)}, _is_nothing, **_START),
-    "initialize_from_config": CallSpec({"kv_cache_configs": _is_kv_configs}, _is_nothing, **_START),
-    "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), **_START),
-    # Ours: one threshold for all stages, or rows would be ordered differently (docs/vllm-seams.md, "row order").
-    "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, is_slow=True),
-    "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, **_START),
-    # Ours: after a loss all stages forget their requests and get the live ones anew: a schedule of them, and the tokens
-    # that each has got; the first of several calls also forgets.
-    "restore_requests": CallSpec(
-        {"schedule": _is_a(bytes), "outputs": _is_token_lists, "is_first": _is_a(bool)}, _is_nothing
+    "initialize_from_config": CallSpec(
+        {"kv_cache_configs": _is_kv_configs},
+        _is_nothing,
+        Runs.RANK,
+        voids=("compile_or_warm_up_model",),  # by a new head: another KV cache, and warm for it
+        reaches="kv_cache",
+        **_START,
     ),
+    # Ours: one threshold for all stages, or rows would be ordered differently (the seams page, "row order").
+    "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, Runs.RANK, is_slow=True),
+    "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, Runs.RANK, **_START),
+    "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), Runs.RANK, reaches="serving", **_START),
+    # after a loss
+    # Ours: the journal. A stage runs the calls in it that it has not run.
+    PREPARE: CallSpec({"journal": _is_entries}, _is_nothing, Runs.HOST, is_slow=True),
+    # Ours: all stages forget their requests and get the live ones anew, as a schedule and the tokens that each has got.
+    # The first of several calls also forgets. The head's own rank gets the schedule itself (`StageRanks.call`).
+    "restore_requests": CallSpec(
+        {"schedule": _is_a(bytes, SchedulerOutput), "outputs": _is_token_lists, "is_first": _is_a(bool)},
+        _is_nothing,
+        Runs.RANK,
+        is_vital=True,
+    ),
+    # while it serves
     # Ours: what a stage still remembers of requests; for tests and status.
-    "get_stage_state": CallSpec({}, _is_a(dict)),
+    "get_stage_state": CallSpec({}, _is_a(dict), Runs.RANK),
     "reset_mm_cache": CallSpec({}, _is_nothing),
     "reset_encoder_cache": CallSpec({}, _is_nothing),
     "synchronize_device": CallSpec({}, _is_nothing),
-    "sleep": CallSpec({"level": _is_a(int)}, _is_nothing, is_slow=True, is_kept=True),
-    "wake_up": CallSpec({"tags": _is_optional_texts}, _is_nothing, is_slow=True, is_kept=True),
-    "discard": CallSpec({"tags": _is_texts}, _is_nothing, is_kept=True),
-    "profile": CallSpec(
-        _PROFILE_ARGS | _PROFILE_KEYWORDS,
+    "sleep": CallSpec({"level": _is_a(int)}, _is_nothing, is_slow=True, is_kept=True, sleeps=True),
+    "wake_up": CallSpec(
+        {"tags": _is_optional_texts},
         _is_nothing,
         is_slow=True,
-        by_keyword=len(_PROFILE_KEYWORDS),
+        is_kept=True,
+        wakes=_woken_parts,
+        undoes=("sleep", "discard", "wake_up"),
+    ),
+    "discard": CallSpec({"tags": _is_texts}, _is_nothing, is_kept=True, sleeps=True),
+    "profile": CallSpec(
+        _PROFILE_ARGS | _PROFILE_KEYWORDS, _is_nothing, by_keyword=len(_PROFILE_KEYWORDS), is_slow=True
     ),
     "compute_weight_checksums": CallSpec({}, _is_a(dict)),
     "get_model_inspection": CallSpec({}, _is_a(str)),
     # Ours: whether every stage can load an adapter, and from the same bytes, before any stage takes it in.
-    "check_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(str)),
-    "add_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(bool), is_kept=True),
-    "remove_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool)),
-    "pin_lora": CallSpec({"lora_id": _is_a(int)}, _is_a(bool), is_kept=True),
+    "check_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(str), Runs.RANK),
+    "add_lora": CallSpec(
+        {"lora_request": _is_a(LoRARequest)}, _is_a(bool), Runs.RANK, is_kept=True, adapter=_named_adapter
+    ),
+    "remove_lora": CallSpec(
+        {"lora_id": _is_a(int)}, _is_a(bool), adapter=_numbered_adapter, undoes=("add_lora", "pin_lora")
+    ),
+    # In use, a pinned adapter may have outlived some that were added later. It would not outlive them in a replay.
+    "pin_lora": CallSpec(
+        {"lora_id": _is_a(int)}, _is_a(bool), is_kept=True, adapter=_numbered_adapter, follows=("add_lora", "pin_lora")
+    ),
     "list_loras": CallSpec({}, _is_ids),
     "release_late_interaction_query_cache": CallSpec({"query_keys": _is_texts}, _is_nothing),
 }
@@ -154,7 +242,7 @@ def check_call(method: str, args: tuple[Any, ...]) -> None:
     """Raises ConfigError for a method that is not on the list, or arguments of other types."""
     spec = CALLS.get(method)
     if spec is None:
-        raise ConfigError(f"{method} is not a call that stages run (vllm_plugin/call_codec.py lists those that are)")
+        raise ConfigError(f"{method} is not a call that stages run (vllm_plugin/codec/calls.py lists those that are)")
     checks = spec.args.values()
     if len(args) != len(checks) or not all(check(arg) for check, arg in zip(checks, args, strict=True)):
         raise ConfigError(f"{method} with arguments of types {[type(arg).__name__ for arg in args]}")

@@ -97,7 +97,7 @@ def _pack(value: Any) -> Any:
         return ["object", type(value).__name__, fields]
     raise TypeError(
         f"{type(value).__module__}.{type(value).__qualname__} is not a type that may travel the ring "
-        "(vllm_plugin/call_codec.py lists those that may)"
+        "(vllm_plugin/codec/values.py lists those that may)"
     )
 
 

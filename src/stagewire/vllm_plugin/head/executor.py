@@ -12,6 +12,7 @@ could repeat.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import secrets
 import signal
@@ -34,14 +35,17 @@ from stagewire.observe.status import StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
 from stagewire.ring.node import Broken, Delivery, Whole
-from stagewire.vllm_plugin.codec.calls import CALLS, bind_call
+from stagewire.vllm_plugin.codec.calls import CALLS, Runs, bind_call
 from stagewire.vllm_plugin.codec.schedules import decode_output, encode_grammar, encode_schedule, is_nothing
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value
 from stagewire.vllm_plugin.head.live_requests import Restored
+from stagewire.vllm_plugin.head.scheduler import RingScheduler
 from stagewire.vllm_plugin.head.suspects import Loss
+from stagewire.vllm_plugin.member.journal import adapter_of
 from stagewire.vllm_plugin.member.member import Member, as_stagewire_error
 from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks, call_limit_s, is_step_failure
 from stagewire.vllm_plugin.seams.settings import RingSettings
+from stagewire.vllm_plugin.worker.checks import check_model
 from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, StageTiming, Step
 
 __all__ = ["RingExecutor"]
@@ -111,6 +115,7 @@ class RingExecutor(Executor):
         self._step_log = StepLog.from_environment()
         self._deadlines = StepDeadlines(self._stage.step_timeout_s)
         self._last_result_at = 0.0
+        check_model(self._stage, self.vllm_config)  # of a head that is no `vllm serve`, nobody has yet
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = Member(self._stage, self.vllm_config, self._ranks, self._status)
         if self._process.is_child:  # a user's own Python has its output and its signals for itself
@@ -127,7 +132,8 @@ class RingExecutor(Executor):
         self._process.mark_loaded(lambda: len(self._ranks.own.runner.requests))
         self._process.ring.wait_open(self._stage.start_timeout_s)
         self._await_whole(self._stage.start_timeout_s)
-        RingSettings.find(self.vllm_config).ring = self
+        # EngineCore makes the scheduler next, out of this class, and hands it nothing of the executor.
+        self.vllm_config.scheduler_config.scheduler_cls = functools.partial(RingScheduler, ring=self)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -310,10 +316,9 @@ class RingExecutor(Executor):
                 schedule = SchedulerOutput.make_empty()
                 schedule.scheduled_new_reqs = [each.request for each in part]
                 self._introduce_adapters(schedule)  # one that was removed meanwhile, for good
-                self._ranks.own.given = schedule
-                outputs = [each.output_token_ids for each in part]
-                args = (encode_schedule(schedule), outputs, begin == 0)
-                self._call("restore_requests", args, self._stage.step_timeout_s)
+                rest = [each.output_token_ids for each in part], begin == 0
+                args = encode_schedule(schedule), *rest
+                self._call("restore_requests", args, self._stage.step_timeout_s, own_args=(schedule, *rest))
         except _RingBroken:
             return False
         self._process.mark_recovered(len(requests))
@@ -351,7 +356,7 @@ class RingExecutor(Executor):
             NotImplementedError: not on the closed list; a callable never travels.
             RuntimeError: it failed on a stage; the message names stage, type and text.
         """
-        if not isinstance(method, str) or method not in CALLS:
+        if not isinstance(method, str) or method not in CALLS or CALLS[method].runs is Runs.HOST:
             raise NotImplementedError(
                 f"{method if isinstance(method, str) else 'a callable'} cannot run on all stages: "
                 "the ring carries a closed list of calls (docs/vllm-seams.md, C1)"
@@ -367,8 +372,13 @@ class RingExecutor(Executor):
             else:
                 return _resolved(results) if non_block else results
 
-    def _call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
-        """One round. Raises _RingBroken when it is lost with the ring."""
+    def _call(
+        self, method: str, args: tuple[Any, ...], timeout: float | None, own_args: tuple[Any, ...] | None = None
+    ) -> list[Any]:
+        """One round. ``own_args``: as `StageRanks.call` takes them.
+
+        Raises _RingBroken when it is lost with the ring.
+        """
         self._finish_steps()
         self.poll()
         if not self.is_whole:
@@ -379,7 +389,7 @@ class RingExecutor(Executor):
         args_bytes = encode_value(args)
         self._process.ring.send(Call(self.epoch, call_id, method), [args_bytes])
         try:
-            results, payloads = self._ranks.call(method, args_bytes, 0)
+            results, payloads = self._ranks.call(method, args_bytes, 0, own_args)
         except StagewireError as error:
             self._process.fail_from(error)
             raise
@@ -390,9 +400,9 @@ class RingExecutor(Executor):
                 self._receive_reply(ends_at - time.monotonic(), method, limit_s)
             reply = self._replies[call_id]
         except _RingBroken:
-            if method in ("add_lora", "remove_lora", "pin_lora"):
-                lora_id = args[0].lora_int_id if method == "add_lora" else args[0]
-                self._next_call = self._process.journal.renumber_adapter(lora_id, self._next_call)
+            adapter = adapter_of(method, args)
+            if adapter is not None:
+                self._next_call = self._process.journal.renumber_adapter(adapter, self._next_call)
             raise
         finally:
             del self._replies[call_id]
@@ -520,12 +530,12 @@ class RingExecutor(Executor):
         super().initialize_from_config(kv_cache_configs)
         given = [value for value in self.collective_rpc("get_reorder_batch_threshold") if value is not None]
         self.collective_rpc("set_reorder_batch_threshold", args=(min(given) if given else None,))
-        self._process.report_kv_cache(kv_cache_configs[0].num_blocks)
+        self._process.reach("kv_cache", kv_cache_configs[0].num_blocks)
 
     def compile_or_warm_up_model(self) -> None:
         super().compile_or_warm_up_model()
         self._is_started = True
-        self._process.mark_ready()
+        self._process.reach("serving")
 
     @property
     def supported_tasks(self) -> tuple[Any, ...]:

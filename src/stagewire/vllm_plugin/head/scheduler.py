@@ -33,9 +33,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from stagewire.vllm_plugin.codec.speculative import DraftingOutput
-from stagewire.vllm_plugin.head.live_requests import live_requests
+from stagewire.vllm_plugin.head.live_requests import RingAccess, live_requests
 from stagewire.vllm_plugin.head.suspects import Suspicion
-from stagewire.vllm_plugin.seams.settings import RingSettings
 from stagewire.vllm_plugin.seams.versions import is_at_least
 from stagewire.vllm_plugin.worker.speculation import only_of, with_accepted
 
@@ -53,26 +52,18 @@ _LEAST_TOKENS_ELSEWHERE = 512
 _ADMISSION_LIMIT = "max_num_active_reqs" if is_at_least(0, 31) else "max_num_running_reqs"
 
 
-class _Everything(set[str]):
-    """Contains whatever is asked for."""
-
-    def __contains__(self, item: object) -> bool:
-        return True
-
-
 class RingScheduler(Scheduler):
     """See the module. One micro-batch in flight per stage."""
 
     waiting: RequestQueue
     finished_req_ids: set[str]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, ring: RingAccess, **kwargs: Any) -> None:
+        """``ring``: of the executor, which is made before the scheduler; the rest is vLLM's."""
         super().__init__(*args, **kwargs)
         self._num_stages = self.vllm_config.parallel_config.pipeline_parallel_size
         self._least_tokens = _LEAST_TOKENS_ON_CPU if current_platform.is_cpu() else _LEAST_TOKENS_ELSEWHERE
         self._last_steps: dict[str, int] = {}  # of each request, with LoRA
-        ring = RingSettings.find(self.vllm_config).ring
-        assert ring is not None  # the executor is built first
         self._ring = ring
         self._restored_epoch = ring.epoch
         self._suspicion = Suspicion()
@@ -267,7 +258,7 @@ class RingScheduler(Scheduler):
         """
         scheduler: Any = self
         previous = scheduler.prev_step_scheduled_req_ids
-        scheduler.prev_step_scheduled_req_ids = _Everything()
+        scheduler.prev_step_scheduled_req_ids = set(self.requests)
         try:
             cached = super()._make_cached_request_data(*args, **kwargs)
         finally:

@@ -19,10 +19,10 @@ from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Broken, Delivery, Whole
-from stagewire.vllm_plugin.codec.calls import CALLS
+from stagewire.vllm_plugin.codec.calls import CALLS, PREPARE, CallSpec
 from stagewire.vllm_plugin.codec.schedules import decode_schedule, encode_output
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value
-from stagewire.vllm_plugin.member.journal import PREPARE, Entry
+from stagewire.vllm_plugin.member.journal import Entry
 from stagewire.vllm_plugin.member.member import Member
 from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks, is_step_failure
 from stagewire.wire.codec import Frame
@@ -31,6 +31,9 @@ from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, Sta
 __all__ = ["serve_stage"]
 
 logger = logging.getLogger("vllm.stagewire")
+
+# Each rank refuses it; its refusal is the answer.
+_UNKNOWN = CallSpec({}, lambda _: False)
 
 
 def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender, signals: SignalWatch) -> None:
@@ -165,12 +168,12 @@ class _StageHost:
         """The ring's thread has passed the call on already; a failure is a result, not the end of the stage."""
         self._meet_head()
         if call.method == PREPARE:
-            self._prepare(decode_value(args_bytes))
+            self._prepare(_read_journal(args_bytes))
             results, payloads = self._nothing()
         else:
             results, payloads = self._call(call.call_id, call.method, bytes(args_bytes))
-        if call.method == "restore_requests" and results[0].error_type:
-            # Without its requests this stage is of no use; a fresh process may be.
+        if results[0].error_type and CALLS.get(call.method, _UNKNOWN).is_vital:
+            # A fresh process may do better.
             raise InternalError(f"cannot take up its requests: {results[0].error_type}: {results[0].error_text}")
         if self._config.stage == 1:
             self._ring.send(Reply(call.epoch, call.call_id, results), payloads)
@@ -178,27 +181,25 @@ class _StageHost:
             self._call_results[call.call_id] = (results, payloads)
 
     def _call(self, call_id: int, method: str, args_bytes: bytes) -> tuple[list[CallResult], list[Frame]]:
-        spec = CALLS.get(method)
-        if spec is not None and spec.is_once and method in self._answered:
+        spec = CALLS.get(method, _UNKNOWN)
+        if spec.is_once and method in self._answered:
             before, results, payloads = self._answered[method]
             if before == args_bytes:
                 self._ran.add(call_id)
                 return results, payloads
             del self._answered[method]  # even if it fails: what was there before may be gone
-            if method == "initialize_from_config":  # by a new head: another KV cache, and warm for it
-                self._answered.pop("compile_or_warm_up_model", None)
+            for voided in spec.voids:
+                self._answered.pop(voided, None)
         first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)
         results, payloads = self._ranks.call(method, args_bytes, first_rank)
         if any(result.error_type for result in results):
             return results, payloads
-        if spec is not None and spec.is_kept:
+        if spec.is_kept:
             self._ran.add(call_id)
-        if spec is not None and spec.is_once:
+        if spec.is_once:
             self._answered[method] = (args_bytes, results, payloads)
-        if method == "initialize_from_config":
-            self._process.report_kv_cache(self._ranks.vllm_config.cache_config.num_gpu_blocks or 0)
-        if method == "compile_or_warm_up_model":
-            self._process.mark_ready()
+        if spec.reaches is not None:
+            self._process.reach(spec.reaches, self._ranks.vllm_config.cache_config.num_gpu_blocks or 0)
         return results, payloads
 
     def _nothing(self) -> tuple[list[CallResult], list[Frame]]:
@@ -233,6 +234,14 @@ class _StageHost:
             raise PeerError(f"a reply to call {reply.call_id}, which this stage has not run")
         own_results, own_payloads = own
         self._ring.send(Reply(reply.epoch, reply.call_id, [*reply.results, *own_results]), [*payloads, *own_payloads])
+
+
+def _read_journal(args_bytes: Frame) -> list[Entry]:
+    """Raises PeerError for anything but a journal."""
+    entries = decode_value(args_bytes)
+    if not CALLS[PREPARE].args["journal"](entries):
+        raise PeerError("stage 0 sent a journal that is none")
+    return [Entry(*entry) for entry in entries]
 
 
 def _sent(timing: StageTiming) -> StageTiming:

@@ -13,7 +13,6 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from stagewire import __version__
 from stagewire.checkpoint import hub
 from stagewire.checkpoint.files import CheckpointFiles, checkpoint_files
 from stagewire.checkpoint.index import CheckpointIndex, config_fingerprint, fingerprint_of, read_tensors
@@ -23,6 +22,7 @@ from stagewire.checkpoint.samples import sample_weights
 from stagewire.config import StageConfig
 from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
 from stagewire.ring.runtime import new_incarnation
+from stagewire.version import __version__
 from stagewire.vllm_plugin.loading.load_formats import asked_load_format
 from stagewire.vllm_plugin.worker.speculation import describe_speculation
 from stagewire.wire.messages import StageIdentity

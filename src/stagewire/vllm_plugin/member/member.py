@@ -33,10 +33,11 @@ from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
 from stagewire.ring.security import secure_stage
 from stagewire.ring.zmq_link import ZmqTransport
+from stagewire.vllm_plugin.codec.calls import PREPARE
 from stagewire.vllm_plugin.codec.values import encode_value
 from stagewire.vllm_plugin.member.awake import AwakeCores
 from stagewire.vllm_plugin.member.identity import make_identity
-from stagewire.vllm_plugin.member.journal import PREPARE, Journal
+from stagewire.vllm_plugin.member.journal import Journal
 from stagewire.vllm_plugin.member.news import NewsSender, RingNews, resident_bytes
 from stagewire.vllm_plugin.member.probes import EarlyServer, StageHealth
 from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks, call_limit_s
@@ -197,14 +198,15 @@ class Member(Observer):
         self._state = "loaded"
         self._status.send(Phase.LOADED)
 
-    def report_kv_cache(self, num_blocks: int) -> None:
-        self._kv_blocks = num_blocks
-        self._state = "kv_cache"
-        self._status.send(Phase.KV_CACHE, f"{num_blocks} blocks")
-
-    def mark_ready(self) -> None:
-        self._state = "serving"
-        self._status.send(Phase.READY)
+    def reach(self, state: StageState, num_kv_blocks: int | None = None) -> None:
+        """A start-up call has been run, after which this stage is at ``kv_cache`` or ``serving``."""
+        self._state = state
+        if num_kv_blocks is not None:
+            self._kv_blocks = num_kv_blocks
+        if state == "serving":
+            self._status.send(Phase.READY)
+        else:
+            self._status.send(Phase.KV_CACHE, f"{self._kv_blocks} blocks")
 
     def mark_recovered(self, num_requests: int) -> None:
         """At the head, from its model's thread: the stages know their requests again."""
@@ -378,7 +380,7 @@ class Member(Observer):
             return
         call_id = secrets.randbelow(1 << 50)
         self._prepare = (epoch, call_id)
-        self._prepare_until = time.monotonic() + call_limit_s(self._config, "initialize_from_config")
+        self._prepare_until = time.monotonic() + call_limit_s(self._config, PREPARE)
         self.ring.send(Call(epoch, call_id, PREPARE), [encode_value(entries)])
 
     def takes(self, delivery: Delivery) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -29,9 +30,9 @@ from stagewire.vllm_plugin.codec.calls import CALLS
 from stagewire.vllm_plugin.codec.schedules import decode_grammar, encode_schedule, token_digest
 from stagewire.vllm_plugin.codec.values import encode_value
 from stagewire.vllm_plugin.ranks.follower import run_follower
-from stagewire.vllm_plugin.ranks.local_link import Block, Follower, Followers, RunCall, RunSample, RunStep
+from stagewire.vllm_plugin.ranks.local_link import Block, CallDone, Follower, Followers, RunCall, RunSample, RunStep
 from stagewire.vllm_plugin.worker.pipeline_group import RankPlace
-from stagewire.vllm_plugin.worker.stage_worker import Activations, StageWorker, run_call
+from stagewire.vllm_plugin.worker.stage_worker import Activations, CallOutcome, StageWorker, run_call
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import CallResult, TensorSpec
 
@@ -55,7 +56,18 @@ def is_step_failure(ranks: StageRanks, error: Exception) -> bool:
     """
     if isinstance(error, (ConfigError, InternalError, RankError)) or ranks.num_ranks > 1:
         return False
-    return not isinstance(error, torch.AcceleratorError) and "CUDA error" not in str(error)
+    return not isinstance(error, torch.AcceleratorError) and _device_answers()
+
+
+def _device_answers() -> bool:
+    """A device that is in an unknown state fails whatever it is asked next."""
+    if not torch.accelerator.is_available():
+        return True
+    try:
+        torch.accelerator.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 class StageRanks:
@@ -174,13 +186,16 @@ class StageRanks:
 
     # ---- calls -----------------------------------------------------------------------------------------------------
 
-    def call(self, method: str, args_bytes: Frame, first_rank: int) -> tuple[list[CallResult], list[Frame]]:
+    def call(
+        self, method: str, args_bytes: Frame, first_rank: int, own_args: tuple[Any, ...] | None = None
+    ) -> tuple[list[CallResult], list[Frame]]:
         """One call of the closed list on all ranks: a result and a value for each, in order.
 
         Args:
             method: its name.
-            args_bytes: of call_codec.encode_value.
+            args_bytes: of codec.values.encode_value.
             first_rank: how many workers the earlier stages have.
+            own_args: rank 0's, where they hold more than what travels.
 
         Raises:
             RankError: a rank is gone. A call that fails is a result.
@@ -190,11 +205,12 @@ class StageRanks:
         limit_s = call_limit_s(self.config, method) * SHARE_OF_TIMEOUT
         with self.followers.work(f"the call {method}", limit_s, counts_alone=True):
             self.followers.send(RunCall(method, first_rank), [args_bytes])
-            *error, value = run_call(self.own, method, args_bytes, first_rank)
-            answers = self.followers.answers()
-        outcomes = [error, *([done.error_type, done.error_text] for done in answers)]
-        results = [CallResult(self.config.stage, rank, *outcome) for rank, outcome in enumerate(outcomes)]
-        return results, [value, *(done.value for done in answers)]
+            own = run_call(self.own, method, args_bytes, first_rank, own_args)
+            outcomes: list[CallOutcome | CallDone] = [own, *self.followers.answers()]
+        results = [
+            CallResult(self.config.stage, rank, each.error_type, each.error_text) for rank, each in enumerate(outcomes)
+        ]
+        return results, [each.value for each in outcomes]
 
     def forget(self) -> None:
         """Every rank forgets its requests, and the adapters that they named."""

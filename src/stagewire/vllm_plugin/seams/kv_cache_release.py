@@ -1,9 +1,15 @@
-"""A KV cache that was initialised can be taken back."""
+"""A KV cache that was initialised can be taken back.
+
+vLLM's runner has a method for the cache that it profiles with. That calls the accelerator, which fails where there is
+none, and so is not for a CPU.
+"""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
-from unittest import mock
+
+import torch
 
 __all__ = ["release_kv_cache"]
 
@@ -11,16 +17,21 @@ __all__ = ["release_kv_cache"]
 def release_kv_cache(runner: Any) -> None:
     """Takes back `initialize_kv_cache`, so that another configuration may follow.
 
-    vLLM's runner has this for the cache that it profiles with. Its calls of the accelerator mean nothing on a CPU, and
-    fail there.
+    Args:
+        runner: vLLM's GPUModelRunner, or its subclass for CPUs.
     """
-    import torch
-
     if torch.accelerator.is_available():
         runner._cleanup_profiling_kv_cache()
         return
-    with (
-        mock.patch.object(torch.accelerator, "synchronize"),
-        mock.patch.object(torch.accelerator, "empty_cache"),
-    ):
-        runner._cleanup_profiling_kv_cache()
+    runner.kv_caches.clear()
+    runner.attn_groups.clear()
+    del runner.kv_cache_config
+    runner.cache_config.num_gpu_blocks = None
+    runner._init_block_sizes = []
+    for layer in runner.compilation_config.static_forward_context.values():
+        if hasattr(layer, "kv_cache"):
+            layer.kv_cache = torch.tensor([]) if isinstance(layer.kv_cache, torch.Tensor) else []
+        for name in ("_k_scale_cache", "_v_scale_cache"):
+            if hasattr(getattr(layer, "impl", None), name):
+                setattr(layer.impl, name, None)
+    gc.collect()

@@ -6,12 +6,9 @@ the compiled graph; ports, addresses and ids ride along as an attribute that JSO
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stagewire.config import StageConfig
-
-if TYPE_CHECKING:
-    from stagewire.vllm_plugin.head.live_requests import RingAccess
 
 __all__ = ["KEY", "RingSettings"]
 
@@ -22,8 +19,6 @@ class RingSettings(dict[str, Any]):
     """JSON-visible: stage, number of stages, layer range. ``config``: everything."""
 
     config: StageConfig
-    # At the head, once its executor has one: how its scheduler reaches the ring. Stays in the process.
-    ring: RingAccess | None = None
 
     @classmethod
     def of(cls, config: StageConfig) -> RingSettings:
@@ -34,11 +29,6 @@ class RingSettings(dict[str, Any]):
     @staticmethod
     def read(vllm_config: Any) -> StageConfig:
         """The stage's config. Raises KeyError outside external mode."""
-        return RingSettings.find(vllm_config).config
-
-    @staticmethod
-    def find(vllm_config: Any) -> RingSettings:
-        """Raises KeyError outside external mode."""
         settings = vllm_config.additional_config[KEY]
         assert isinstance(settings, RingSettings)
-        return settings
+        return settings.config

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -26,7 +26,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.plan.ranges import PARTITION_ENV, partition_counts
-from stagewire.vllm_plugin.codec.calls import CALLS, check_call
+from stagewire.vllm_plugin.codec.calls import CALLS, Runs, check_call
 from stagewire.vllm_plugin.codec.schedules import decode_schedule, row_digest
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value
 from stagewire.vllm_plugin.loading import model_cuts, range_loader
@@ -40,20 +40,26 @@ from stagewire.vllm_plugin.seams import (
     neighbours_logprobs,
     tied_heads,
 )
-from stagewire.vllm_plugin.worker import cpu, pipeline_group
+from stagewire.vllm_plugin.worker import cpu, pipeline_group, restore
 from stagewire.vllm_plugin.worker.adapters import Adapters
-from stagewire.vllm_plugin.worker.checks import check_model
 from stagewire.vllm_plugin.worker.own_kv_cache import own_kv_cache_config
 from stagewire.vllm_plugin.worker.pipeline_group import RankPlace
-from stagewire.vllm_plugin.worker.restore import forget_requests, restore_requests
 from stagewire.vllm_plugin.worker.speculation import prepare_runner, take_accepted
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import TensorSpec
 from stagewire.wire.tensors import TensorPlan, check_tensors
 
-__all__ = ["Activations", "StageWorker", "compile_ranks", "run_call"]
+__all__ = ["Activations", "CallOutcome", "StageWorker", "compile_ranks", "run_call"]
 
 logger = logging.getLogger("vllm.stagewire")
+
+
+class CallOutcome(NamedTuple):
+    """What one rank makes of a call: type and text of its error, both empty without one, and its value as bytes."""
+
+    error_type: str
+    error_text: str
+    value: bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,6 @@ class StageWorker:
     """
 
     def __init__(self, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
-        check_model(config, vllm_config)
         if not config.is_head:
             drop_towers(vllm_config)
         if vllm_config.use_v2_model_runner:
@@ -112,8 +117,6 @@ class StageWorker:
         current_platform.update_block_size_for_backend(vllm_config)
         self.plan = self._plan_tensors()
         self.adapters = Adapters(config, self._wrapper)
-        # On the head: the schedule of the call `restore_requests` that comes next, with what does not travel.
-        self.given: SchedulerOutput | None = None
         if config.stands_by:
             self._work_ahead()
 
@@ -268,31 +271,32 @@ class StageWorker:
         """
         check_call(method, args)
         self._wrapper.global_rank = first_rank + self.place.rank
-        own = _OWN_CALLS.get(method)
-        if own:
-            return own(self, *args)
-        names = list(CALLS[method].args)
-        first = len(names) - CALLS[method].by_keyword
-        return getattr(self._wrapper, method)(*args[:first], **dict(zip(names[first:], args[first:], strict=True)))
+        spec = CALLS[method]
+        if spec.runs is Runs.HOST:
+            raise ConfigError(f"{method} is for a whole stage, not for one of its ranks")
+        runs_it = self if spec.runs is Runs.RANK else self._wrapper
+        names = list(spec.args)
+        first = len(names) - spec.by_keyword
+        return getattr(runs_it, method)(*args[:first], **dict(zip(names[first:], args[first:], strict=True)))
 
     def supported_tasks(self) -> tuple[Any, ...]:
         """What the model can do, as vLLM names it; the same on every stage, so the head answers alone."""
         return tuple(self._wrapper.get_supported_tasks())
 
-    def _check_lora(self, request: LoRARequest) -> str:
+    def check_lora(self, request: LoRARequest) -> str:
         return self.adapters.check(request)
 
-    def _add_lora(self, request: LoRARequest) -> bool:
+    def add_lora(self, request: LoRARequest) -> bool:
         return self.adapters.add(request)
 
-    def _determine_memory(self) -> int:
+    def determine_available_memory(self) -> int:
         """vLLM's own, which ends with a traceback where there is not enough."""
         if current_platform.is_cpu():
             kv_bytes = self.vllm_config.cache_config.kv_cache_memory_bytes
             cpu.check_kv_room(self.config, kv_bytes, self.place.size)
         return int(self._wrapper.determine_available_memory())
 
-    def _initialize(self, kv_cache_configs: list[Any]) -> None:
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         """vLLM's own; a new head's configuration may differ from the one before, and this stage from its own."""
         worker = self._wrapper.global_rank
         specs = self._wrapper.get_kv_cache_spec()
@@ -304,25 +308,27 @@ class StageWorker:
             kv_cache_release.release_kv_cache(self.runner)
         self._wrapper.initialize_from_config([*[None] * worker, config])  # it picks its own
 
-    def _restore_requests(self, schedule_bytes: bytes, outputs: list[list[int]], is_first: bool) -> None:
-        schedule, self.given = self.given or decode_schedule(schedule_bytes, self.adapters.known), None
+    def restore_requests(self, schedule: bytes | SchedulerOutput, outputs: list[list[int]], is_first: bool) -> None:
+        """``schedule``: as it travels; on the head the schedule itself, with the images that do not travel."""
+        if isinstance(schedule, bytes):
+            schedule = decode_schedule(schedule, self.adapters.known)
         if is_first:
             self.forget_requests()
-        restore_requests(self._wrapper, schedule, outputs)
+        restore.restore_requests(self._wrapper, schedule, outputs)
 
     def forget_requests(self) -> None:
         """As if no step had ever run."""
         self._pooled = None
         self.group.forget()
-        forget_requests(self._wrapper)
+        restore.forget_requests(self._wrapper)
 
-    def _get_threshold(self) -> int | None:
+    def get_reorder_batch_threshold(self) -> int | None:
         return getattr(self.runner, "reorder_batch_threshold", None)
 
-    def _set_threshold(self, threshold: int | None) -> None:
+    def set_reorder_batch_threshold(self, threshold: int | None) -> None:
         self.runner.reorder_batch_threshold = threshold
 
-    def _get_state(self) -> dict[str, Any]:
+    def get_stage_state(self) -> dict[str, Any]:
         batch = getattr(self.runner, "input_batch", None)
         return {
             "stage": self.config.stage,
@@ -334,7 +340,7 @@ class StageWorker:
             "activations": [f"{each.name}: {each.dtype} {list(each.trailing)}" for each in self.plan],
         }
 
-    def _warm_up(self) -> Any:
+    def compile_or_warm_up_model(self) -> Any:
         """Also takes what lives as long as the stage out of the garbage collector's sight, as vLLM's GPU worker does
         and its CPU worker does not: a full collection of it would stop the whole ring."""
         result = self._wrapper.compile_or_warm_up_model()
@@ -370,23 +376,19 @@ def _zeros(plan: TensorPlan, num_rows: int) -> torch.Tensor:
     return torch.zeros((num_rows, *plan.trailing), dtype=getattr(torch, plan.dtype))
 
 
-def run_call(worker: StageWorker, method: str, args_bytes: Frame, first_rank: int) -> tuple[str, str, bytes]:
-    """One call on one rank: type and text of its error, both empty without one, and its value. Never raises."""
+def run_call(
+    worker: StageWorker, method: str, args_bytes: Frame, first_rank: int, args: tuple[Any, ...] | None = None
+) -> CallOutcome:
+    """One call on one rank. Never raises.
+
+    Args:
+        worker, method, first_rank: as `StageWorker.call` takes them.
+        args_bytes: the arguments as they travel.
+        args: the arguments themselves, where they hold more than what travels.
+    """
     try:
-        return "", "", encode_value(worker.call(method, decode_value(args_bytes), first_rank))
+        given = decode_value(args_bytes) if args is None else args
+        return CallOutcome("", "", encode_value(worker.call(method, given, first_rank)))
     except Exception as error:  # whatever it is, the head must hear of it
         logger.exception("%r: the call %s failed", worker, method)
-        return type(error).__name__, str(error), encode_value(None)
-
-
-_OWN_CALLS: dict[str, Any] = {
-    "compile_or_warm_up_model": StageWorker._warm_up,
-    "determine_available_memory": StageWorker._determine_memory,
-    "get_reorder_batch_threshold": StageWorker._get_threshold,
-    "set_reorder_batch_threshold": StageWorker._set_threshold,
-    "initialize_from_config": StageWorker._initialize,
-    "restore_requests": StageWorker._restore_requests,
-    "get_stage_state": StageWorker._get_state,
-    "check_lora": StageWorker._check_lora,
-    "add_lora": StageWorker._add_lora,
-}
+        return CallOutcome(type(error).__name__, str(error), encode_value(None))
