@@ -20,7 +20,7 @@ from stagewire.vllm_plugin.head.api_app import RingMiddleware
 from stagewire.vllm_plugin.head.health import HeadHealth
 from stagewire.vllm_plugin.head.pipeline_status import Health, PipelineStatus
 from stagewire.vllm_plugin.member.news import NewsSender, RingNews
-from stagewire.vllm_plugin.member.probes import EarlyServer, StageHealth
+from stagewire.vllm_plugin.member.probes import EarlyServer, StageCondition, StageHealth
 from stagewire.wire.messages import MAX_STAGES, StageReport, StageTiming
 from unit.ring_harness import make_config, make_report
 
@@ -396,7 +396,7 @@ class TestHttp:
     )
     def test_a_stage_without_an_api(self, described: tuple[bool, str, str | None], health: int, ready: int) -> None:
         with socket.create_server(("127.0.0.1", 0)) as sock:
-            server = EarlyServer(sock, StageHealth(lambda: described))
+            server = EarlyServer(sock, StageHealth(lambda: StageCondition(*described)))
             try:
                 port = sock.getsockname()[1]
                 paths = ("/live", "/health", "/ready", "/v1/models")

@@ -39,7 +39,7 @@ from stagewire.vllm_plugin.member.awake import AwakeCores
 from stagewire.vllm_plugin.member.identity import make_identity
 from stagewire.vllm_plugin.member.journal import Journal
 from stagewire.vllm_plugin.member.news import NewsSender, RingNews, resident_bytes
-from stagewire.vllm_plugin.member.probes import EarlyServer, StageHealth
+from stagewire.vllm_plugin.member.probes import EarlyServer, StageCondition, StageHealth
 from stagewire.vllm_plugin.ranks.stage_ranks import StageRanks, call_limit_s
 from stagewire.wire.messages import Call, Reply, Result, StageIdentity, StageReport, StageState, Step
 
@@ -232,11 +232,12 @@ class Member(Observer):
         """Whether an API server listens to this head, and not somebody's Python."""
         return self._news is not None
 
-    def describe_health(self) -> tuple[bool, str, str | None]:
+    def describe_health(self) -> StageCondition:
         """For `StageHealth`."""
         state = self.ring.node.state
         failure = None if self.ring.error is None else str(self.ring.error)
-        return self._state in ("serving", "draining"), "" if state.is_open else state.waits_for(), failure
+        is_prepared = self._state in ("serving", "draining")
+        return StageCondition(is_prepared, "" if state.is_open else state.waits_for(), failure)
 
     def open_health_port(self) -> EarlyServer | None:
         """Where the stage listens for its successor, if it was given a port.

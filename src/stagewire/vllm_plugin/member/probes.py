@@ -7,42 +7,51 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["EarlyServer", "StageHealth", "body_of"]
+__all__ = ["EarlyServer", "StageCondition", "StageHealth", "body_of"]
 
 RETRY_AFTER_S = 5
 
 
-class StageHealth:
-    """What a stage without an API says. Asked from the server's threads.
-
-    Args:
-        describe: whether its model can serve; what it waits for, empty in a whole ring; why it failed, or None.
+@dataclass(frozen=True)
+class StageCondition:
+    """What a stage knows of itself: whether its model can serve; what its ring waits for, empty in a whole one; why it
+    failed, or None.
     """
 
-    def __init__(self, describe: Callable[[], tuple[bool, str, str | None]]) -> None:
+    is_prepared: bool
+    waits_for: str
+    failure: str | None
+
+
+class StageHealth:
+    """What a stage without an API says. Asked from the server's threads."""
+
+    def __init__(self, describe: Callable[[], StageCondition]) -> None:
         self._describe = describe
 
     def respond(self, path: str) -> tuple[int, bytes]:
         """Status and body for this path."""
-        is_prepared, waits_for, failure = self._describe()
+        now = self._describe()
         if path == "/live":
             found = 200, "alive"
         elif path not in ("/health", "/ready"):
             return 404, body_of(404, "this stage has no API: /live, /health and /ready")
-        elif failure is not None:
-            found = 503, failure
-        elif not is_prepared:
+        elif now.failure is not None:
+            found = 503, now.failure
+        elif not now.is_prepared:
             found = 503, "the stage has not joined a ring that serves yet"
-        elif path == "/ready" and waits_for:
-            found = 503, f"waiting for {waits_for}"
+        elif path == "/ready" and now.waits_for:
+            found = 503, f"waiting for {now.waits_for}"
         else:
             found = 200, "healthy" if path == "/health" else "the ring is whole"
         return found[0], body_of(*found)
 
 
 def body_of(status: int, text: str) -> bytes:
+    """JSON, in the form of vLLM's own errors if it is one."""
     if status == 200:
         return json.dumps({"status": text}).encode()
     error = {"message": text, "type": "ServiceUnavailable", "param": None, "code": status}

@@ -201,6 +201,15 @@ class Follower:
         return f"tensor parallel rank {self.rank} (pid {self.process.pid})"
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What the ranks are at, since when by the followers' clock, and for how many seconds at most."""
+
+    what: str
+    began_at: float
+    limit_s: float | None
+
+
 class Followers:
     """All followers of a stage. `problem` is for the ring's thread, the rest for the one that runs the model.
 
@@ -221,7 +230,7 @@ class Followers:
         self._block = block
         self.used_bytes = 0  # of the block, by requests that not everybody has answered
         self._clock = clock
-        self._busy: tuple[str, float, float | None] | None = None  # what, since when, limit in seconds
+        self._busy: _Work | None = None
         self._lock = threading.Lock()
         self._problem: RankError | None = None
         self._is_ending = False
@@ -248,7 +257,7 @@ class Followers:
             RankError: in place of an error of the work, when a follower has ended: a collective's tells nothing of why.
         """
         if self._followers or counts_alone:
-            self._busy = (what, self._clock(), limit_s)
+            self._busy = _Work(what, self._clock(), limit_s)
         try:
             yield
         except StagewireError:
@@ -353,17 +362,14 @@ class Followers:
         return self._find_delay()
 
     def _find_delay(self) -> RankError | None:
-        busy = self._busy
-        if busy is None:
-            return None
-        what, since, limit_s = busy
-        if limit_s is None or self._clock() - since < limit_s:
+        work = self._busy
+        if work is None or work.limit_s is None or self._clock() - work.began_at < work.limit_s:
             return None
         if not self._followers:
-            return RankError(f"{what} did not end within {limit_s:.0f} s")
+            return RankError(f"{work.what} did not end within {work.limit_s:.0f} s")
         pids = ", ".join(map(str, self.pids))
         return RankError(
-            f"{what} did not end within {limit_s:.0f} s: a tensor parallel rank hangs or is "
+            f"{work.what} did not end within {work.limit_s:.0f} s: a tensor parallel rank hangs or is "
             f"too slow (rank 0 is this process, the others are pids {pids})"
         )
 
