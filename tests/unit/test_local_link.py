@@ -24,7 +24,7 @@ from stagewire.vllm_plugin.ranks.local_link import (
     RunCall,
     RunSample,
     RunStep,
-    encode_words,
+    encode_failure,
 )
 from stagewire.wire.messages import TensorSpec
 
@@ -56,13 +56,13 @@ class Stage:
         self.processes = [FakeProcess(201), FakeProcess(202)]
         self.theirs: list[LeaderLink] = []
         block = Block()
-        self.words: list[Any] = []
+        self.failures: list[Any] = []
         followers = []
         for rank, process in enumerate(self.processes, 1):
             ours, their_end = multiprocessing.Pipe()
             words, their_words = multiprocessing.Pipe(duplex=False)
             self.theirs.append(LeaderLink(their_end, block))
-            self.words.append(their_words)
+            self.failures.append(their_words)
             followers.append(Follower(rank, process, ours, words))
         self.leader = Followers(followers, block, lambda: self.now)
 
@@ -221,7 +221,7 @@ class TestLoss:
         assert stage.leader.problem() is problem, "the first reason stays"
 
     def test_its_last_words_say_more_than_its_exit_code(self, stage: Stage) -> None:
-        stage.words[0].send_bytes(encode_words(2, "the checkpoint is damaged"))
+        stage.failures[0].send_bytes(encode_failure(2, "the checkpoint is damaged"))
         stage.processes[0].exitcode = 2
         problem = stage.leader.problem()
         assert str(problem) == "tensor parallel rank 1 (pid 201) failed: the checkpoint is damaged"
@@ -230,7 +230,7 @@ class TestLoss:
 
     def test_last_words_are_heard_before_the_end(self, stage: Stage) -> None:
         """The model's thread may wait in a collective for a rank that has failed and is still alive."""
-        stage.words[1].send_bytes(encode_words(1, "x" * 100_000 + "\ud800"))
+        stage.failures[1].send_bytes(encode_failure(1, "x" * 100_000 + "\ud800"))
         problem = stage.leader.problem()
         assert problem is not None
         assert len(str(problem)) < 2100

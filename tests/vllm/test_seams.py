@@ -73,7 +73,7 @@ from stagewire.vllm_plugin.seams import (
     catalogue,
     dead_engine,
     discarded_rows,
-    engine_goodbye,
+    engine_stop_grace,
     interfaces,
     interrupted_start,
     lora,
@@ -533,9 +533,9 @@ def test_grace_is_only_for_an_end_without_drain(monkeypatch: pytest.MonkeyPatch)
     from vllm.v1.engine import utils
 
     monkeypatch.setattr(utils, "get_engine_process_shutdown_timeout", lambda request, process: process)
-    engine_goodbye.let_engine_say_goodbye()
+    engine_stop_grace.give_engine_time_to_stop()
     timeout = utils.get_engine_process_shutdown_timeout
-    assert timeout(0, 0) == engine_goodbye.ENGINE_STOP_GRACE_S
+    assert timeout(0, 0) == engine_stop_grace.ENGINE_STOP_GRACE_S
     assert [timeout(30, 0), timeout(0, 7), timeout(0, None)] == [0, 7, None]
 
 
@@ -1085,7 +1085,7 @@ def test_partition_gives_a_stage_its_own_range(stage: int, layers: str, monkeypa
 
 OURS = {
     *("get_reorder_batch_threshold", "set_reorder_batch_threshold", "get_stage_state", "check_lora"),
-    "restore_requests",
+    *("restore_requests", "prepare"),
 }
 
 # What vLLM asks of workers by name and the ring does not carry; table C1 has the reasons.
@@ -1146,6 +1146,20 @@ def test_every_call_is_a_method_of_vllms_worker(method: str) -> None:
     expected = list(CALLS[method].args)
     first = len(expected) - CALLS[method].by_keyword
     assert names == ["self", *expected[:first], *(f"*{name}" for name in expected[first:])]
+
+
+def test_we_take_back_of_a_kv_cache_what_vllm_does() -> None:
+    """Without a device ours stands in for vLLM's method, and has to follow it."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from stagewire.vllm_plugin.seams import kv_cache_release
+
+    touched = re.findall(
+        r"\b(?:self|layer|layer\.impl)\.(\w+)", inspect.getsource(GPUModelRunner._cleanup_profiling_kv_cache)
+    )
+    ours = inspect.getsource(kv_cache_release)
+    assert touched
+    assert [name for name in touched if name not in ours] == []
 
 
 def test_our_own_calls_hide_none_of_vllms() -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "OPEN",
     "Reach",
     "RingKey",
+    "SecuredStage",
     "Security",
     "make_key_file",
     "read_key_file",
@@ -334,11 +335,21 @@ def secure(config: StageConfig, known_hosts: list[str]) -> Security:
     return security
 
 
-def secure_stage(config: StageConfig) -> tuple[str | None, Security, list[str]]:
+@dataclass(frozen=True)
+class SecuredStage:
     """Where a stage listens, how its connections are protected, and what a person must be warned of.
 
-    The address is None while the predecessor's name does not resolve, or nothing leads there: the transport waits for
-    it, and looks at what comes of it as here (`Security.problem`) before it listens or connects.
+    ``host`` is None while the predecessor's name does not resolve, or nothing leads there: the transport waits for it,
+    and looks at what comes of it as `secure_stage` does (`Security.problem`) before it listens or connects.
+    """
+
+    host: str | None
+    security: Security
+    warnings: list[str]
+
+
+def secure_stage(config: StageConfig) -> SecuredStage:
+    """The protection of one stage's connections, by its flags and the addresses of this machine.
 
     Raises:
         ConfigError: an address that needs a key, an unusable key file, a host to listen on that is none.
@@ -354,4 +365,5 @@ def secure_stage(config: StageConfig) -> tuple[str | None, Security, list[str]]:
     with contextlib.suppress(OSError):
         known.append(hosts.resolve(config.predecessor))
     security = secure(config, known)
-    return own, security, [warning for host in dict.fromkeys(known) if (warning := security.warning(host))]
+    warnings = [warning for host in dict.fromkeys(known) if (warning := security.warning(host))]
+    return SecuredStage(own, security, warnings)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stagewire.config import parse_stage
 from stagewire.folders import fits_sockets, short_base
 from stagewire.vllm_plugin.head.stopping import describe_engine_end
-from stagewire.vllm_plugin.seams import dead_engine, engine_goodbye, engine_watch, interrupted_start, versions
+from stagewire.vllm_plugin.seams import dead_engine, engine_stop_grace, engine_watch, interrupted_start, versions
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -57,7 +57,7 @@ def head_arguments(
 
 def prepare_engine() -> None:
     """Before this process starts EngineCore as a ring's head: a user's Python, or a `vllm` command other than serve."""
-    engine_goodbye.let_engine_say_goodbye()
+    engine_stop_grace.give_engine_time_to_stop()
     if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
         os.environ["VLLM_RPC_BASE_PATH"] = short_base()
     engine_watch.watch_engine()

@@ -19,10 +19,7 @@ from stagewire.checkpoint.kv_cache import check_own_kv
 from stagewire.checkpoint.manifest import MANIFEST_NAME, check_files, read_manifest
 from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags, read_config, read_model_shape
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
-from stagewire.config import (
-    StageConfig,
-    is_external,
-)
+from stagewire.config import StageConfig, is_external
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
 from stagewire.observe.streams import keep_writing
@@ -61,6 +58,10 @@ def _die(stage: int | None, error: StagewireError) -> None:
 
 
 def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
+    """The start-up of a stage: what costs milliseconds comes before vLLM's imports, and those before any weights.
+
+    `original` starts the head's API server, which reads ``args`` again.
+    """
     keep_writing()
     versions.check_version()
     if getattr(args, "model_tag", None) is not None:
@@ -73,36 +74,46 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     if config.is_head:
         status.tell_api(_api_of(args))
     check_roots(config.lora_roots)
-    secure_stage(config)
+    secured = secure_stage(config)
     flags = hub.with_config_folder(LoadFlags.of(args), args.revision)
     _check_checkpoint(config, args, flags)
-    vllm_config = _resolve(args)
-    from stagewire.vllm_plugin.worker.checks import check_model
 
-    check_model(config, vllm_config)
+    vllm_config = _resolve(args)
+    _check_model(config, vllm_config)
     if vllm_config.model_config.runner_type == "pooling":
         # Scoring in the API server: queries cached on the last stage would be lost with it.
         args.enable_flash_late_interaction = False
-    from vllm.platforms import current_platform
+    _prepare_process(config, vllm_config)
+    status.send(Phase.LOADING, announce_load(config, vllm_config.model_config.model, flags))
 
-    if current_platform.is_cpu():
-        from stagewire.vllm_plugin.worker import cpu
-
-        cpu.set_threads(config, vllm_config.parallel_config.tensor_parallel_size)
-        if not config.is_head:
-            cpu.reexec_with_libraries()
-    else:
-        sys.stdout.write(f"Stage {config.stage}: async scheduling and the V2 model runner are off in external mode\n")
-    text = announce_load(config, vllm_config.model_config.model, flags)
-    status.send(Phase.LOADING, text)
-    if config.is_head:
+    if config.is_head:  # EngineCore owns the ring. It reads the key itself, so that no key is in vLLM's configuration
         from stagewire.vllm_plugin.head.api_server import serve_head
 
         serve_head(original, args, config, signals)
         return
     from stagewire.vllm_plugin.host.stage_host import serve_stage
 
-    serve_stage(config, vllm_config, status, signals)
+    serve_stage(config, vllm_config, secured, status, signals)
+
+
+def _check_model(config: StageConfig, vllm_config: Any) -> None:
+    from stagewire.vllm_plugin.worker.checks import check_model
+
+    check_model(config, vllm_config)
+
+
+def _prepare_process(config: StageConfig, vllm_config: Any) -> None:
+    """May run a worker stage's process again, with other libraries."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        sys.stdout.write(f"Stage {config.stage}: async scheduling and the V2 model runner are off in external mode\n")
+        return
+    from stagewire.vllm_plugin.worker import cpu
+
+    cpu.set_threads(config, vllm_config.parallel_config.tensor_parallel_size)
+    if not config.is_head:
+        cpu.reexec_with_libraries()
 
 
 def _refuse_stage_alone(args: argparse.Namespace) -> None:

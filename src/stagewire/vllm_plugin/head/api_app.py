@@ -27,7 +27,7 @@ from stagewire.vllm_plugin.member.probes import RETRY_AFTER_S, body_of
 __all__ = ["RingMiddleware"]
 
 # For vLLM to end a request whose client has had its answer from us.
-GOODBYE_S = 5.0
+ABORT_S = 5.0
 
 _Scope = MutableMapping[str, Any]
 _Message = MutableMapping[str, Any]
@@ -105,7 +105,7 @@ class _Guarded:
                 request.result()
                 return
             await self._end(send)
-            await asyncio.wait({request}, timeout=GOODBYE_S)
+            await asyncio.wait({request}, timeout=ABORT_S)
             if request.done() and not request.cancelled():
                 request.exception()  # seen: the client has had its answer
         finally:

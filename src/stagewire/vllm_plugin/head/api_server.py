@@ -36,7 +36,7 @@ from stagewire.vllm_plugin.head.health import HEALTH
 from stagewire.vllm_plugin.head.pipeline_status import PipelineStatus
 from stagewire.vllm_plugin.head.stopping import HeadEnd
 from stagewire.vllm_plugin.member.probes import EarlyServer
-from stagewire.vllm_plugin.seams import engine_goodbye, engine_watch, interfaces, patching, stop_deadline
+from stagewire.vllm_plugin.seams import early_answers, engine_stop_grace, engine_watch, interfaces, stop_deadline
 
 __all__ = ["linger", "serve_head"]
 
@@ -98,8 +98,6 @@ def _run(original: Callable[..., Any], args: argparse.Namespace, end: HeadEnd) -
 
 def _patch_server(end: HeadEnd) -> None:
     """vLLM binds its socket before the engine starts and listens after: in between we answer."""
-    from vllm.entrypoints.launchers.api_server import entry
-
     early: list[EarlyServer] = []
 
     def setup(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,11 +122,10 @@ def _patch_server(end: HeadEnd) -> None:
 
         return build_and_serve
 
-    engine_goodbye.let_engine_say_goodbye()
+    engine_stop_grace.give_engine_time_to_stop()
     engine_watch.watch_engine(end.meet_engine)
     stop_deadline.on_engine_shutdown(end.begin_stop)
-    patching.wrap(entry, "setup_server", setup)
-    patching.wrap(entry, "build_and_serve", build)
+    early_answers.answer_early(setup, build)
 
 
 def _listen(receiver: StatusReceiver, end: HeadEnd) -> None:

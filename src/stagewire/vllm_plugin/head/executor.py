@@ -35,6 +35,7 @@ from stagewire.observe.status import StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
 from stagewire.ring.node import Broken, Delivery, Whole
+from stagewire.ring.security import secure_stage
 from stagewire.vllm_plugin.codec.calls import CALLS, Runs, bind_call
 from stagewire.vllm_plugin.codec.schedules import decode_output, encode_grammar, encode_schedule, is_nothing
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value
@@ -117,7 +118,7 @@ class RingExecutor(Executor):
         self._last_result_at = 0.0
         check_model(self._stage, self.vllm_config)  # of a head that is no `vllm serve`, nobody has yet
         self._ranks = StageRanks(self._stage, self.vllm_config)
-        self._process = Member(self._stage, self.vllm_config, self._ranks, self._status)
+        self._process = Member(self._stage, self.vllm_config, self._ranks, self._status, secure_stage(self._stage))
         if self._process.is_child:  # a user's own Python has its output and its signals for itself
             keep_writing()
             # A terminal's Ctrl-C is sent to this process too; its parent says what it means.
@@ -453,7 +454,7 @@ class RingExecutor(Executor):
     # ---- adapters and profiling: all stages or none ----------------------------------------------------------------
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Every stage first loads the adapter into nowhere: what one of them cannot read changes nothing on the others.
+        """Every stage first loads the adapter and drops it again. One that a stage cannot read changes nothing.
 
         Raises:
             RuntimeError: a stage cannot load it, or has other files of it; the message names the stage.

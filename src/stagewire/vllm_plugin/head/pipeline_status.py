@@ -89,7 +89,7 @@ class PipelineStatus:
         """Whether the news say that the ring is whole, and have for longer than they come late behind a loss.
 
         Args:
-            moment: of the last word of a loss, by `clock`.
+            moment: when the last news of a loss came, by `clock`.
         """
         with self._lock:
             ring = self._ring

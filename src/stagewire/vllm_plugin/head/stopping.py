@@ -30,7 +30,7 @@ from stagewire.vllm_plugin.head.health import HeadHealth
 __all__ = ["LAUNCHER_ENDED", "HeadEnd", "begin", "describe_engine_end"]
 
 LAUNCHER_ENDED = "the launcher is gone"
-# For EngineCore to say goodbye to the ring, of the three seconds that a whole stop may take.
+# For EngineCore to stop the ring in order, of the three seconds that a whole stop may take.
 ENGINE_END_S = 1.5
 ENGINE_END_AT_ONCE_S = 0.5
 # For vLLM's own way to stop, beside what open requests may take.
@@ -39,8 +39,8 @@ STOP_S = 2.3
 GIVE_UP_S = 5.0
 # A killed EngineCore has ended when its memory is given back. Until then its folder has an owner and cannot be removed.
 KILLED_S = 1.5
-# EngineCore's last word may still be on its way when its process has ended.
-LAST_WORD_S = 0.3
+# EngineCore's report of its failure may arrive after its process has ended.
+ENGINE_REPORT_S = 0.3
 
 
 def begin(stage: int) -> SignalWatch:
@@ -60,7 +60,7 @@ def _end(text: str, exit_code: int) -> None:
 
 def describe_engine_end(process: BaseProcess) -> str:
     """One sentence: which EngineCore, and how it ended, if its exit code can be had within a moment."""
-    process.join(LAST_WORD_S)
+    process.join(ENGINE_REPORT_S)
     how = "has ended" if process.exitcode is None else describe_exit(process.exitcode)
     return f"stage 0's EngineCore (pid {process.pid}) {how}"
 
@@ -103,7 +103,7 @@ class HeadEnd:
     def _engine_ended(self) -> None:
         """Also vLLM sees it, and begins to stop because of it: only what was told before it counts."""
         is_told, process = self.is_engine_to_end, self._engine
-        if self._health.wait_for_failure(LAST_WORD_S) is not None or is_told:
+        if self._health.wait_for_failure(ENGINE_REPORT_S) is not None or is_told:
             return
         assert process is not None
         text = describe_engine_end(process)
@@ -114,7 +114,7 @@ class HeadEnd:
     def ring_stopped(self) -> None:
         """EngineCore has ended the ring in order: as we told it, or somebody else did, or because the launcher ended.
 
-        Unless we did, vLLM is told to stop as well. A second signal would leave EngineCore no time for its good-bye.
+        Unless we did, vLLM is told to stop as well. A second signal would leave EngineCore no time to stop the ring.
         """
         self.is_engine_to_end = True
         if not self._is_asked:

@@ -19,6 +19,7 @@ from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import StatusSender
 from stagewire.ring.node import Broken, Delivery, Whole
+from stagewire.ring.security import SecuredStage
 from stagewire.vllm_plugin.codec.calls import CALLS, PREPARE, CallSpec
 from stagewire.vllm_plugin.codec.schedules import decode_schedule, encode_output
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value
@@ -36,10 +37,12 @@ logger = logging.getLogger("vllm.stagewire")
 _UNKNOWN = CallSpec({}, lambda _: False)
 
 
-def serve_stage(config: StageConfig, vllm_config: Any, status: StatusSender, signals: SignalWatch) -> None:
+def serve_stage(
+    config: StageConfig, vllm_config: Any, secured: SecuredStage, status: StatusSender, signals: SignalWatch
+) -> None:
     """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
     ranks = StageRanks(config, vllm_config)
-    process = Member(config, vllm_config, ranks, status)
+    process = Member(config, vllm_config, ranks, status, secured)
     drain_s = vllm_config.shutdown_timeout
 
     def ask(number: int) -> float:

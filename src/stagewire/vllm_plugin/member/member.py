@@ -31,7 +31,7 @@ from stagewire.observe.timings import StepStatistics
 from stagewire.ring import hosts
 from stagewire.ring.node import Delivery, Observer, Whole
 from stagewire.ring.runtime import RingRuntime
-from stagewire.ring.security import secure_stage
+from stagewire.ring.security import SecuredStage
 from stagewire.ring.zmq_link import ZmqTransport
 from stagewire.vllm_plugin.codec.calls import PREPARE
 from stagewire.vllm_plugin.codec.values import encode_value
@@ -102,9 +102,12 @@ class Member(Observer):
         vllm_config: resolved.
         ranks: the stage's; watched, and ended with the ring.
         status: who listens to this stage.
+        secured: how this stage's connections are protected.
     """
 
-    def __init__(self, config: StageConfig, vllm_config: Any, ranks: StageRanks, status: StatusSender) -> None:
+    def __init__(
+        self, config: StageConfig, vllm_config: Any, ranks: StageRanks, status: StatusSender, secured: SecuredStage
+    ) -> None:
         self._config = config
         self._ranks = ranks
         self._status = status
@@ -134,15 +137,15 @@ class Member(Observer):
         self._parent = take_parent()
         self.is_child = self._parent is not None
         self._is_told_to_stop = False
-        self._host, security, warnings = secure_stage(config)
-        for warning in warnings:
+        self._host = secured.host
+        for warning in secured.warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
         set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
         frame_bytes = max_frame_bytes(vllm_config, is_head=config.is_head)
         most_bytes = int(machine.memory_bytes() * SHARE_FOR_PEERS)
         message_bytes = min(MAX_LARGE_FRAMES * frame_bytes, most_bytes)
         transport = ZmqTransport(
-            self._host, frame_bytes, security, message_bytes, functools.partial(hosts.bind_host, config)
+            self._host, frame_bytes, secured.security, message_bytes, functools.partial(hosts.bind_host, config)
         )
         identity = make_identity(config, vllm_config)
         # A step for each stage is in flight at most, and they seldom are at the same one.

@@ -28,7 +28,7 @@ from stagewire.vllm_plugin.ranks.local_link import (
     RunCall,
     RunSample,
     RunStep,
-    encode_words,
+    encode_failure,
 )
 from stagewire.vllm_plugin.worker.pipeline_group import RankPlace
 from stagewire.vllm_plugin.worker.stage_worker import StageWorker, run_call
@@ -43,7 +43,7 @@ def run_follower(
     vllm_config: VllmConfig,
     place: RankPlace,
     connection: Connection[Any, Any],
-    words: Connection[Any, Any],
+    failures: Connection[Any, Any],
     block: Block,
 ) -> NoReturn:
     """The whole process. Ends without teardown: there is nothing to save; and with its leader (`watch_spawned`)."""
@@ -61,7 +61,7 @@ def run_follower(
         code = error.exit_code if isinstance(error, StagewireError) else 1
         text = str(error) if isinstance(error, StagewireError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
-            words.send_bytes(encode_words(code, text))
+            failures.send_bytes(encode_failure(code, text))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

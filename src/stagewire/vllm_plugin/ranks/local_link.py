@@ -32,8 +32,8 @@ __all__ = [
     "CallDone",
     "Done",
     "Follower",
+    "FollowerFailure",
     "Followers",
-    "LastWords",
     "LeaderLink",
     "RunCall",
     "RunSample",
@@ -85,7 +85,7 @@ class CallDone(_Struct, frozen=True):
     value: bytes
 
 
-class LastWords(_Struct, frozen=True):
+class FollowerFailure(_Struct, frozen=True):
     """Why a follower ends, on a pipe of its own: the leader's model thread may be stuck in a collective by then."""
 
     exit_code: int
@@ -99,11 +99,11 @@ _ENCODER = msgspec.msgpack.Encoder()
 # Where in the block its frames lie, as (offset, size), and the message.
 _REQUESTS = msgspec.msgpack.Decoder(tuple[list[tuple[int, int]], Request])
 _ANSWERS = msgspec.msgpack.Decoder(Answer)
-_WORDS = msgspec.msgpack.Decoder(LastWords)
+_FAILURES = msgspec.msgpack.Decoder(FollowerFailure)
 
 
-def encode_words(exit_code: int, text: str) -> bytes:
-    return _ENCODER.encode(LastWords(exit_code, text[:MAX_TEXT].encode("utf-8", "replace").decode()))
+def encode_failure(exit_code: int, text: str) -> bytes:
+    return _ENCODER.encode(FollowerFailure(exit_code, text[:MAX_TEXT].encode("utf-8", "replace").decode()))
 
 
 class Block:
@@ -188,14 +188,14 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Follower:
-    """One other rank as the leader has it. ``connection`` is for requests and answers, bytes only; ``words`` is where
-    its LastWords come.
+    """One other rank as the leader has it. ``connection`` is for requests and answers, bytes only. Its
+    FollowerFailure comes on ``failures``.
     """
 
     rank: int
     process: Process
     connection: Connection[Any, Any]
-    words: Connection[Any, Any]
+    failures: Connection[Any, Any]
 
     def __str__(self) -> str:
         return f"tensor parallel rank {self.rank} (pid {self.process.pid})"
@@ -352,11 +352,11 @@ class Followers:
 
     def _find_problem(self) -> RankError | None:
         for each in self._followers:
-            exit_code = each.process.exitcode  # before the words, which were written before the end
-            if each.words.poll(0):
+            exit_code = each.process.exitcode  # before its failure, which it wrote before it ended
+            if each.failures.poll(0):
                 with contextlib.suppress(EOFError, OSError, msgspec.MsgspecError):
-                    words = _WORDS.decode(each.words.recv_bytes(MAX_HEADER_BYTES))
-                    return RankError(f"{each} failed: {words.text}", words.exit_code)
+                    failure = _FAILURES.decode(each.failures.recv_bytes(MAX_HEADER_BYTES))
+                    return RankError(f"{each} failed: {failure.text}", failure.exit_code)
             if exit_code is not None:
                 return RankError(f"{each} {describe_exit(exit_code)}")
         return self._find_delay()

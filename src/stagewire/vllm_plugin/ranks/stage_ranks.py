@@ -106,16 +106,16 @@ class StageRanks:
         maybe_register_config_serialize_by_value()
         context = multiprocessing.get_context("spawn")
         connection, their_end = context.Pipe()
-        words, their_words = context.Pipe(duplex=False)
+        failures, their_failures = context.Pipe(duplex=False)
         place = RankPlace(rank, self.num_ranks, self._store)
-        arguments = (self.config, self.vllm_config, place, their_end, their_words, block)
+        arguments = (self.config, self.vllm_config, place, their_end, their_failures, block)
         name = f"Stage{self.config.stage}_TP{rank}"
         process = context.Process(target=run_follower, args=arguments, name=name, daemon=True)
         with watch_spawned(f"Stage {self.config.stage}, tensor parallel rank {rank}"):
             process.start()
         their_end.close()
-        their_words.close()
-        return Follower(rank, process, connection, words)
+        their_failures.close()
+        return Follower(rank, process, connection, failures)
 
     def load(self) -> None:
         """Returns when all ranks have loaded their part.

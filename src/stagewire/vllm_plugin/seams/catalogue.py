@@ -11,7 +11,7 @@ from stagewire.vllm_plugin.seams import (
     dead_engine,
     discarded_rows,
     early_answers,
-    engine_goodbye,
+    engine_stop_grace,
     engine_watch,
     gemma4,
     interrupted_start,
@@ -28,7 +28,7 @@ __all__ = ["PATCHES"]
 PATCHES = (
     *command_line.PATCHES,
     *early_answers.PATCHES,
-    engine_goodbye.PATCH,
+    engine_stop_grace.PATCH,
     engine_watch.PATCH,
     stop_deadline.PATCH,
     dead_engine.PATCH,

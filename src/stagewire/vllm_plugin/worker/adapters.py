@@ -34,7 +34,7 @@ class Adapters:
         self.known: dict[int, LoRARequest] = {}
 
     def check(self, request: LoRARequest) -> str:
-        """Loads the adapter into nowhere; the digest of its files.
+        """Loads the adapter and drops it again. Returns the digest of its files.
 
         Raises whatever makes it unusable on this stage. Changes nothing.
         """

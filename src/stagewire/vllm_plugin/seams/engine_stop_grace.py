@@ -7,21 +7,21 @@ from typing import Any
 
 from stagewire.vllm_plugin.seams.patching import Patch, wrap
 
-__all__ = ["PATCH", "let_engine_say_goodbye"]
+__all__ = ["PATCH", "give_engine_time_to_stop"]
 
 PATCH = Patch(
     "vllm.v1.engine.utils:get_engine_process_shutdown_timeout",
-    "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could say goodbye; only in a "
+    "without a drain vLLM kills EngineCore right after SIGTERM, before the ring could stop in order; only in a "
     "head's process, where it gets the grace that ROCm gets",
     "the grace is not for ROCm alone",
 )
 
-# Saying goodbye takes milliseconds. What follows, vLLM's own teardown, spends seconds in the garbage collector, and
-# stock vLLM never waits for it.
+# Stopping the ring takes milliseconds. What follows is vLLM's own teardown. It spends seconds in the garbage collector,
+# and stock vLLM never waits for it.
 ENGINE_STOP_GRACE_S = 2.0
 
 
-def let_engine_say_goodbye() -> None:
+def give_engine_time_to_stop() -> None:
     """In the process that started EngineCore: time to tell the ring that the head stops."""
     from vllm.v1.engine import utils
 
