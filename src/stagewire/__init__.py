@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from stagewire.offline import head
+from stagewire.llm import head
 
 __all__ = ["__version__", "head"]

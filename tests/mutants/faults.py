@@ -465,7 +465,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "torn-file",
-        "checkpoint/export.py",
+        "checkpoint/export_writer.py",
         "path.stat().st_size == record.num_bytes == file.num_bytes",
         "path.stat().st_size <= record.num_bytes",
         "A file that was cut would count as exported when the export goes on.",
@@ -481,7 +481,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "verify-hash",
-        "checkpoint/export.py",
+        "checkpoint/export_writer.py",
         "elif (found := hash_file(path)) != record.sha256:",
         "elif len(found := hash_file(path)) != len(record.sha256):",
         "--verify would find no flipped bit.",
@@ -652,7 +652,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "event-dropped",
-        "observe/status.py",
+        "observe/status_events.py",
         "flags = socket.MSG_DONTWAIT if is_droppable else 0",
         "flags = socket.MSG_DONTWAIT",
         "The reason of a stage's end would be lost where a queue is full.",

@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import pytest
 
-from stagewire.checkpoint.export import JOURNAL_NAME, Disk, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, plan_export
+from stagewire.checkpoint.export_writer import JOURNAL_NAME, Disk, run_export, verify_export
 from stagewire.checkpoint.files import checkpoint_files
 from stagewire.checkpoint.index import fingerprint, read_index
 from stagewire.checkpoint.manifest import (

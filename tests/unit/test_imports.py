@@ -50,7 +50,7 @@ RING = [
 PURE_RING = RING[RING.index("state") :]
 WORLD = {"threading", "queue", "time", "socket", "os", "random", "secrets", "asyncio", "selectors"}
 # At the level of cli: what users of the package touch.
-ENTRANCES = {"__init__": "cli", "offline": "cli"}
+ENTRANCES = {"__init__": "cli", "llm": "cli"}
 MODULES = sorted(SOURCE.rglob("*.py"))
 IDS = [str(path.relative_to(SOURCE)) for path in MODULES]
 
@@ -142,7 +142,7 @@ def test_light_modules_stay_light(name: str) -> None:
 
 def test_the_status_channel_is_light() -> None:
     self_check = (
-        "import sys, stagewire.observe.status, stagewire.observe.timings, stagewire.vllm_plugin;"
+        "import sys, stagewire.observe.status_events, stagewire.observe.timings, stagewire.vllm_plugin;"
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", self_check], check=False, timeout=60).returncode == 0

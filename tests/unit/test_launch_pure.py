@@ -19,8 +19,8 @@ from stagewire.launch.api import Api, Served, chat_template_exists, usage
 from stagewire.launch.cores import assign_cores
 from stagewire.launch.early import read_early
 from stagewire.launch.hints import describe_exit, hint, last_error
+from stagewire.launch.loop import run_loop, take_signals
 from stagewire.launch.screen import PlainScreen
-from stagewire.launch.signals import run_loop, take_signals
 from stagewire.launch.spec import (
     StageSpec,
     VllmCommand,
@@ -29,7 +29,7 @@ from stagewire.launch.spec import (
     preload_libraries,
     stage_environment,
 )
-from stagewire.observe.status import Phase, StatusEvent
+from stagewire.observe.status_events import Phase, StatusEvent
 from stagewire.plan.ranges import LayerRange
 
 RANGES = (LayerRange(0, 7), LayerRange(7, 15), LayerRange(15, 30))

@@ -15,7 +15,7 @@ import pytest
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.launch.early import CONFIG_FLAG, OPTIONS, read_early
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi
+from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, HeadApi
 from stagewire.plan.ranges import LayerRange
 from stagewire.vllm_plugin import compat, flags
 from stagewire.vllm_plugin.engine_args import set_process_environment

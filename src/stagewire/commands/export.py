@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stagewire.checkpoint.export import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, TensorSums, plan_export
+from stagewire.checkpoint.export_writer import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.index import TensorInfo
 from stagewire.checkpoint.manifest import Manifest
 from stagewire.commands import plan

@@ -15,7 +15,7 @@ from typing import Any
 
 from stagewire.errors import PeerError
 from stagewire.launch.examples import Example, example_for, first_request
-from stagewire.observe.status import HeadApi
+from stagewire.observe.status_events import HeadApi
 
 __all__ = ["DEFAULT_PORT", "Api", "Served", "chat_template_exists", "usage"]
 

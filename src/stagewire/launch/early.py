@@ -1,8 +1,9 @@
 """The few of vLLM's arguments that a launcher must know before a stage is started.
 
-Everything else the head tells once vLLM's own parser has read its arguments (observe/status.py, `HeadApi`). Asking that
-parser here would cost every start the import of vLLM, 4 to 8 s. This one reads the same words: a --config file's first,
-then those typed, underscores as dashes, prefixes of options, and the last of several. A test compares both.
+The head tells everything else, once vLLM's own parser has read its arguments (observe/status_events.py, `HeadApi`). To
+ask that parser here would cost every start the import of vLLM, 4 to 8 s. This one reads the same words: those of a
+--config file first, then those typed. It takes underscores as dashes, prefixes of options, and the last of several. A
+test compares both parsers.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ from yarl import URL
 from stagewire.errors import ConfigError
 from stagewire.launch.api import Api, Served
 from stagewire.launch.examples import Example, first_request
+from stagewire.launch.loop import run_loop, take_signals
 from stagewire.launch.screen import open_screen
-from stagewire.launch.signals import run_loop, take_signals
 from stagewire.launch.supervisor import Progress
 from stagewire.launch.up import Launch
 

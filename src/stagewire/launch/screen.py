@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol, TextIO
 
 from stagewire.launch.spec import StageSpec
-from stagewire.observe.status import Phase, StatusEvent
+from stagewire.observe.status_events import Phase, StatusEvent
 
 __all__ = ["LiveScreen", "PlainScreen", "Screen", "open_screen"]
 

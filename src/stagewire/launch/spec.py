@@ -19,7 +19,7 @@ from stagewire.home import complete_environment, own_home
 from stagewire.launch.cores import assign_cores
 from stagewire.launch.gpus import visible_gpus
 from stagewire.observe.processes import mark_of
-from stagewire.observe.status import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
+from stagewire.observe.status_events import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
 from stagewire.plan.ranges import PARTITION_ENV, LayerRange
 
 __all__ = [

@@ -29,13 +29,13 @@ from stagewire.errors import ConfigError, PeerError, StagewireError
 from stagewire.launch.api import Api, Served
 from stagewire.launch.hints import describe_exit, hint, last_error
 from stagewire.launch.logs import LogFolder
+from stagewire.launch.loop import take_signals
 from stagewire.launch.orphans import reap_orphans
 from stagewire.launch.pace import Pace, deadline, io_bytes
 from stagewire.launch.screen import Screen
-from stagewire.launch.signals import take_signals
 from stagewire.launch.spec import CommandBuilder, Resources, StageSpec, stage_environment
 from stagewire.observe.processes import die_with
-from stagewire.observe.status import Phase, StatusEvent, StatusReceiver
+from stagewire.observe.status_events import Phase, StatusEvent, StatusReceiver
 
 __all__ = ["DEFAULT_MAX_RESTARTS", "Progress", "StageFailed", "Supervisor", "Timeouts"]
 

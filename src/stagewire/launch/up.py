@@ -18,8 +18,8 @@ from stagewire.folders import private_folder
 from stagewire.launch.api import DEFAULT_PORT, Api, Served, chat_template_exists, usage
 from stagewire.launch.early import ADDRESS_FLAGS, OWN_FLAGS, START_TIMEOUT_FLAG, EarlyArguments, read_early
 from stagewire.launch.logs import LogFolder
+from stagewire.launch.loop import run_loop
 from stagewire.launch.screen import Screen, open_screen
-from stagewire.launch.signals import run_loop
 from stagewire.launch.spec import (
     CommandBuilder,
     Resources,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stagewire.observe.status import LAUNCHER_PID_ENV
+from stagewire.observe.status_events import LAUNCHER_PID_ENV
 
 __all__ = [
     "ORPHAN_EXIT_CODE",

@@ -33,7 +33,7 @@ from stagewire.config import (
     parse_stage,
 )
 from stagewire.errors import ConfigError, StagewireError
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
+from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
 from stagewire.ring.security import secure_stage

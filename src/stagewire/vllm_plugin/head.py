@@ -23,7 +23,7 @@ from stagewire.config import StageConfig
 from stagewire.folders import fits_sockets, private_folder, remove_abandoned
 from stagewire.observe.processes import Guard, find_launcher, take_launcher
 from stagewire.observe.signals import SignalWatch
-from stagewire.observe.status import (
+from stagewire.observe.status_events import (
     HEAD_SOCKET_ENV,
     LAUNCHER_SOCKET_ENV,
     NEWS_SOCKET_ENV,

@@ -26,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from stagewire.observe.status import Phase, StatusEvent
+from stagewire.observe.status_events import Phase, StatusEvent
 from stagewire.vllm_plugin.pipeline_status import Health, PipelineStatus
 
 __all__ = ["EarlyServer", "HeadHealth", "RingMiddleware", "StageHealth"]

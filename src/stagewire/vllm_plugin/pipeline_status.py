@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from stagewire.config import StageConfig
-from stagewire.observe.status import NEWS_SOCKET_ENV, DatagramSender
+from stagewire.observe.status_events import NEWS_SOCKET_ENV, DatagramSender
 from stagewire.observe.timings import StageTimes, StepSummary
 from stagewire.wire.messages import StageReport
 

@@ -36,7 +36,7 @@ from stagewire.checkpoint.ownership import Role, layer_of, owns, role_of
 from stagewire.checkpoint.reader import TensorReader
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status_events import Phase, StatusSender
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.engine_args import OWN_LOAD_FORMATS, asked_load_format
 from stagewire.vllm_plugin.model_patches import heads_without_embedding, load_head

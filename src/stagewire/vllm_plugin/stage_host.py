@@ -17,7 +17,7 @@ from typing import Any
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.signals import SignalWatch
-from stagewire.observe.status import StatusSender
+from stagewire.observe.status_events import StatusSender
 from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
