@@ -123,8 +123,8 @@ def test_each_module_has_a_name_of_its_own() -> None:
 )
 def test_circles_are_found(edges: str, found: list[str], tied: list[str], highest: dict[str, int]) -> None:
     graph: dict[str, set[str]] = {name: set() for name in sorted(set(edges) - {" "})}
-    for importer, imported in edges.split():
-        graph[importer].add(imported)
+    for edge in edges.split():
+        graph[edge[0]].add(edge[1])
     assert ["".join(circle) for circle in circles(graph)] == found
     assert ["".join(tie) for tie in ties(graph)] == tied
     assert floors(graph) == highest
