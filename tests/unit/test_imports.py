@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stagewire import cli
 from support.import_graph import circles, floors, graph_of, read_package, ties
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +129,11 @@ def test_circles_are_found(edges: str, found: list[str], tied: list[str], highes
     assert ["".join(circle) for circle in circles(graph)] == found
     assert ["".join(tie) for tie in ties(graph)] == tied
     assert floors(graph) == highest
+
+
+def test_each_subcommand_is_a_module_of_its_name() -> None:
+    modules = {name: command.module for name, command in cli._COMMANDS.items()}
+    assert modules == {name: sys.modules[f"stagewire.commands.{name.replace('-', '_')}"] for name in modules}
 
 
 def test_the_house_can_be_drawn() -> None:

@@ -19,55 +19,27 @@ __all__ = ["add_launch_arguments", "announce", "describe_serving", "read_wanted"
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """What `read_wanted` reads. Returns the group that says where the stages come from."""
     parser.set_defaults(vllm_arguments=())  # what follows `--`
-    model = parser.add_mutually_exclusive_group(required=True)
+    model, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     model.add_argument("--model", metavar="PATH", help="folder with config.json and the weights")
-    model.add_argument(
-        "--pipeline-dir",
-        type=Path,
-        metavar="PATH",
-        help="output folder of `stagewire export`: one folder for each stage",
+    pre_split = "output folder of `stagewire export`: one folder for each stage"
+    model.add_argument("--pipeline-dir", type=Path, metavar="PATH", help=pre_split)
+    as_many = f"default: {DEFAULT_NUM_STAGES}, or as many as ranges; {AUTO}: as many as the visible GPUs are enough for"
+    add("--num-stages", type=_number_or_auto, metavar="N", help=as_many)
+    layers = "each stage's layers, END not included; default: vLLM's own split"
+    add("--ranges", nargs="+", metavar="START-END", help=layers)
+    ports = "stage i binds this port + i (default: %(default)s)"
+    add("--base-port", type=int, default=Wanted.base_port, help=ports)
+    logs = "default: ./%(default)s, or the next free one of that name while another launcher has it"
+    add("--log-dir", type=Path, default=Wanted.log_dir, help=logs)
+    patience = "since a stage that loads last got on; default: %(default)g seconds"
+    add("--start-timeout", type=float, default=Wanted.start_timeout_s, metavar="S", help=patience)
+    restarts = (
+        "how often in a row a stage that ends while serving is started again, or its standby takes over; "
+        "0: never, the others are stopped; a standby still takes over once (default: %(default)s)"
     )
-    parser.add_argument(
-        "--num-stages",
-        type=_number_or_auto,
-        metavar="N",
-        help=f"default: {DEFAULT_NUM_STAGES}, or as many as ranges; {AUTO}: as many as the visible GPUs are enough for",
-    )
-    parser.add_argument(
-        "--ranges",
-        nargs="+",
-        metavar="START-END",
-        help="each stage's layers, END not included; default: vLLM's own split",
-    )
-    parser.add_argument(
-        "--base-port", type=int, default=Wanted.base_port, help="stage i binds this port + i (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--log-dir",
-        type=Path,
-        default=Wanted.log_dir,
-        help="default: ./%(default)s, or the next free one of that name while another launcher has it",
-    )
-    parser.add_argument(
-        "--start-timeout",
-        type=float,
-        default=Wanted.start_timeout_s,
-        metavar="S",
-        help="since a stage that loads last got on; default: %(default)g seconds",
-    )
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=Wanted.max_restarts,
-        metavar="N",
-        help="how often in a row a stage that ends while serving is started again, or its standby takes over; "
-        "0: never, the others are stopped; a standby still takes over once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--standby",
-        action="store_true",
-        help="load every stage but the head a second time, on the same device, to take over when the first one ends",
-    )
+    add("--restarts", type=int, default=Wanted.max_restarts, metavar="N", help=restarts)
+    standby = "load every stage but the head a second time, on the same device, to take over when the first one ends"
+    add("--standby", action="store_true", help=standby)
     return model
 
 

@@ -29,7 +29,7 @@ GRACE_S = 1
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: signals belong to whoever runs the front."""
+    """uvicorn without its signal handlers: whoever runs the front takes the signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,10 +51,7 @@ def listen(host: str | None, port: int) -> socket.socket:
         ) from error
 
 
-async def serve(front: Front, sock: socket.socket, work: Awaitable[int], hurry: asyncio.Event | None = None) -> int:
-    """Serves until ``work`` is done, whose result it returns; what is open then has a moment, unless ``hurry``."""
-    # Requests that a client breaks off or that ask for a WebSocket are no news for the terminal.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+def _make_server(front: Front) -> _Server:
     config = uvicorn.Config(
         front,
         ws="none",
@@ -65,7 +62,14 @@ async def serve(front: Front, sock: socket.socket, work: Awaitable[int], hurry: 
         date_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
-    server = _Server(config)
+    return _Server(config)
+
+
+async def serve(front: Front, sock: socket.socket, work: Awaitable[int], hurry: asyncio.Event | None = None) -> int:
+    """Serves until ``work`` is done and returns its result. Open requests have a moment more, unless ``hurry``."""
+    # Requests that a client breaks off or that ask for a WebSocket are no news for the terminal.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    server = _make_server(front)
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     working = asyncio.ensure_future(work)
     try:
@@ -126,7 +130,7 @@ async def serve_head(head: str, api_key: str | None, public: Api, sock: socket.s
 
 
 def run_in_loop(work: Coroutine[Any, Any, int]) -> int:
-    """On uvloop where it is installed, which vLLM does: two thirds of the processor time per streamed event."""
+    """On uvloop where it is installed, as vLLM does: it takes two thirds of the processor time per streamed event."""
     try:
         import uvloop
     except ImportError:

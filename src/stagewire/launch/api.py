@@ -69,7 +69,7 @@ class Api:
     def is_ready(self) -> bool:
         """Whether the whole ring answers. False also while nobody listens yet."""
         try:
-            if self.needs_client_certificate:  # which we have not; nobody listens there before the ring is ready
+            if self.needs_client_certificate:  # we have none; but the head listens only once the ring is ready
                 self._plain(_POLL_TIMEOUT_S).close()
                 return True
             return self._request("GET", "/ready", None, _POLL_TIMEOUT_S)[0] == http.HTTPStatus.OK

@@ -82,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_early(arguments: Sequence[str]) -> EarlyArguments:
-    """What can be known of arguments that go to every stage. What vLLM will refuse counts as not given.
+    """What can be known of arguments that go to every stage. Arguments that vLLM will refuse count as not given.
 
     Raises:
         ConfigError: the --config file cannot be read.
@@ -150,7 +150,7 @@ def _as_json(text: str) -> Any:
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is typed beside ``--config FILE``, and what the file says. vLLM knows no other way to write that flag."""
+    """What is typed beside ``--config FILE``, and what the file says. vLLM takes this flag in no other form."""
     if CONFIG_FLAG not in arguments[:-1]:
         return arguments, []
     at = arguments.index(CONFIG_FLAG)

@@ -24,7 +24,7 @@ from stagewire.observe.status_events import Phase, StatusEvent
 __all__ = ["LocalStage", "Progress", "StageFailed", "is_cause_known", "root_cause", "start_stage"]
 
 _LOG_TAIL_BYTES = 64 << 10
-# A healthy stage passes the others in this order.
+# The head says these besides. A healthy stage passes the other phases in their order.
 _NO_STEPS = (Phase.RECOVERING, Phase.GIVEN_UP)
 _ORDER = [phase for phase in Phase if phase not in _NO_STEPS]
 # Whoever sends one of these leaves the stage no time to say why: the end of its log would mislead.
@@ -56,8 +56,8 @@ class LocalStage:
 
     Args:
         exited: done once the process has ended; set by whoever watches it.
-        early_link: the ring was linked while the stage was still loading.
-        failure: its own word about its end.
+        early_link: told while the stage was still loading.
+        failure: what the stage itself says of its end.
         num_failures: in a row, of this stage's processes before this one.
         ready_at: since when it could serve; None while it could not.
     """
@@ -99,10 +99,10 @@ class LocalStage:
     # ---- what it says ----------------------------------------------------------------------------------------------
 
     def take(self, event: StatusEvent, now: float) -> list[StatusEvent]:
-        """Records what the stage says. Returns what of it is progress, for people to see.
+        """Records what the stage says. Returns the events that are progress, for people to see.
 
-        The head's processes report each for itself and links are made again: what is no progress is dropped. The ring
-        may link while stages load; it is then shown as linked once it has loaded.
+        Each of the head's processes reports for itself, and links may be made again: an event that is no progress is
+        dropped. The ring may be linked while this stage still loads. The link is then shown after the loading.
         """
         if event.phase in (Phase.STOPPED, *_NO_STEPS):
             return []

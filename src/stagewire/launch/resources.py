@@ -20,7 +20,7 @@ __all__ = ["Resources", "assign_cores", "assign_resources", "count_stages", "is_
 
 
 def is_cpu_build() -> bool:
-    """vLLM's own rule for choosing its CPU platform."""
+    """By vLLM's own rule for choosing its CPU platform."""
     try:
         return "cpu" in importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:

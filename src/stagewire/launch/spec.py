@@ -99,7 +99,7 @@ def find_vllm() -> str:
 def stage_environment(resources: Resources, private_dir: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of one stage.
 
-    ``private_dir`` takes the sockets and files that vLLM would leave in /tmp; the launcher removes it at the end.
+    ``private_dir`` takes the sockets and files that vLLM would leave in /tmp. The launcher removes it at the end.
     """
     return {
         "VLLM_NO_USAGE_STATS": "1",

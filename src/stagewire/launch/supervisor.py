@@ -106,7 +106,7 @@ class Supervisor:
         self._restarts: set[asyncio.Task[None]] = set()
         self._announcing: asyncio.Task[None] | None = None
         self._asked: int | None = None
-        self._is_interrupted = False  # a lost stage is waited for
+        self._is_interrupted = False  # the head waits for a lost stage
         self._is_stopping = False
 
     def __repr__(self) -> str:
@@ -194,12 +194,7 @@ class Supervisor:
     # ---- starting --------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> Served | None:
-        """From the first process to the first answer; None when asked to stop before that.
-
-        Raises:
-            StageFailed: a stage ended by itself.
-            PeerError: the ring was not ready in time, or did not answer its first request.
-        """
+        """From the first process to the first answer; None when asked to stop before that. Raises as `run`."""
         for spec in self._launch.specs:
             self._stages.append(await self._start(spec))
             self._screen.show(StatusEvent(spec.index, Phase.IMPORTING))
@@ -214,7 +209,7 @@ class Supervisor:
             raise PeerError(self._describe_timeout()) from None
 
     async def _watch_progress(self, limit: asyncio.Timeout) -> None:
-        """Moves the end of the start on, as long as the stages get on."""
+        """Moves the deadline of the start, as long as the stages make progress."""
         while not limit.expired():
             for stage in self._stages:
                 stage.pace.see_io(_now(), io_bytes(stage.process.pid))
@@ -335,29 +330,21 @@ class Supervisor:
         self._screen.say("serving again")
 
     def _replace(self, stage: LocalStage) -> None:
-        """A process has ended: does what follows.
+        """Does what follows from a process's end.
 
         Raises:
             StageFailed: its stage has failed too often in a row.
         """
         stage.kill()
-        index, max_restarts = stage.spec.index, self._launch.max_restarts
-        is_standby = stage is self._standbys.get(index)
-        if is_standby:
-            del self._standbys[index]
-        ready_s = None if stage.ready_at is None else _now() - stage.ready_at
-        stage.num_failures = count_failures(stage.num_failures, ready_s, self._timeouts)
+        follows = self._decide(stage)
         text = stage.describe_failure()
-        follows = what_follows(
-            stage.num_failures, max_restarts, is_standby=is_standby, has_standby=self._has_live_standby(index)
-        )
-        if follows in (Follows.STOP_ALL, Follows.GO_ON_WITHOUT) and max_restarts:
+        if follows in (Follows.STOP_ALL, Follows.GO_ON_WITHOUT) and self._launch.max_restarts:
             text += f"\n  it has ended {stage.num_failures} times in a row: not started again"
         match follows:
             case Follows.STOP_ALL:
                 raise stage.failed(text)
             case Follows.GO_ON_WITHOUT:
-                self._screen.say(f"{text}\nstage {index} goes on without a standby")
+                self._screen.say(f"{text}\nstage {stage.spec.index} goes on without a standby")
             case Follows.TAKE_OVER:
                 self._screen.say(text)
                 self._promote_standby(stage.spec, stage.num_failures)
@@ -365,6 +352,17 @@ class Supervisor:
                 pause = self._start_later(stage.spec, stage.num_failures)
                 when = f" in {pause:g} s" if pause else ""
                 self._screen.say(f"{text}\n{stage.name} is started again{when}")
+
+    def _decide(self, stage: LocalStage) -> Follows:
+        """Also counts the failure, and forgets a standby that has ended."""
+        index = stage.spec.index
+        is_standby = stage is self._standbys.get(index)
+        if is_standby:
+            del self._standbys[index]
+        ready_s = None if stage.ready_at is None else _now() - stage.ready_at
+        stage.num_failures = count_failures(stage.num_failures, ready_s, self._timeouts)
+        has_standby, most = self._has_live_standby(index), self._launch.max_restarts
+        return what_follows(stage.num_failures, most, is_standby=is_standby, has_standby=has_standby)
 
     def _has_live_standby(self, index: int) -> bool:
         standby = self._standbys.get(index)
@@ -418,7 +416,7 @@ class Supervisor:
         yield from self._standbys.values()
 
     async def _stop(self) -> None:
-        """Of a ring that serves the head first: it answers what it may, and the workers end with the ring."""
+        """The head of a ring that serves stops first: it answers open requests, and the workers end with the ring."""
         self._is_stopping = True
         for task in [*self._restarts, *filter(None, [self._announcing])]:
             task.cancel()
