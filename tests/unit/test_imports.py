@@ -131,9 +131,15 @@ def test_circles_are_found(edges: str, found: list[str], tied: list[str], highes
     assert floors(graph) == highest
 
 
-def test_each_subcommand_is_a_module_of_its_name() -> None:
-    modules = {name: command.module for name, command in cli._COMMANDS.items()}
-    assert modules == {name: sys.modules[f"stagewire.commands.{name.replace('-', '_')}"] for name in modules}
+def test_each_subcommand_is_a_module_of_its_name_and_uses_no_other() -> None:
+    names = {name: f"stagewire.commands.{name.replace('-', '_')}" for name in cli._COMMANDS}
+    assert {name: command.module for name, command in cli._COMMANDS.items()} == {
+        name: sys.modules[module] for name, module in names.items()
+    }
+    graph = graph_of(PACKAGE)
+    assert [(module, graph[module] & set(names.values())) for module in names.values()] == [
+        (module, set()) for module in names.values()
+    ]
 
 
 def test_the_house_can_be_drawn() -> None:

@@ -14,8 +14,13 @@ from stagewire.checkpoint.export_plan import ExportPlan, TensorSums, plan_export
 from stagewire.checkpoint.export_writer import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.index import TensorInfo
 from stagewire.checkpoint.manifest import Manifest
-from stagewire.commands.plan import warn
-from stagewire.commands.split_question import add_choice_arguments, add_load_arguments, choose_ranges, load_flags
+from stagewire.commands.split_question import (
+    add_choice_arguments,
+    add_load_arguments,
+    choose_ranges,
+    load_flags,
+    warn,
+)
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.plan.ranges import LayerRange, split_evenly
 

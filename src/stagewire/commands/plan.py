@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from stagewire.checkpoint.split_choice import choose
 from stagewire.commands.plan_text import describe, describe_details, to_json
-from stagewire.commands.split_question import add_choice_arguments, add_load_arguments, read_question
+from stagewire.commands.split_question import add_choice_arguments, add_load_arguments, read_question, warn
 from stagewire.errors import ConfigError, StagewireError
 
-__all__ = ["add_arguments", "main", "run", "warn"]
+__all__ = ["add_arguments", "main", "run"]
 
 EPILOG = """\
 Without --memory and --balance the split is vLLM's own, which is what `stagewire up` starts.
@@ -34,12 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--details", action="store_true", help="weights and KV cache of each stage, from the checkpoint's headers")
     add_choice_arguments(parser)
     add_load_arguments(parser)
-
-
-def warn(warnings: Sequence[str]) -> None:
-    """On standard error, so that standard output is what a program expects."""
-    for warning in warnings:
-        print(f"Warning: {warning}", file=sys.stderr)  # noqa: T201
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +83,7 @@ def _answer(args: argparse.Namespace, *, has_details: bool) -> int:
 
 
 def _say(text: str) -> None:
-    """Also where the terminal's encoding has no check mark."""
+    """Replaces the check mark where the terminal's encoding has none."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

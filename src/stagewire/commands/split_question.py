@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -46,6 +47,7 @@ __all__ = [
     "choose_ranges",
     "load_flags",
     "read_question",
+    "warn",
 ]
 
 # vLLM's own (CacheConfig.gpu_memory_utilization, vllm/config/cache.py).
@@ -103,7 +105,7 @@ class _Model:
 
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a split can be chosen by; `choose_ranges` reads it."""
+    """What a split can be chosen by; `read_question` reads it."""
     add = parser.add_argument
     add("--dtype", choices=DTYPES, help="as for vLLM (default: auto)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="as for vLLM (default: auto)")
@@ -142,6 +144,12 @@ def load_flags(args: argparse.Namespace) -> LoadFlags:
     return LoadFlags(args.load_format or "auto", args.config_format or "auto", args.hf_config_path, overrides)
 
 
+def warn(warnings: Sequence[str]) -> None:
+    """On standard error, so that standard output is what a program expects."""
+    for warning in warnings:
+        print(f"Warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
 def choose_ranges(args: argparse.Namespace, num_stages: int | None) -> tuple[LayerRange, ...]:
     """The split that `stagewire plan` gives for the same arguments.
 
@@ -162,7 +170,7 @@ def choose_ranges(args: argparse.Namespace, num_stages: int | None) -> tuple[Lay
 
 
 def read_question(args: argparse.Namespace, *, has_details: bool) -> Asked:
-    """All that is malformed by itself at once; then what has to be read to be judged.
+    """Checks everything that was typed first, then what the model's files say about it.
 
     Args:
         args: ``model``, ``total_layers``, ``num_stages``, ``ranges``, ``details``, and those of
@@ -252,7 +260,7 @@ def _flag(name: str) -> str:
 
 
 def _count_stages(args: argparse.Namespace, figures: _Figures) -> int:
-    """From whatever says it; all that say it must agree. One memory, or one time, is for any number of stages."""
+    """Every argument that says it must say the same. One memory, or one time, is for any number of stages."""
     ranges, memory, layer_ns = figures.ranges, figures.memory, figures.layer_ns
     said = {} if args.num_stages is None else {f"--num-stages {args.num_stages}": int(args.num_stages)}
     if ranges is not None:
@@ -335,7 +343,7 @@ def _parse_memory(text: str) -> tuple[int, ...]:
 
 
 def _parse_all(texts: Sequence[str], parse: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Every one of ``texts`` parsed. Raises ``ConfigError`` with all that are malformed, a line each."""
+    """Parses all of ``texts``. Raises ``ConfigError`` with all that are malformed, a line each."""
     problems: list[str] = []
     values = tuple(_collect(problems, parse, text) for text in texts)
     if problems:
