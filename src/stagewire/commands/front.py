@@ -90,9 +90,12 @@ def serve_stages(launch: Launch, public: Api, sock: socket.socket, private_dir: 
     def serving(api: Api, served: Served) -> str:
         return describe_serving(launch, replace(public, api_key=api.api_key), served)
 
-    screen = open_screen(launch.specs)
-    announce(launch, screen)
-    return run_in_loop(serve_launch(launch, sock, private_dir, screen, serving))
+    async def work() -> int:
+        screen = open_screen(launch.specs)
+        announce(launch, screen)
+        return await serve_launch(launch, sock, private_dir, screen, serving)
+
+    return run_in_loop(work())
 
 
 def _front_head(args: argparse.Namespace, public: Api) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ class Wanted:
     has_standbys: bool = False
     host: str | None = None
     port: int | None = None
-    vllm_arguments: Sequence[str] = ()
+    vllm_arguments: Sequence[str] = field(default=(), repr=False)  # an API key may be among them
 
 
 @dataclass(frozen=True)
