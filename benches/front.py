@@ -45,7 +45,7 @@ from benches.common import (
     wait_until_quiet,
 )
 
-from stagewire.launch.front import listen
+from stagewire.front.server import listen
 
 DEADLINE_S = 30.0
 EVENT = '{"id":"cmpl-0123456789","object":"text_completion","choices":[{"index":0,"text":" word","logprobs":null}]}'

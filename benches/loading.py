@@ -30,8 +30,8 @@ from typing import Any
 from benches.common import ROOT, Ratios, begin, even_ranges, print_table, wait_until_quiet
 from benches.startup import make_checkpoint
 
-from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.export_writer import run_export
 from stagewire.checkpoint.index import TensorInfo, read_index
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.checkpoint.ownership import stage_tensors

@@ -46,7 +46,7 @@ from benches.common import (
 )
 
 from stagewire.checkpoint.index import read_index
-from stagewire.launch.spec import preload_libraries
+from stagewire.launch.resources import preload_libraries
 
 MIB = 1 << 20
 LIMIT = 1.1

@@ -1,4 +1,4 @@
-"""The `stagewire` command: a signal that asks to stop counts from its first line on, also while it imports the rest."""
+"""The `stagewire` command, which can be told to stop from its first line on, also while it imports the rest."""
 
 from __future__ import annotations
 

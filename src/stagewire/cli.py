@@ -1,4 +1,4 @@
-"""The `stagewire` command. Each subcommand imports what it needs when it runs, so that --help is quick."""
+"""The `stagewire` command: a table of subcommands, each of which is a module of its name in commands/."""
 
 from __future__ import annotations
 
@@ -6,49 +6,44 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Protocol
 
 from stagewire import __version__
-from stagewire.commands import export, front, keys, plan, status
+from stagewire.commands import demo_model, export, front, keys, plan, status, up
 from stagewire.errors import StagewireError
-from stagewire.launch import up
 from stagewire.observe.signals import Interrupted, stop_signals_interrupt
 from stagewire.observe.streams import keep_writing
 
 __all__ = ["main"]
 
 
-def _run_up(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    return up.run(args, extra)
+class _Module(Protocol):
+    """A subcommand. Each imports what is slow to import only when it runs, so that --help is quick."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
 
 
-def _run_front(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    return front.run(args, extra)
+@dataclass(frozen=True)
+class _Command:
+    """``serves``: it runs until it is told to stop, and outlives whoever reads its output."""
+
+    module: _Module
+    help: str
+    serves: bool = False
 
 
-def _run_status(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    return status.run(args)
-
-
-def _run_demo_model(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    from stagewire.launch.demo_model import is_made, make_demo_model
-
-    if not is_made(args.dir):
-        print(f"{args.dir}: fetching and converting SmolLM2-135M-Instruct, once", flush=True)  # noqa: T201
-        make_demo_model(args.dir)
-    return 0
-
-
-def _run_export(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    return export.run(args)
-
-
-def _run_keys(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    return keys.run(args)
-
-
-def _run_plan(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    return plan.run(args, details=True)
+_COMMANDS = {
+    "up": _Command(up, "start, watch and stop all stages of a pipeline on this machine", serves=True),
+    "front": _Command(front, "a pipeline behind one public HTTP port, with the status of every stage", serves=True),
+    "status": _Command(status, "how each stage of a running pipeline is"),
+    "plan": _Command(plan, "check or calculate which layers each stage gets, before anything is started"),
+    "export": _Command(export, "cut a checkpoint into one folder for each stage"),
+    "keys": _Command(keys, "make the key that protects a ring between hosts"),
+    "demo-model": _Command(demo_model, "make a small real model to try things with"),
+}
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -57,61 +52,14 @@ def _make_parser() -> argparse.ArgumentParser:
         description="Pipeline parallelism between independent `vllm serve` processes.",
         allow_abbrev=False,
     )
-    parser.set_defaults(serves=False)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    up_parser = commands.add_parser(
-        "up",
-        help="start, watch and stop all stages of a pipeline on this machine",
-        usage="%(prog)s (--model PATH | --pipeline-dir PATH) [options] [-- VLLM_ARGUMENTS]",
-        epilog=up.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    up.add_arguments(up_parser)
-    up_parser.set_defaults(run=_run_up, takes_extra=True, serves=True)
-
-    front_parser = commands.add_parser(
-        "front",
-        help="a pipeline behind one public HTTP port, with the status of every stage",
-        usage=front.USAGE,
-        epilog=front.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    front.add_arguments(front_parser)
-    front_parser.set_defaults(run=_run_front, takes_extra=True, serves=True)
-
-    status_parser = commands.add_parser("status", help="how each stage of a running pipeline is", allow_abbrev=False)
-    status.add_arguments(status_parser)
-    status_parser.set_defaults(run=_run_status, takes_extra=False)
-
-    plan_parser = commands.add_parser(
-        "plan",
-        help="check or calculate which layers each stage gets, before anything is started",
-        epilog=plan.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    plan.add_arguments(plan_parser)
-    plan_parser.set_defaults(run=_run_plan, takes_extra=False)
-
-    export_parser = commands.add_parser(
-        "export", help="cut a checkpoint into one folder for each stage", allow_abbrev=False
-    )
-    export.add_arguments(export_parser)
-    export_parser.set_defaults(run=_run_export, takes_extra=False)
-
-    keys_parser = commands.add_parser(
-        "keys", help="make the key that protects a ring between hosts", allow_abbrev=False
-    )
-    keys.add_arguments(keys_parser)
-    keys_parser.set_defaults(run=_run_keys, takes_extra=False)
-
-    demo = commands.add_parser("demo-model", help="make a small real model to try things with", allow_abbrev=False)
-    demo.add_argument("dir", nargs="?", type=Path, default=Path(".demo/model"), help="default: %(default)s")
-    demo.set_defaults(run=_run_demo_model, takes_extra=False)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        own = subparsers.add_parser(
+            name, help=command.help, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.module.add_arguments(own)
+        own.set_defaults(command=command)
     return parser
 
 
@@ -121,20 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: by default this process's own; a process that serves then outlives whoever reads its output.
     """
-    own = list(sys.argv[1:] if argv is None else argv)
-    extra: list[str] = []
-    if "--" in own:
-        cut = own.index("--")
-        own, extra = own[:cut], own[cut + 1 :]
-    parser = _make_parser()
-    args = parser.parse_args(own)
-    if extra and not args.takes_extra:
-        parser.error(f"unrecognized arguments: -- {' '.join(extra)}")
-    if args.serves and argv is None:
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
+    command: _Command = args.command
+    if command.serves and argv is None:
         keep_writing()
     try:
         with stop_signals_interrupt():
-            code: int = args.run(args, extra)
+            return command.module.run(args)
     except StagewireError as error:
         print(f"stagewire: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -142,4 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
         print(f"stagewire: stopped by {number.name}", file=sys.stderr)  # noqa: T201
         return 128 + number
-    return code
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """What follows `--` becomes ``vllm_arguments`` of the subcommands that have that."""
+    cut = words.index("--") if "--" in words else len(words)
+    parser = _make_parser()
+    args = parser.parse_args(words[:cut])
+    if extra := words[cut + 1 :]:
+        if "vllm_arguments" not in args:
+            parser.error(f"unrecognized arguments: -- {' '.join(extra)}")
+        args.vllm_arguments = extra
+    return args

@@ -1,10 +1,11 @@
 """Private folders for the sockets between processes of one run, with paths that are short enough for sockets.
 
-A Unix socket's path has at most 107 bytes. TMPDIR may be longer than that alone, and vLLM puts a name of 36
-characters on top. Whoever makes a folder for sockets asks here.
+A Unix socket's path has at most 107 bytes. TMPDIR may be longer than that alone, and vLLM adds a name of 36 characters.
+Every folder for sockets is made here.
 
-Who is killed leaves his folder behind; the next one who makes a folder there removes it. A folder belongs to whoever
-holds the lock on the file `owner` in it, which the kernel takes back with the last process that has it open.
+A process that is killed leaves its folder behind, and the next process that makes a folder there removes it. A folder
+belongs to the process that holds the lock on the file `owner` in it. The kernel releases the lock with the last process
+that has the file open.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _places(environ: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder of this user only, which is removed at the end; so are those at the same place that nobody owns."""
+    """A folder of this user only, removed at the end. Also removes those at the same place that nobody owns."""
     base = short_base()
     remove_abandoned(base)
     path, lock = _make_owned(base)
@@ -79,13 +80,13 @@ def _make_owned(base: str) -> tuple[str, int]:
         lock = os.open(f"{path}/{OWNER}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         if _lock(lock) is not False and os.fstat(lock).st_nlink:
             return path, lock
-        os.close(lock)  # somebody who tidied up was faster, and removes it
+        os.close(lock)  # another process has taken it for abandoned, and removes it
 
 
 def remove_abandoned(base: str | None = None) -> None:
-    """The private folders at this place whose owner has ended, whatever can be removed of them.
+    """Removes this user's private folders at this place whose owner has ended, as far as that is possible.
 
-    Of this user only, and never one without a lock file: that one is not known to be ours.
+    Never removes one without a lock file: it may not be ours.
     """
     base = short_base() if base is None else base
     for path in glob.iglob(f"{glob.escape(base)}/{PREFIX}*"):

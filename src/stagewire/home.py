@@ -1,7 +1,7 @@
 """A home for a process that has none: containers run as users that no passwd knows, on read-only file systems.
 
-Without HOME, libraries make a folder whose name is "~" where they happen to be, and where a home cannot be written they
-fail at the first file. What they ask for is given to them in the environment, before they ask.
+Without HOME, libraries make a folder called "~" in the current one. Where a home cannot be written, they fail at the
+first file. So this module puts into the environment what they will ask for.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stagewire.folders import short_base
 
 __all__ = ["complete_environment", "own_home"]
 
-# What is written below the home when a model runs. Where models are (HF_HOME) stays: it may be there to be read only.
+# Libraries write there when a model runs. HF_HOME, where models are, stays: it may be meant to be read only.
 CACHES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_MODULES_CACHE", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
 _INSTEAD = "set HOME to a folder that can be written"
 _USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # as getpass asks for them
 
 
 def complete_environment(environ: Mapping[str, str], make_home: Callable[[], str]) -> dict[str, str]:
-    """What has to be added, so that a name, a home and a temporary folder are there. Empty where nothing is missing.
+    """What is missing of a user's name, a home and a temporary folder; empty where nothing is.
 
-    ``make_home``: a folder of this user's own that can be written; only asked for when it is needed.
+    ``make_home``: makes a folder of this user's own that can be written; called only when it is needed.
     """
     home, added = _home(environ), {}
     if home is None:

@@ -465,7 +465,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "torn-file",
-        "checkpoint/export.py",
+        "checkpoint/export_writer.py",
         "path.stat().st_size == record.num_bytes == file.num_bytes",
         "path.stat().st_size <= record.num_bytes",
         "A file that was cut would count as exported when the export goes on.",
@@ -481,7 +481,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "verify-hash",
-        "checkpoint/export.py",
+        "checkpoint/export_writer.py",
         "elif (found := hash_file(path)) != record.sha256:",
         "elif len(found := hash_file(path)) != len(record.sha256):",
         "--verify would find no flipped bit.",
@@ -547,15 +547,15 @@ FAULTS: tuple[Fault, ...] = (
     # launcher and front
     Fault(
         "restart-counter",
-        "launch/supervisor.py",
-        "if stage.ready_at is not None and now - stage.ready_at >= self._timeouts.healthy:",
-        "if stage.ready_at is not None and now - stage.ready_at < 0:",
+        "launch/restarts.py",
+        "if ready_s is not None and ready_s >= timeouts.healthy:",
+        "if ready_s is not None and ready_s < 0:",
         "Six deaths in a year would end a pipeline.",
         ("process/test_launch_supervisor.py::test_what_was_healthy_for_long_enough_is_not_counted",),
     ),
     Fault(
         "back-off",
-        "launch/supervisor.py",
+        "launch/restarts.py",
         "* 2 ** (num_failures - 2)",
         "* 0 ** (num_failures - 2)",
         "A stage that dies at once would be started again without a pause, for ever.",
@@ -571,15 +571,15 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "exit-code",
-        "launch/supervisor.py",
-        "return StageFailed(worst.describe_failure(), worst.exit_code if worst.exit_code > 0 else 1)",
-        "return StageFailed(worst.describe_failure(), max(worst.exit_code, 0))",
+        "launch/local_stage.py",
+        "return StageFailed(text, self.exit_code if self.exit_code > 0 else 1)",
+        "return StageFailed(text, max(self.exit_code, 0))",
         "A killed stage would end the launcher with exit code 0.",
         ("process/test_launch_supervisor.py::test_a_stage_that_fails_at_start_is_named_with_its_own_reason",),
     ),
     Fault(
         "front-error-event",
-        "launch/front.py",
+        "front/proxy.py",
         'await send({"type": "http.response.body", "body": last, "more_body": True})',
         "pass",
         "A stream whose head has died would look complete.",
@@ -587,7 +587,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "front-redirects",
-        "launch/front.py",
+        "front/proxy.py",
         "data=body, allow_redirects=False",
         "data=body, allow_redirects=True",
         "The front would fetch what the head points to, with the client's key.",
@@ -595,7 +595,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "front-ready",
-        "launch/front.py",
+        "front/app.py",
         'or (found.get("steps") or {}).get("num_answered"):',
         'or found.get("steps"):',
         "/ready would be 200 for a ring that has never answered.",
@@ -652,7 +652,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "event-dropped",
-        "observe/status.py",
+        "observe/status_events.py",
         "flags = socket.MSG_DONTWAIT if is_droppable else 0",
         "flags = socket.MSG_DONTWAIT",
         "The reason of a stage's end would be lost where a queue is full.",

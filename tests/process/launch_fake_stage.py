@@ -23,7 +23,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from stagewire.observe.status import HeadApi, Phase, StatusSender
+from stagewire.observe.status_events import HeadApi, Phase, StatusSender
 
 ANSWERS: dict[str, object] = {
     "/v1/models": {"data": [{"id": "fake-model"}]},

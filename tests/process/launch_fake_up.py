@@ -11,13 +11,14 @@ import os
 import sys
 from pathlib import Path
 
+from stagewire.commands.screen import open_screen
 from stagewire.errors import StagewireError
 from stagewire.folders import private_folder
 from stagewire.launch.api import Api, Served
 from stagewire.launch.logs import LogFolder
-from stagewire.launch.screen import open_screen
-from stagewire.launch.spec import Resources, StageSpec, place_stages
-from stagewire.launch.supervisor import Supervisor, Timeouts
+from stagewire.launch.resources import Resources
+from stagewire.launch.spec import Launch, StageSpec, Timeouts, place_stages
+from stagewire.launch.supervisor import Supervisor
 from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import split_evenly
 
@@ -44,20 +45,19 @@ def main() -> int:
         return f"serving {served.model} ({served.task}) at {api.place} from {private}"
 
     with private_folder() as private:
-        supervisor = Supervisor(
+        launch = Launch(
             specs,
             command,
             [Resources({"FAKE_DIR": folder})] * len(specs),
             Api("127.0.0.1", int(settings.pop("api_port", port))),
-            open_screen(specs),
-            private,
-            LogFolder.claim(Path(os.environ.get("FAKE_LOGS", folder))),
-            serving,
-            Timeouts(**settings),
-            os.environ,
+            source=Path("fake-model"),
+            has_chat_template=False,
+            logs=LogFolder.claim(Path(os.environ.get("FAKE_LOGS", folder))),
+            timeouts=Timeouts(**settings),
             max_restarts=restarts,
             has_standbys=has_standbys,
         )
+        supervisor = Supervisor(launch, open_screen(specs), private, serving)
         try:
             return asyncio.run(supervisor.run())
         except StagewireError as error:

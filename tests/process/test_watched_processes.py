@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 
 from stagewire.observe.processes import Guard, Watched, find_launcher, mark_of
-from stagewire.observe.status import LAUNCHER_PID_ENV
+from stagewire.observe.status_events import LAUNCHER_PID_ENV
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
 

@@ -93,7 +93,7 @@ class ForkServer:
         return ForkedProcess(command, ours)
 
     def _start(self, env: Mapping[str, str]) -> None:
-        from stagewire.launch.spec import preload_libraries
+        from stagewire.launch.resources import preload_libraries
 
         self._environ = dict(env)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from stagewire.checkpoint.manifest import stage_folder
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
+from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
 from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
 from support.forkserver import ForkedProcess, ForkServer
 

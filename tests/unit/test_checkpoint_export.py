@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import pytest
 
-from stagewire.checkpoint.export import JOURNAL_NAME, Disk, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, plan_export
+from stagewire.checkpoint.export_writer import JOURNAL_NAME, Disk, run_export, verify_export
 from stagewire.checkpoint.files import checkpoint_files
 from stagewire.checkpoint.index import fingerprint, read_index
 from stagewire.checkpoint.manifest import (
@@ -41,7 +41,8 @@ from stagewire.checkpoint.model_config import LoadFlags, read_model_shape
 from stagewire.checkpoint.ownership import Role, role_of, stage_bytes, stage_tensors
 from stagewire.checkpoint.samples import sample_weights
 from stagewire.errors import ConfigError, InternalError
-from stagewire.launch import up
+from stagewire.launch import decision
+from stagewire.launch.decision import Wanted
 from stagewire.plan.ranges import LayerRange
 
 ROOT = Path(__file__).parents[2]
@@ -894,15 +895,11 @@ def test_a_set_that_is_not_whole(model: Path, tmp_path: Path) -> None:
 # ---- the launcher and the tool -------------------------------------------------------------------------------------
 
 
-def _stages(pipeline_dir: Path, **options: Any) -> tuple[tuple[LayerRange, ...], list[Path]]:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    up.add_arguments(parser)
-    args = parser.parse_args(["--pipeline-dir", str(pipeline_dir)])
-    for name, value in options.items():
-        setattr(args, name, value)
-    return up._choose_stages(args, args.num_stages, LoadFlags())
+def _stages(
+    pipeline_dir: Path, num_stages: int | None = None, ranges: list[str] | None = None
+) -> tuple[tuple[LayerRange, ...], list[Path]]:
+    stages = decision._choose_stages(Wanted(pipeline_dir=pipeline_dir, ranges=ranges), num_stages, LoadFlags())
+    return stages.ranges, stages.folders
 
 
 def test_the_launcher_takes_stages_and_ranges_from_it(model: Path, tmp_path: Path) -> None:

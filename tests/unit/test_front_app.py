@@ -15,10 +15,11 @@ import aiohttp
 import pytest
 import uvicorn
 
-from stagewire.launch.front import Front, listen, serve
+from stagewire.front.app import Front
+from stagewire.front.server import listen, serve
+from stagewire.launch.local_stage import Progress
 from stagewire.launch.spec import place_stages
-from stagewire.launch.supervisor import Progress
-from stagewire.observe.status import Phase
+from stagewire.observe.status_events import Phase
 from stagewire.plan.ranges import split_evenly
 
 LIMIT_S = 20.0

@@ -7,8 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from stagewire.cli import main
 from stagewire.commands import front
 from stagewire.commands.status import describe
 from stagewire.errors import ConfigError
-from stagewire.launch import up
+from stagewire.launch.decision import Wanted
+from stagewire.launch.spec import Launch
 
 
 class TestRefused:
@@ -56,22 +56,22 @@ class TestHandedOn:
     """What the launcher gets: the head on loopback, and the GPUs that were chosen."""
 
     @pytest.fixture
-    def decided(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Namespace, Mapping[str, str]]]:
-        seen: list[tuple[Namespace, Mapping[str, str]]] = []
+    def decided(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wanted, Mapping[str, str]]]:
+        seen: list[tuple[Wanted, Mapping[str, str]]] = []
 
-        def decide(args: Namespace, extra: Sequence[str], environ: Mapping[str, str]) -> up.Launch:
-            seen.append((args, environ))
+        def decide(wanted: Wanted, environ: Mapping[str, str]) -> Launch:
+            seen.append((wanted, environ))
             raise ConfigError("seen")
 
-        monkeypatch.setattr(up, "decide", decide)
+        monkeypatch.setattr(front, "decide", decide)
         monkeypatch.setattr(front, "is_cpu_build", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
         return seen
 
-    def test_the_head_is_on_loopback(self, decided: list[tuple[Namespace, Mapping[str, str]]]) -> None:
+    def test_the_head_is_on_loopback(self, decided: list[tuple[Wanted, Mapping[str, str]]]) -> None:
         assert main(["front", "--model", "m", "--host", "127.0.0.1", "--port", "0", "--api-port", "9001"]) == 2
-        ((args, environ),) = decided
-        assert (args.host, args.port, args.num_stages) == ("127.0.0.1", 9001, None)
+        ((wanted, environ),) = decided
+        assert (wanted.host, wanted.port, wanted.num_stages) == ("127.0.0.1", 9001, None)
         assert environ["CUDA_VISIBLE_DEVICES"] == "7"
 
     @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ class TestHandedOn:
         ],
     )
     def test_chosen_gpus_are_the_ones_that_stages_see(
-        self, decided: list[tuple[Namespace, Mapping[str, str]]], more: list[str], num_stages: int | None
+        self, decided: list[tuple[Wanted, Mapping[str, str]]], more: list[str], num_stages: int | None
     ) -> None:
         main(["front", "--model", "m", "--host", "127.0.0.1", "--port", "0", "--gpu-ids", "0, 2,3", *more])
-        ((args, environ),) = decided
+        ((wanted, environ),) = decided
         assert environ["CUDA_VISIBLE_DEVICES"] == "0,2,3"
-        assert args.num_stages == num_stages
+        assert wanted.num_stages == num_stages
 
     def test_another_number_of_gpus_than_stages(
-        self, decided: list[tuple[Namespace, Mapping[str, str]]], capsys: pytest.CaptureFixture[str]
+        self, decided: list[tuple[Wanted, Mapping[str, str]]], capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["front", "--model", "m", "--port", "0", "--gpu-ids", "0,1", "--num-stages", "3"]) == 2
         assert "for 3 stages" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stagewire.observe.status import LAUNCHER_PID_ENV
+from stagewire.observe.status_events import LAUNCHER_PID_ENV
 from stagewire.vllm_plugin.head.api_server import linger
 
 FOR_EVER_S = 600.0

@@ -5,17 +5,23 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "stagewire"
+from stagewire import cli
+from support.import_graph import circles, floors, graph_of, read_package, ties
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "stagewire"
 # Imports point downward: to a later entry, or within the same one.
 LAYERS = [
     "__main__",
     "cli",
     "commands",
+    "front",
     "launch",
     "vllm_plugin",
     "checkpoint",
@@ -30,6 +36,8 @@ LAYERS = [
     "version",
     "errors",
 ]
+# Rooms of vllm_plugin, top to bottom.
+ROOMS = ["entry", "head", "host", "member", "ranks", "worker", "loading", "codec", "seams"]
 # Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.
 RING = [
     "runtime",
@@ -51,8 +59,10 @@ RING = [
 PURE_RING = RING[RING.index("state") :]
 WORLD = {"threading", "queue", "time", "socket", "os", "random", "secrets", "asyncio", "selectors"}
 # At the level of cli: what users of the package touch.
-ENTRANCES = {"__init__": "cli", "offline": "cli"}
-MODULES = sorted(SOURCE.rglob("*.py"))
+ENTRANCES = {"__init__": "cli", "llm": "cli"}
+PACKAGE = read_package(SOURCE)
+NAMES = {module.path: name for name, module in PACKAGE.items()}
+MODULES = sorted(NAMES)
 IDS = [str(path.relative_to(SOURCE)) for path in MODULES]
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "marshal", "dill", "shelve", "joblib"}
@@ -67,22 +77,12 @@ def layer(module: str) -> str:
 
 
 def module_name(path: Path) -> str:
-    parts = ("stagewire", *path.relative_to(SOURCE).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return NAMES[path]
 
 
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports, anywhere in it; ``from stagewire import x`` counts as ``stagewire.x``."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the layer"
-            assert node.module is not None
-            if node.module == "stagewire":
-                yield from (f"stagewire.{alias.name}" for alias in node.names if not alias.name.startswith("__"))
-            else:
-                yield node.module
+    return (each.name for each in PACKAGE[NAMES[path]].imports)
 
 
 def calls(path: Path) -> Iterator[str]:
@@ -97,6 +97,75 @@ def test_imports_point_downward(path: Path) -> None:
     for name in imports(path):
         if name.split(".")[0] == "stagewire" and name != "stagewire":
             assert LAYERS.index(layer(name)) >= own, f"{module_name(path)} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_plugin_point_downward(room: str) -> None:
+    allowed = set(ROOMS[ROOMS.index(room) :])
+    for name, module in PACKAGE.items():
+        if name.split(".")[1:3] == ["vllm_plugin", room]:
+            above = [each.name for each in module.imports if room_in_plugin(each.name) not in {None, *allowed}]
+            assert above == [], f"{name} imports {above}, above it"
+
+
+def room_in_plugin(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["stagewire", "vllm_plugin"] and len(parts) > 2 else None
+
+
+def test_the_rooms_of_the_plugin_are_listed() -> None:
+    assert {path.name for path in (SOURCE / "vllm_plugin").iterdir() if path.is_dir() and any(path.glob("*.py"))} == {
+        *ROOMS
+    }
+
+
+def test_no_imports_in_a_circle() -> None:
+    assert describe_circles(graph_of(PACKAGE)) == []
+
+
+def describe_circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """The imports that tie each circle, so that a failure says what to cut."""
+    return [f"{importer} imports {imported}" for importer, imported in ties(graph)]
+
+
+def test_each_module_has_a_name_of_its_own() -> None:
+    stems = Counter(module.path.stem for module in PACKAGE.values())
+    assert [name for name, count in stems.items() if count > 1 and name != "__init__"] == []
+
+
+@pytest.mark.parametrize(
+    ("edges", "found", "tied", "highest"),
+    [
+        ("ab bc ac", [], [], {"a": 2, "b": 1, "c": 0}),
+        ("ab ba", ["ab"], ["ba"], {"a": 1, "b": 0}),
+        ("aa", ["a"], ["aa"], {"a": 0}),
+        ("ab bc cb dc", ["bc"], ["cb"], {"a": 2, "b": 1, "c": 0, "d": 1}),
+        ("ab bc ca cd de ed", ["abc", "de"], ["bc", "ed"], {"a": 1, "b": 0, "c": 2, "d": 1, "e": 0}),
+    ],
+)
+def test_circles_are_found(edges: str, found: list[str], tied: list[str], highest: dict[str, int]) -> None:
+    graph: dict[str, set[str]] = {name: set() for name in sorted(set(edges) - {" "})}
+    for edge in edges.split():
+        graph[edge[0]].add(edge[1])
+    assert ["".join(circle) for circle in circles(graph)] == found
+    assert ["".join(tie) for tie in ties(graph)] == tied
+    assert floors(graph) == highest
+
+
+def test_each_subcommand_is_a_module_of_its_name_and_uses_no_other() -> None:
+    names = {name: f"stagewire.commands.{name.replace('-', '_')}" for name in cli._COMMANDS}
+    assert {name: command.module for name, command in cli._COMMANDS.items()} == {
+        name: sys.modules[module] for name, module in names.items()
+    }
+    graph = graph_of(PACKAGE)
+    assert [(module, graph[module] & set(names.values())) for module in names.values()] == [
+        (module, set()) for module in names.values()
+    ]
+
+
+def test_the_house_can_be_drawn() -> None:
+    drawn = subprocess.run([ROOT / "scripts" / "rooms"], capture_output=True, text=True, check=True, timeout=60)
+    assert {line.split()[1] for line in drawn.stdout.splitlines() if line[:5].strip().isdecimal()} >= {"cli", "launch"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)
@@ -143,7 +212,7 @@ def test_light_modules_stay_light(name: str) -> None:
 
 def test_the_status_channel_is_light() -> None:
     self_check = (
-        "import sys, stagewire.observe.status, stagewire.observe.timings, stagewire.vllm_plugin;"
+        "import sys, stagewire.observe.status_events, stagewire.observe.timings, stagewire.vllm_plugin;"
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", self_check], check=False, timeout=60).returncode == 0

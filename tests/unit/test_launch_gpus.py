@@ -11,7 +11,7 @@ import pytest
 from stagewire.errors import ConfigError
 from stagewire.launch import gpus
 from stagewire.launch.gpus import amd_cards, ask_nvidia, gpu_memory_bytes, list_gpus, visible_gpus
-from stagewire.launch.spec import assign_resources, count_stages
+from stagewire.launch.resources import assign_resources, count_stages
 from support.nvml import FakeNvml, Spec
 
 GB = 10**9

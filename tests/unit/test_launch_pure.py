@@ -13,23 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from stagewire.commands import up
+from stagewire.commands.launching import read_wanted
+from stagewire.commands.screen import PlainScreen
+from stagewire.commands.usage import usage
 from stagewire.errors import ConfigError
-from stagewire.launch import up
-from stagewire.launch.api import Api, Served, chat_template_exists, usage
-from stagewire.launch.cores import assign_cores
+from stagewire.launch import decision
+from stagewire.launch.api import Api, Served, chat_template_exists
+from stagewire.launch.decision import Wanted
 from stagewire.launch.early import read_early
-from stagewire.launch.hints import describe_exit, hint, last_error
-from stagewire.launch.screen import PlainScreen
-from stagewire.launch.signals import run_loop, take_signals
-from stagewire.launch.spec import (
-    StageSpec,
-    VllmCommand,
-    assign_resources,
-    place_stages,
-    preload_libraries,
-    stage_environment,
-)
-from stagewire.observe.status import Phase, StatusEvent
+from stagewire.launch.hints import hint, last_error
+from stagewire.launch.loop import run_loop, take_signals
+from stagewire.launch.resources import assign_cores, assign_resources, preload_libraries
+from stagewire.launch.spec import StageSpec, VllmCommand, place_stages, stage_environment
+from stagewire.observe.processes import describe_exit
+from stagewire.observe.status_events import Phase, StatusEvent
 from stagewire.plan.ranges import LayerRange
 
 RANGES = (LayerRange(0, 7), LayerRange(7, 15), LayerRange(15, 30))
@@ -236,21 +234,21 @@ def test_what_to_copy_for_a_unix_socket() -> None:
 
 
 def test_flags_of_the_launcher_are_refused_among_the_extra_ones() -> None:
-    args = argparse.Namespace(host=None, port=8000)
+    wanted = Wanted("m", port=8000)
     for extra in (["--dtype", "float32", "--pipeline_stage_idx=3"], ["--external-pp"], ["--port", "1"], ["--model=x"]):
         with pytest.raises(ConfigError, match=r"--[a-z-]+ after `--`"):
-            up._check_extra(args, read_early(extra))
-    up._check_extra(args, read_early(["--host", "::1"]))
-    up._check_extra(argparse.Namespace(host=None, port=None), read_early(["--port", "1"]))
+            decision._check_arguments(wanted, read_early(extra))
+    decision._check_arguments(wanted, read_early(["--host", "::1"]))
+    decision._check_arguments(Wanted("m"), read_early(["--port", "1"]))
 
 
 def test_ranges_or_a_number_of_stages() -> None:
-    assert [str(r) for r in up._choose_ranges(None, None, 30)] == ["0-7", "7-15", "15-23", "23-30"]
-    assert up._choose_ranges(["0-7", "7-15", "15-30"], 3, 30) == RANGES
+    assert [str(r) for r in decision._choose_ranges(None, None, 30)] == ["0-7", "7-15", "15-23", "23-30"]
+    assert decision._choose_ranges(["0-7", "7-15", "15-30"], 3, 30) == RANGES
     with pytest.raises(ConfigError, match="--num-stages 2 but --ranges has 3"):
-        up._choose_ranges(["0-7", "7-15", "15-30"], 2, 30)
+        decision._choose_ranges(["0-7", "7-15", "15-30"], 2, 30)
     with pytest.raises(ConfigError):
-        up._choose_ranges(["0-7", "8-30"], None, 30)
+        decision._choose_ranges(["0-7", "8-30"], None, 30)
 
 
 @pytest.mark.parametrize(
@@ -266,12 +264,12 @@ def test_as_many_stages_as_gpus_when_asked_to(
     words: list[str], is_cpu: bool, num_stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 8}))
-    monkeypatch.setattr(up, "is_cpu_build", lambda: is_cpu)
-    monkeypatch.setattr(up, "find_vllm", lambda: "vllm")
+    monkeypatch.setattr(decision, "is_cpu_build", lambda: is_cpu)
+    monkeypatch.setattr(decision, "find_vllm", lambda: "vllm")
     parser = argparse.ArgumentParser()
     up.add_arguments(parser)
     args = parser.parse_args(["--model", str(tmp_path), "--log-dir", str(tmp_path / "logs"), *words])
-    launch = up.decide(args, [], {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"})
+    launch = decision.decide(read_wanted(args, None, None), {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"})
     launch.logs.close()
     assert len(launch.specs) == num_stages
 
@@ -293,7 +291,7 @@ def test_a_split_that_vllm_cannot_run_is_refused_before_anything_starts(tmp_path
     with pytest.raises(
         ConfigError, match=r"stage 0 with layers \[0, 3\): no KV cache layer.*\n.*3 stages are not possible, 2 at most"
     ):
-        up.run(args, [])
+        up.run(args)
 
 
 def test_a_spec_is_comparable() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from stagewire.observe.status import MAX_DATAGRAM_BYTES, DatagramReceiver, Phase, StatusEvent
+from stagewire.observe.status_events import MAX_DATAGRAM_BYTES, DatagramReceiver, Phase, StatusEvent
 from stagewire.observe.timings import StageTimes, StepStatistics
 from stagewire.vllm_plugin.head.api_app import RingMiddleware
 from stagewire.vllm_plugin.head.health import HeadHealth

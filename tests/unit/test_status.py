@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from stagewire.observe.status import Phase, StatusReceiver, StatusSender
+from stagewire.observe.status_events import Phase, StatusReceiver, StatusSender
 
 
 def test_events_wait_for_a_listener_whose_queue_is_full(tmp_path: Path) -> None:

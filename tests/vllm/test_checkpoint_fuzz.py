@@ -14,8 +14,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.export_writer import run_export
 from stagewire.checkpoint.files import CONSOLIDATED_INDEX_NAME, INDEX_NAME, checkpoint_files
 from stagewire.checkpoint.folder import Checkpoint, read_checkpoint
 from stagewire.checkpoint.index import fingerprint, read_tensors

@@ -146,7 +146,7 @@ class TestSuspicion:
             assert self.note(suspicion, -1, ["a"], tokens) == condemned
 
     def test_it_is_failed_before_a_launcher_gives_up(self) -> None:
-        from stagewire.launch.supervisor import DEFAULT_MAX_RESTARTS
+        from stagewire.launch.restarts import DEFAULT_MAX_RESTARTS
         from stagewire.vllm_plugin.head.suspects import MAX_DEATHS_ALONE, SUSPICIOUS_DEATHS
 
         assert MAX_DEATHS_ALONE + SUSPICIOUS_DEATHS <= DEFAULT_MAX_RESTARTS

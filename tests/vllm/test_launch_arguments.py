@@ -15,7 +15,7 @@ import pytest
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.launch.early import CONFIG_FLAG, OPTIONS, read_early
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi
+from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, HeadApi
 from stagewire.plan.ranges import LayerRange
 from stagewire.vllm_plugin.entry import serve
 from stagewire.vllm_plugin.entry.external_mode import set_process_environment

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.export_writer import run_export
 from stagewire.checkpoint.manifest import stage_folder
 from stagewire.checkpoint.ownership import owns
 from stagewire.plan.ranges import LayerRange

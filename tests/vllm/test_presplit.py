@@ -11,8 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.export_writer import run_export
 from stagewire.checkpoint.manifest import stage_folder
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV, Phase, StatusReceiver
+from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, Phase, StatusReceiver
 from support.models import make_llama
 from support.stages import VLLM, Process, StageFailedError, start
 

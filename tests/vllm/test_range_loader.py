@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.export_writer import run_export
 from stagewire.checkpoint.ownership import layer_of
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from stagewire.checkpoint.export import run_export
 from stagewire.checkpoint.export_plan import plan_export
+from stagewire.checkpoint.export_writer import run_export
 from stagewire.checkpoint.manifest import MANIFEST_NAME, encode_unfinished, stage_folder
 from stagewire.plan.ranges import split_evenly
 from support.models import copy_tokenizer, make_blip2, make_llama

@@ -1,7 +1,7 @@
 """A stage's own folder, cut out of a checkpoint beforehand: what its ``stagewire.json`` says, and whether that holds.
 
-Reads and judges; ``checkpoint/export.py`` writes. Standard library only. A manifest has a checksum of itself, so that
-a layer range that was edited by hand is noticed; an unfinished one says so, and nothing else.
+Reads and judges; ``checkpoint/export_writer.py`` writes. Standard library only. A manifest has a checksum of itself, so
+that a layer range that was edited by hand is noticed; an unfinished one says so, and nothing else.
 """
 
 from __future__ import annotations

@@ -10,11 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stagewire.checkpoint.export import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.export_plan import ExportPlan, TensorSums, plan_export
+from stagewire.checkpoint.export_writer import describe_bytes, run_export, verify_export
 from stagewire.checkpoint.index import TensorInfo
 from stagewire.checkpoint.manifest import Manifest
-from stagewire.commands import plan
+from stagewire.commands.split_question import (
+    add_choice_arguments,
+    add_load_arguments,
+    choose_ranges,
+    load_flags,
+    warn,
+)
 from stagewire.errors import ConfigError, StagewireError
 from stagewire.plan.ranges import LayerRange, split_evenly
 
@@ -34,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="START-END",
         help="each stage's layers, END not included; default: vLLM's own split, or what --memory or --balance choose",
     )
-    plan.add_choice_arguments(parser)
-    plan.add_load_arguments(parser)
+    add_choice_arguments(parser)
+    add_load_arguments(parser)
     add("--overwrite", action="store_true", help="throw away an export that is already in the output folder")
     add("--verify", action="store_true", help="export nothing: read every byte again and compare it with the manifests")
 
@@ -84,9 +90,9 @@ def _export_flags(args: argparse.Namespace) -> list[tuple[str, object]]:
 def _export(args: argparse.Namespace, output_dir: Path) -> None:
     if args.model is None:
         raise ConfigError("--model is missing: the folder of the full checkpoint (only --verify needs none)")
-    flags = plan.load_flags(args)
+    flags = load_flags(args)
     export = plan_export(args.model.expanduser(), lambda num_layers: _choose_ranges(args, num_layers), flags)
-    plan.warn(export.warnings)
+    warn(export.warnings)
     _say_plan(export)
     manifests = run_export(export, output_dir, _say, is_overwriting=args.overwrite)
     _say_sums(export.sums)
@@ -100,7 +106,7 @@ def _choose_ranges(args: argparse.Namespace, num_layers: int) -> tuple[LayerRang
     """What was typed; without ranges, what memory or time ask for; without those, vLLM's own split."""
     num_stages: int | None = args.pipeline_parallel_size
     if args.ranges is None and (args.memory or args.balance):
-        return plan.choose_ranges(argparse.Namespace(**{**vars(args), "num_stages": num_stages}))
+        return choose_ranges(args, num_stages)
     unused = [flag for flag in ("memory", "balance") if getattr(args, flag)]
     if unused:
         raise ConfigError(f"--ranges says all: drop --{', --'.join(unused)}")

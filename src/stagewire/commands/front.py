@@ -1,25 +1,36 @@
-"""`stagewire front`, and tools/offline_pipelining/http_index.py: one public HTTP port before a pipeline."""
+"""`stagewire front`, and tools/offline_pipelining/http_index.py: one public HTTP port before a pipeline.
+
+Decides what the front is asked to do. How it passes requests on is the room front/, whose libraries are imported when
+it runs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
+import sys
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 
+from stagewire.commands.launching import add_launch_arguments, announce, describe_serving, read_wanted
+from stagewire.commands.screen import PlainScreen, open_screen
 from stagewire.errors import ConfigError
 from stagewire.folders import private_folder
-from stagewire.launch import up
-from stagewire.launch.api import Api
+from stagewire.launch.api import Api, Served
+from stagewire.launch.decision import AUTO, Wanted, decide
 from stagewire.launch.early import ADDRESS_FLAGS, TLS_FLAGS, read_early
-from stagewire.launch.spec import is_cpu_build
+from stagewire.launch.resources import is_cpu_build
+from stagewire.launch.spec import Launch
 
-__all__ = ["EPILOG", "USAGE", "add_arguments", "run"]
+__all__ = ["add_arguments", "run", "serve_stages"]
 
 DEFAULT_API_PORT = 8001
 HEAD_HOST = "127.0.0.1"
-NOT_OF_A_LAUNCH = ("head", "host", "port")
+# What means something with --head too.
+_OF_THE_FRONT = ("head", "host", "port", "vllm_arguments")
 
 USAGE = "%(prog)s (--model PATH | --pipeline-dir PATH | --head URL) [options] [-- VLLM_ARGUMENTS]"
 EPILOG = """\
@@ -30,7 +41,8 @@ head's. Stopping and exit codes are those of `stagewire up`; with --head nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = up.add_launch_arguments(parser)
+    parser.usage, parser.epilog = USAGE, EPILOG
+    source = add_launch_arguments(parser)
     source.add_argument("--head", metavar="URL", help="front a ring that was started by hand; starts no stage")
     parser.add_argument("--host", help="address that the public port binds; default: every IPv4 interface")
     parser.add_argument("--port", type=int, default=8000, help="the public port (default: %(default)s)")
@@ -40,51 +52,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-ids", metavar="ID,ID", help="one GPU for each stage; default: the first ones")
 
 
-def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Serves until it is stopped; returns the exit code.
 
     Raises:
         StagewireError: a wrong setting, a stage that failed, a ring that is not ready in time.
     """
-    return _front_head(args, extra) if args.head is not None else _front_launch(args, extra)
+    public = Api(args.host, args.port)
+    return _front_head(args, public) if args.head is not None else _front_launch(args, public)
 
 
-def _front_launch(args: argparse.Namespace, extra: Sequence[str]) -> int:
+def _front_launch(args: argparse.Namespace, public: Api) -> int:
     _check_ports(args)
-    _check_api(extra)
-    of_head = argparse.Namespace(**vars(args))
-    of_head.host, of_head.port = HEAD_HOST, args.api_port
-    environ = {**os.environ, **_choose_gpus(of_head)}
+    _check_api(args.vllm_arguments)
+    wanted, environ = _choose_gpus(read_wanted(args, HEAD_HOST, args.api_port), args.gpu_ids)
 
-    from stagewire.launch.front import listen, run_in_loop, serve_launch
+    from stagewire.front.server import listen
 
-    with listen(args.host, args.port) as sock, private_folder() as folder:
-        launch = up.decide(of_head, extra, environ)
-        public = Api(args.host, args.port)
+    with listen(public.host, public.port) as sock, private_folder() as folder:
+        launch = decide(wanted, {**os.environ, **environ})
         with closing(launch.logs):
-            return run_in_loop(serve_launch(launch, public, sock, folder))
+            return serve_stages(launch, public, sock, folder)
 
 
-def _front_head(args: argparse.Namespace, extra: Sequence[str]) -> int:
+def serve_stages(launch: Launch, public: Api, sock: socket.socket, private_dir: str) -> int:
+    """Starts the stages of ``launch`` and serves before them, as `stagewire up` does.
+
+    Args:
+        public: where clients ask, which is where ``sock`` listens.
+        private_dir: as for `Supervisor`.
+
+    Raises:
+        StagewireError: as `Supervisor.run`.
+    """
+    from stagewire.front.server import run_in_loop, serve_launch
+
+    def serving(api: Api, served: Served) -> str:
+        return describe_serving(launch, replace(public, api_key=api.api_key), served)
+
+    async def work() -> int:
+        screen = open_screen(launch.specs)
+        announce(launch, screen)
+        return await serve_launch(launch, sock, private_dir, screen, serving)
+
+    return run_in_loop(work())
+
+
+def _front_head(args: argparse.Namespace, public: Api) -> int:
     url = _head_url(args.head)
-    if given := _given_of_a_launch(args, extra):
+    if given := _given_of_a_launch(args):
         raise ConfigError(f"{', '.join(given)} with --head: that ring was started already; leave it out, or --head")
 
-    from stagewire.launch.front import listen, run_in_loop, serve_head
+    from stagewire.front.server import listen, run_in_loop, serve_head
 
-    with listen(args.host, args.port) as sock:
-        public = Api(args.host, args.port)
-        return run_in_loop(serve_head(url, os.environ.get("VLLM_API_KEY"), public, sock))
+    with listen(public.host, public.port) as sock:
+        return run_in_loop(serve_head(url, os.environ.get("VLLM_API_KEY"), public, sock, PlainScreen(sys.stdout)))
 
 
-def _given_of_a_launch(args: argparse.Namespace, extra: Sequence[str]) -> list[str]:
+def _given_of_a_launch(args: argparse.Namespace) -> list[str]:
     """What was asked for, beside its default, that only a launch of stages can do."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     defaults = vars(parser.parse_args(["--head", args.head]))
-    names = [name for name in defaults if name not in NOT_OF_A_LAUNCH]
-    given = [name for name in names if getattr(args, name) != defaults[name]]
-    return [f"--{name.replace('_', '-')}" for name in given] + ["arguments after `--`"] * bool(extra)
+    given = [name for name in defaults if name not in _OF_THE_FRONT and getattr(args, name) != defaults[name]]
+    after = ["arguments after `--`"] if args.vllm_arguments else []
+    return [f"--{name.replace('_', '-')}" for name in given] + after
 
 
 def _head_url(text: str) -> str:
@@ -120,19 +152,19 @@ def _check_api(extra: Sequence[str]) -> None:
         )
 
 
-def _choose_gpus(args: argparse.Namespace) -> dict[str, str]:
-    """The part of the environment that names the GPUs; sets the number of stages if nothing else does."""
-    if args.gpu_ids is None:
-        return {}
-    gpus = [each.strip() for each in args.gpu_ids.split(",")]
+def _choose_gpus(wanted: Wanted, ids: str | None) -> tuple[Wanted, Mapping[str, str]]:
+    """The number of stages, if nothing else says it, and the part of the environment that names the GPUs."""
+    if ids is None:
+        return wanted, {}
+    gpus = [each.strip() for each in ids.split(",")]
     if not all(gpus) or len(set(gpus)) < len(gpus):
-        raise ConfigError(f"--gpu-ids {args.gpu_ids!r}: expected different ids with commas between, for instance 0,2,3")
+        raise ConfigError(f"--gpu-ids {ids!r}: expected different ids with commas between, for instance 0,2,3")
     if is_cpu_build():
-        raise ConfigError(f"--gpu-ids {args.gpu_ids}: this is vLLM's CPU build, which uses no GPU: leave it out")
-    asked = None if args.num_stages == up.AUTO else args.num_stages
-    num_stages = asked or (len(args.ranges) if args.ranges else None)
-    if num_stages is None and args.pipeline_dir is None:
-        args.num_stages = len(gpus)
+        raise ConfigError(f"--gpu-ids {ids}: this is vLLM's CPU build, which uses no GPU: leave it out")
+    asked = None if wanted.num_stages == AUTO else wanted.num_stages
+    num_stages = asked or (len(wanted.ranges) if wanted.ranges else None)
+    if num_stages is None and wanted.pipeline_dir is None:
+        wanted = replace(wanted, num_stages=len(gpus))
     elif num_stages is not None and num_stages != len(gpus):
-        raise ConfigError(f"--gpu-ids {args.gpu_ids} for {num_stages} stages: give one id for each stage")
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        raise ConfigError(f"--gpu-ids {ids} for {num_stages} stages: give one id for each stage")
+    return wanted, {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Raises ``ConfigError`` when the file exists or cannot be made."""
     path = args.file.expanduser()
     make_key_file(path)
     print(  # noqa: T201

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from stagewire.commands.plan_choice import Answer, Compared, Question, StageFigures
+from stagewire.checkpoint.split_choice import Answer, Compared, Question, StageFigures
+from stagewire.commands.split_question import Source
 from stagewire.plan.ranges import LayerRange, ranges_line, split_evenly
 
-__all__ = ["Source", "describe", "describe_details", "to_json"]
+__all__ = ["describe", "describe_details", "to_json"]
 
 _RULE = "-" * 60
 _MIN_DIGITS = 2
@@ -21,23 +21,6 @@ _NOT_COUNTED = (
     "Sliding window layers count as full ones, so that with long requests vLLM's own figure may be higher.",
 )
 _STATES = "The constant state of each running request takes from the KV cache too, and is not counted."
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the question came from. ``weights`` and ``kv``: names of dtypes, ``None`` when nothing was measured.
-
-    ``unknown``: why the KV cache has no figures. ``max_positions``: config.json's max_position_embeddings.
-    ``warnings``: what is odd about the checkpoint. ``config_name``: the file that says how many layers there are.
-    """
-
-    model: str | None
-    weights: str | None = None
-    kv: str | None = None
-    unknown: str | None = None
-    max_positions: int | None = None
-    warnings: tuple[str, ...] = ()
-    config_name: str = "config.json"
 
 
 def describe(source: Source, question: Question, answer: Answer) -> str:
@@ -202,7 +185,7 @@ def _verdict(compared: Compared) -> str:
 
 
 def _stage_json(stage: int, layers: LayerRange, figures: Sequence[StageFigures]) -> dict[str, Any]:
-    own = figures[stage] if figures else StageFigures(layers, None, None, None, None, None, None, None)
+    own = figures[stage] if figures else StageFigures(layers)
     return {
         "stage": stage,
         "start": layers.start,

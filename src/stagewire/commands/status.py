@@ -7,7 +7,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stagewire.errors import PeerError
@@ -15,21 +15,6 @@ from stagewire.errors import PeerError
 __all__ = ["add_arguments", "run"]
 
 TIMEOUT_S = 10.0
-_HEADER = (
-    "stage",
-    "layers",
-    "state",
-    "pid",
-    "address",
-    "up",
-    "memory",
-    "KV",
-    "cached",
-    "step",
-    "compute",
-    "hop",
-    "age",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +65,8 @@ def describe(found: dict[str, Any]) -> str:
     lines = [f"{found['state']}{reason}"]
     if found.get("steps"):
         lines.append(_describe_steps(found["steps"]))
-    rows = [_row(stage) for stage in found["stages"]]
-    lines += ["", *_columns([_HEADER, *rows])]
+    rows = [[cell(stage) for cell in _TABLE.values()] for stage in found["stages"]]
+    lines += ["", *_align([list(_TABLE), *rows])]
     told = {found.get("reason")}
     for stage in found["stages"]:
         text = stage.get("reason")
@@ -101,32 +86,49 @@ def _describe_steps(steps: dict[str, Any]) -> str:
     return text
 
 
-def _row(stage: dict[str, Any]) -> tuple[str, ...]:
-    def form(name: str, form: str = "{}", scale: float = 1.0) -> str:
+_Stage = Mapping[str, Any]
+
+
+def _cell(name: str, form: str = "{}", scale: float = 1.0) -> Callable[[_Stage], str]:
+    """Of one figure in the head's answer; a dash where it is not known."""
+
+    def describe_figure(stage: _Stage) -> str:
         value = stage.get(name)
         if value is None:
             return "-"
         return form.format(value / scale if scale != 1.0 else value)
 
-    host, address = stage.get("host"), form("address")
+    return describe_figure
+
+
+def _address(stage: _Stage) -> str:
+    address, host = _cell("address")(stage), stage.get("host")
+    return f"{address} ({host})" if host else address
+
+
+def _memory(stage: _Stage) -> str:
+    """Of the process, and what it has on its device."""
     device = f"+{stage['device_bytes'] / 2**30:.2f}" if stage.get("device_bytes") else ""
-    return (
-        form("stage"),
-        form("layers"),
-        form("state"),
-        form("pid"),
-        f"{address} ({host})" if host else address,
-        form("uptime_s", "{:.0f} s"),
-        form("rss_bytes", "{:.2f}", 2**30) + device + (" GiB" if stage.get("rss_bytes") else ""),
-        form("kv_blocks"),
-        form("cached_requests"),
-        form("last_step"),
-        form("compute_ms", "{:.2f} ms"),
-        form("hop_us", "{:.0f} µs"),
-        form("age_s", "{:.1f} s"),
-    )
+    return _cell("rss_bytes", "{:.2f}", 2**30)(stage) + device + (" GiB" if stage.get("rss_bytes") else "")
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+_TABLE = {
+    "stage": _cell("stage"),
+    "layers": _cell("layers"),
+    "state": _cell("state"),
+    "pid": _cell("pid"),
+    "address": _address,
+    "up": _cell("uptime_s", "{:.0f} s"),
+    "memory": _memory,
+    "KV": _cell("kv_blocks"),
+    "cached": _cell("cached_requests"),
+    "step": _cell("last_step"),
+    "compute": _cell("compute_ms", "{:.2f} ms"),
+    "hop": _cell("hop_us", "{:.0f} µs"),
+    "age": _cell("age_s", "{:.1f} s"),
+}
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

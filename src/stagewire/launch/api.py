@@ -1,11 +1,10 @@
-"""The head's HTTP API, seen as its first client: is the ring ready, does it answer, how is it called."""
+"""The head's HTTP API, seen as its first client: where it is, whether the ring is ready, whether it answers."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import json
-import shlex
 import socket
 import ssl
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stagewire.errors import PeerError
-from stagewire.launch.examples import Example, example_for, first_request
-from stagewire.observe.status import HeadApi
+from stagewire.launch.examples import first_request
+from stagewire.observe.status_events import HeadApi
 
-__all__ = ["DEFAULT_PORT", "Api", "Served", "chat_template_exists", "usage"]
+__all__ = ["DEFAULT_PORT", "Api", "Served", "chat_template_exists"]
 
 _POLL_TIMEOUT_S = 5.0
 DEFAULT_PORT = 8000  # vLLM's own
@@ -70,7 +69,7 @@ class Api:
     def is_ready(self) -> bool:
         """Whether the whole ring answers. False also while nobody listens yet."""
         try:
-            if self.needs_client_certificate:  # which we have not; nobody listens there before the ring is ready
+            if self.needs_client_certificate:  # we have none; but the head listens only once the ring is ready
                 self._plain(_POLL_TIMEOUT_S).close()
                 return True
             return self._request("GET", "/ready", None, _POLL_TIMEOUT_S)[0] == http.HTTPStatus.OK
@@ -144,38 +143,3 @@ def chat_template_exists(model_dir: Path) -> bool:
         return bool(json.loads((model_dir / "tokenizer_config.json").read_text()).get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def usage(api: Api, served: Served, has_chat_template: bool) -> str:
-    """The lines to copy: `curl`, and Python's `openai` where that has a word for it."""
-    lines = [f"Serving {served.model} at {api.place}", ""]
-    example = example_for(served.task, has_chat_template)
-    if api.needs_client_certificate:
-        lines += ["  Clients need a certificate that it accepts (--ssl-cert-reqs).", ""]
-    if example is not None:
-        lines += [f"  {_curl(api, served.model, example)}", ""]
-        lines += [*(f"  {line}" for line in _python(api, served.model, example)), ""] if example.call else []
-    return "\n".join(lines)
-
-
-def _curl(api: Api, model: str, example: Example) -> str:
-    uds = f"--unix-socket {shlex.quote(api.uds)} " if api.uds else ""
-    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if api.api_key else ""
-    body = shlex.quote(json.dumps({"model": model, **example.body}))
-    return f'curl {uds}{api.url}{example.route} -H "Content-Type: application/json"{key} -d {body}'
-
-
-def _python(api: Api, model: str, example: Example) -> list[str]:
-    key = 'os.environ["VLLM_API_KEY"]' if api.api_key else '"none"'
-    client = ""
-    if api.uds:
-        client = f", http_client=openai.DefaultHttpxClient(transport=httpx.HTTPTransport(uds={json.dumps(api.uds)}))"
-    imports = ["import httpx, openai"] if api.uds else []
-    arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in {"model": model, **example.body}.items())
-    return [
-        *imports,
-        "from openai import OpenAI",
-        f'client = OpenAI(base_url="{api.url}/v1", api_key={key}{client})',
-        f"answer = client.{example.call}.create({arguments})",
-        f"print(answer.{example.answer})",
-    ]

@@ -1,8 +1,9 @@
 """The few of vLLM's arguments that a launcher must know before a stage is started.
 
-Everything else the head tells once vLLM's own parser has read its arguments (observe/status.py, `HeadApi`). Asking that
-parser here would cost every start the import of vLLM, 4 to 8 s. This one reads the same words: a --config file's first,
-then those typed, underscores as dashes, prefixes of options, and the last of several. A test compares both.
+The head tells everything else, once vLLM's own parser has read its arguments (observe/status_events.py, `HeadApi`). To
+ask that parser here would cost every start the import of vLLM, 4 to 8 s. This one reads the same words: those of a
+--config file first, then those typed. It takes underscores as dashes, prefixes of options, and the last of several. A
+test compares both parsers.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_early(arguments: Sequence[str]) -> EarlyArguments:
-    """What can be known of arguments that go to every stage. What vLLM will refuse counts as not given.
+    """What can be known of arguments that go to every stage. Arguments that vLLM will refuse count as not given.
 
     Raises:
         ConfigError: the --config file cannot be read.
@@ -149,7 +150,7 @@ def _as_json(text: str) -> Any:
 
 
 def _split_config(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is typed beside ``--config FILE``, and what the file says. vLLM knows no other way to write that flag."""
+    """What is typed beside ``--config FILE``, and what the file says. vLLM takes this flag in no other form."""
     if CONFIG_FLAG not in arguments[:-1]:
         return arguments, []
     at = arguments.index(CONFIG_FLAG)

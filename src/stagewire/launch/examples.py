@@ -1,6 +1,6 @@
-"""What to ask a model, by what it is for: a first request that costs little, and one to copy. Pure.
+"""What to ask a model of each task: a first request that costs little, and one to copy. Pure.
 
-The tasks are vLLM's own names, as the head tells them in /pipeline/status; ``score`` is of pooling models that compare
+The tasks have vLLM's own names, as the head tells them in /pipeline/status. ``score``: a pooling model that compares
 two texts.
 """
 
@@ -15,9 +15,7 @@ _Body = dict[str, object]
 
 @dataclass(frozen=True)
 class Example:
-    """A request without its model. ``call`` and ``answer``: how the package `openai` says it, empty where it has no
-    word for it.
-    """
+    """A request without its model. ``call`` and ``answer``: the same with the package `openai`; empty without one."""
 
     route: str
     body: _Body
@@ -49,10 +47,10 @@ _SHOWN = {
 
 
 def example_for(task: str, has_chat_template: bool = False) -> Example | None:
-    """What to copy. None: nobody here knows what such a model wants to be asked (``plugin``, speech)."""
+    """What to copy. None: there is no example for such a model (``plugin``, speech)."""
     return _CHAT if task == "generate" and has_chat_template else _SHOWN.get(task)
 
 
 def first_request(task: str) -> Example | None:
-    """What shows that a model answers; None: as above."""
+    """What shows that a model answers; None as for `example_for`."""
     return _FIRST_TOKEN if task == "generate" else _SHOWN.get(task)

@@ -1,9 +1,13 @@
 """This machine's GPUs: which ones a pipeline may use, and their memory. No CUDA, no torch.
 
-NVIDIA's own library (`pynvml` of nvidia-ml-py) lists them in the order of the PCI bus, slices of a GPU (MIG) included,
-and does not know of CUDA_VISIBLE_DEVICES. How CUDA reads that variable is told here: by number or by the beginning of a
-UUID; an entry that it does not know, such as -1, hides itself and all after it; with one twice it shows none. Of other
-vendors' GPUs it is said what the kernel tells. Standard library only where that library is not installed.
+NVIDIA's own library (`pynvml` of nvidia-ml-py) lists them in the order of the PCI bus, slices of a GPU (MIG) included.
+It does not know CUDA_VISIBLE_DEVICES, so this module reads the variable as CUDA does:
+
+- An entry is a number, or the beginning of a UUID.
+- An entry that CUDA does not know, such as -1, hides itself and all entries after it.
+- A GPU that is named twice hides all.
+
+About other vendors' GPUs it says what the kernel tells. Without NVIDIA's library this is standard library only.
 """
 
 from __future__ import annotations
@@ -67,9 +71,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Visible:
-    """The GPUs that stages may be given: ``names``, for ``variable``; ``text`` says where that is known from.
+    """The GPUs that stages may be given.
 
-    ``environ`` makes the names mean what they say.
+    Args:
+        variable: of the environment, that takes ``names``.
+        text: where that is known from, for people.
+        environ: what else a stage's environment needs, so that the names mean these GPUs.
     """
 
     variable: str
@@ -79,9 +86,13 @@ class Visible:
 
 
 def list_gpus(nvml: Any) -> list[Gpu]:
-    """In the order of the PCI bus; of a GPU that is cut into slices, these. ``nvml``: pynvml, initialised.
+    """In the order of the PCI bus. A GPU that is cut into slices is listed as these.
 
-    Raises ``nvml.NVMLError`` when a GPU cannot be asked.
+    Args:
+        nvml: pynvml, initialised.
+
+    Raises:
+        nvml.NVMLError: a GPU cannot be asked.
     """
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     return [gpu for index, handle in enumerate(handles) for gpu in _cut(nvml, index, handle)]

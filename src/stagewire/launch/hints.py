@@ -1,13 +1,11 @@
-"""Why a stage died, read from its exit status and the end of its log, when it did not say so itself. Pure."""
+"""Why a stage ended, from its exit status and the end of its log, when it did not say so itself. Pure."""
 
 from __future__ import annotations
 
 import re
 import signal
 
-from stagewire.observe.processes import describe_exit
-
-__all__ = ["describe_exit", "hint", "last_error"]
+__all__ = ["hint", "last_error"]
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # "(EngineCore pid=12) ERROR 11-23 22:43:01 [core.py:123] ValueError: ..." -> "ValueError: ..."

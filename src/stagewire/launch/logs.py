@@ -1,7 +1,7 @@
-"""Where the stages' logs go: a folder that one living launcher has to itself.
+"""The folder of the stages' logs, which one running launcher has to itself.
 
-The lock is the kernel's (flock), on a file in the folder, and so ends with its launcher however that ends. A launcher
-that finds its folder taken gets one beside it: two pipelines that were started in the same place are both wanted.
+The launcher holds the kernel's lock (flock) on a file in the folder. The lock ends with the launcher, however that
+ends. A launcher that finds its folder taken uses one beside it: both pipelines were started on purpose.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LogFolder:
 
     @classmethod
     def claim(cls, wanted: Path) -> LogFolder:
-        """The folder, made if need be, without the logs of the launcher before; or the first free one of its name.
+        """Takes the folder, or the first free one of its name: makes it, and removes the logs of an earlier launcher.
 
         Raises:
             ConfigError: nothing can be written there.
@@ -55,7 +55,7 @@ class LogFolder:
         self._lock.close()
 
     def open_log(self, name: str) -> IO[bytes]:
-        """To be appended to. Where that is impossible by now, the folder is made again, or else nothing is kept."""
+        """To append to. A folder that is gone is made again; where that fails too, the log goes to /dev/null."""
         for _ in range(2):
             with contextlib.suppress(OSError):
                 return (self.path / name).open("ab")
@@ -93,7 +93,7 @@ def _try_lock(path: Path) -> IO[bytes] | None:
         lock.close()
         return None
     except OSError:
-        pass  # a file system without locks: as if nobody else were there
+        pass  # a file system without locks: nobody can know of another launcher
     with contextlib.suppress(OSError):  # a full disk
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n".encode())

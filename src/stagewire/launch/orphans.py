@@ -1,7 +1,7 @@
-"""Children that this process did not start: as process 1 of a container it inherits whoever loses his parent.
+"""Children that this process did not start: process 1 of a container inherits every process that loses its parent.
 
-Nobody else asks for their exit codes, so they would stay in the process table for ever, as zombies. What the launcher
-has started itself leads a session of its own (`start_new_session`), and is waited for by whoever started it.
+Nobody else asks for their exit codes, so they would stay in the process table as zombies. A stage is not one of them:
+it leads a session of its own (`start_new_session`), and the launcher waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["reap_orphans"]
 
 
 def reap_orphans() -> list[int]:
-    """Takes the exit codes of all that have ended; returns their process ids."""
+    """Takes the exit codes of all orphans that have ended; returns their process ids."""
     orphans = [child.pid for child in psutil.Process().children() if _is_ended_orphan(child)]
     for pid in orphans:
         with contextlib.suppress(ChildProcessError):

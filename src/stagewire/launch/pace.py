@@ -1,8 +1,8 @@
-"""Whether a stage gets on while it starts, when it last did, and how fast it reads. Pure but for `io_bytes`.
+"""Progress of a stage that starts: when the last was, and how fast the stage reads. Pure but for `io_bytes`.
 
-A stage gets on when it enters a phase, when it says that it has read more of its weights, and when its processes read
-or write files: imports, downloads, a loader of vLLM's own and a compiler do that and say nothing. A stage that waits
-for others does not, and need not.
+Three things are progress: the stage enters a phase, it says that it has read more of its weights, or its processes read
+or write files. Imports, downloads, vLLM's own loaders and a compiler do the third and say nothing. A stage that waits
+for others makes no progress, and need not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class Pace:
-    """One stage's. Times are seconds of one monotonic clock.
+    """The progress of one stage. Times are seconds of one monotonic clock.
 
     Args:
         now: when it was started.
@@ -50,7 +50,7 @@ class Pace:
         self._forget(now)
 
     def see_io(self, now: float, num_bytes: int) -> None:
-        """What its processes have read and written so far; to be told about once a second, or oftener."""
+        """Takes what its processes have read and written so far, about once a second or more often."""
         since_s = now - self._io_at
         if since_s < 1.0:
             return
@@ -85,12 +85,12 @@ class Pace:
 
 
 def deadline(loading: Sequence[Pace], waiting: Sequence[Pace], limit_s: float) -> float:
-    """When a start has failed unless somebody gets on before.
+    """When a start has failed, unless there is progress before.
 
     Args:
-        loading: of stages that have not loaded: each must get on by itself.
-        waiting: of the others, which may wait for those; among themselves it is enough that one of them gets on.
-        limit_s: how long is too long.
+        loading: the stages that have not loaded; each of them has to make progress.
+        waiting: the others, which may wait for those; progress of one of them is enough.
+        limit_s: how long a stage may make no progress.
     """
     return limit_s + (min(pace.last_at for pace in loading) if loading else max(pace.last_at for pace in waiting))
 
@@ -100,7 +100,7 @@ def _unit(num_bytes: float) -> tuple[float, str]:
 
 
 def io_bytes(pid: int) -> int:
-    """What a process and those that it started have read and written, in files and pipes; 0 of one that is gone."""
+    """What a process and its descendants have read and written, in files and pipes; 0 of one that has ended."""
     folder = Path(f"/proc/{pid}")
     with contextlib.suppress(OSError, ValueError):
         counts = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())

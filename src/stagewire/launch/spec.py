@@ -1,36 +1,32 @@
-"""What a local stage is started with: its place, its command line, its environment.
+"""What a pipeline of local stages is started with: each stage's place, command line and environment, and the patience.
 
-Everything here is decided before a process is started. Asks the machine for cores, GPUs and a compiler; starts nothing.
+Everything here is decided before a process is started. Starts nothing.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagewire import machine
 from stagewire.errors import ConfigError
 from stagewire.home import complete_environment, own_home
-from stagewire.launch.cores import assign_cores
-from stagewire.launch.gpus import visible_gpus
+from stagewire.launch.api import Api
+from stagewire.launch.logs import LogFolder
+from stagewire.launch.resources import Resources
 from stagewire.observe.processes import mark_of
-from stagewire.observe.status import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
+from stagewire.observe.status_events import LAUNCHER_PID_ENV, LAUNCHER_SOCKET_ENV
 from stagewire.plan.ranges import PARTITION_ENV, LayerRange
 
 __all__ = [
     "CommandBuilder",
-    "Resources",
+    "Launch",
     "StageSpec",
+    "Timeouts",
     "VllmCommand",
-    "assign_resources",
-    "count_stages",
     "find_vllm",
-    "is_cpu_build",
     "place_stages",
     "stage_environment",
 ]
@@ -67,8 +63,8 @@ def place_stages(ranges: Sequence[LayerRange], base_port: int) -> list[StageSpec
 class VllmCommand:
     """Builds each stage's `vllm serve` command line. ``model``: of all stages, or one folder for each.
 
-    All stages get the same ``extra``: a worker under a launcher passes over what is of the API alone. Without a host or
-    a port vLLM's own rule decides, a --config file among it.
+    All stages get the same ``extra``: a worker that a launcher has started ignores the flags of the API. Without a host
+    or a port vLLM's own rule decides, a --config file included.
     """
 
     vllm: str
@@ -100,107 +96,10 @@ def find_vllm() -> str:
     return str(vllm)
 
 
-def is_cpu_build() -> bool:
-    """vLLM's own rule for choosing its CPU platform."""
-    try:
-        return "cpu" in importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return True
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one stage may use of this machine. ``cores`` is empty for a stage that is not pinned."""
-
-    environ: Mapping[str, str]
-    cores: tuple[int, ...] = ()
-
-
-def assign_resources(num_stages: int, environ: Mapping[str, str], is_cpu: bool, num_ranks: int = 1) -> list[Resources]:
-    """A share of the cores for each stage on CPU, a GPU for each of its tensor parallel ranks elsewhere.
-
-    Raises:
-        ConfigError: fewer GPUs than ranks of all stages.
-    """
-    if not is_cpu:
-        return [Resources(own) for own in _take_gpus(num_stages, num_ranks, environ)]
-    preload = preload_libraries(environ.get("LD_PRELOAD", ""))
-    cores, num_cpus = sorted(os.sched_getaffinity(0)), machine.num_cpus()
-    # A limit on CPU time is none on certain cores: pinned, a stage would miss what others leave idle.
-    shares = [()] * num_stages if num_cpus < len(cores) else assign_cores(cores, num_stages, num_ranks)
-    threads = max(1, num_cpus // (num_stages * num_ranks))
-    return [
-        Resources(
-            {
-                "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(len(own) // num_ranks or threads),
-                # The whole process is pinned, if at all; vLLM would pin only its worker, to cores of its own choice.
-                "VLLM_CPU_OMP_THREADS_BIND": environ.get("VLLM_CPU_OMP_THREADS_BIND") or "nobind",
-                **({"LD_PRELOAD": preload} if preload else {}),
-            },
-            own,
-        )
-        for own in shares
-    ]
-
-
-def count_stages(environ: Mapping[str, str], is_cpu: bool, num_ranks: int = 1) -> int:
-    """For how many stages of ``num_ranks`` the visible GPUs are enough; 0 on CPU.
-
-    Raises:
-        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that is not there, or one twice.
-    """
-    return 0 if is_cpu else len(visible_gpus(environ).names) // num_ranks
-
-
-def _take_gpus(num_stages: int, num_ranks: int, environ: Mapping[str, str]) -> list[dict[str, str]]:
-    visible = visible_gpus(environ)
-    wanted = num_stages * num_ranks
-    if len(visible.names) < wanted:
-        each = "one each" if num_ranks == 1 else f"{num_ranks} each (--tensor-parallel-size)"
-        fits = max(1, len(visible.names) // num_ranks)
-        raise ConfigError(
-            f"{num_stages} stages need {wanted} GPUs, {each}: {visible.text}; use --num-stages {fits}, or say in "
-            f"{visible.variable} which GPUs to use"
-        )
-    groups = [visible.names[stage * num_ranks : (stage + 1) * num_ranks] for stage in range(num_stages)]
-    return [{visible.variable: ",".join(own), **visible.environ} for own in groups]
-
-
-def preload_libraries(already: str) -> str:
-    """LD_PRELOAD with the OpenMP and allocator libraries that vllm/platforms/cpu.py would choose.
-
-    vLLM puts them into the environment of processes that it spawns; a stage that runs its worker itself needs them
-    from the start. The packages are found without importing them.
-    """
-    preload = already
-    if not any(name in preload for name in ("libomp", "libgomp", "libiomp")):
-        torch = _package_dir("torch")
-        found = _first_match(torch, ("../torch.libs/libgomp*.so*", "lib/libgomp*.so*")) if torch else None
-        preload = ":".join(filter(None, (preload, found)))
-    if "libtcmalloc" not in preload:
-        vllm = _package_dir("vllm")
-        found = _first_match(vllm, ("libs/libtcmalloc_minimal*.so*", "libs/libtcmalloc.so*")) if vllm else None
-        preload = ":".join(filter(None, (found, preload)))
-    return preload
-
-
-def _package_dir(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def _first_match(package: Path, patterns: Sequence[str]) -> str | None:
-    for pattern in patterns:
-        folder, _, name = pattern.rpartition("/")
-        for path in sorted((package / folder).resolve().glob(name)):
-            return str(path)
-    return None
-
-
 def stage_environment(resources: Resources, private_dir: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of one stage.
 
-    ``private_dir`` takes the sockets and files that vLLM would leave in /tmp; the launcher removes it at the end.
+    ``private_dir`` takes the sockets and files that vLLM would leave in /tmp. The launcher removes it at the end.
     """
     return {
         "VLLM_NO_USAGE_STATS": "1",
@@ -213,3 +112,58 @@ def stage_environment(resources: Resources, private_dir: str, environ: Mapping[s
         "TMPDIR": private_dir,
         "VLLM_RPC_BASE_PATH": private_dir,
     }
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a launcher waits, in seconds.
+
+    start: for progress of a stage that starts, since the last one (launch/pace.py).
+    look: between two looks at that progress.
+    root_cause: for other stages to say that they failed, after the first one did.
+    head_stop, drain, stop: for the head to stop, for its open requests on top of that, and for the workers.
+    poll: between two questions to the head's HTTP port, which sends no message when it changes.
+    back_off: before a stage is started for the third time. The second start comes at once; each later one waits twice
+        as long as the one before, ``most_back_off`` at most.
+    healthy: a stage that was ready for so long did not end because of how it was started.
+    """
+
+    start: float = 600.0
+    look: float = 1.0
+    root_cause: float = 1.0
+    head_stop: float = 2.0
+    drain: float = 0.0
+    stop: float = 0.7
+    poll: float = 0.2
+    back_off: float = 1.0
+    most_back_off: float = 30.0
+    healthy: float = 60.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A pipeline that is decided and not started.
+
+    Args:
+        specs: in the order of their index.
+        command: builds a stage's command line.
+        resources: of each stage.
+        api: the head's, as far as it is known before the head tells.
+        source: what is served, for people: the model's folder, or that of its export.
+        logs: stage_<i>.log are written there.
+        has_chat_template: whether the model's folder has one.
+        max_restarts: how often in a row a stage is started again, or its standby takes over, while the ring serves.
+        has_standbys: whether a second process of each stage but the head stands by. It takes over once even if
+            ``max_restarts`` is 0.
+    """
+
+    specs: Sequence[StageSpec]
+    command: CommandBuilder
+    resources: Sequence[Resources]
+    api: Api
+    source: Path
+    logs: LogFolder
+    has_chat_template: bool
+    timeouts: Timeouts
+    max_restarts: int
+    has_standbys: bool

@@ -1,13 +1,13 @@
-"""How long a step may be away before its stage counts as hanging, from what such steps have taken."""
+"""How long a step may take before its stage counts as hanging, learnt from earlier steps of its size."""
 
 from __future__ import annotations
 
 __all__ = ["StepDeadlines"]
 
-# Of the slowest such step. A step may be slower for reasons that no earlier one had: a longer context, another process
-# on the machine. What is gained by a smaller one is little, and what it costs is a stage that is started again.
+# Of the slowest such step. A step may be slower than all before it: a longer context, another process on the machine.
+# A smaller factor finds a hanging stage a little earlier, and restarts stages that do not hang.
 FACTOR = 10
-# A machine that is held up, a kernel that is compiled for the first request of its kind; a prompt of a minute.
+# Enough for a machine that pauses, a kernel that is compiled for the first request of its kind, or a long prompt.
 MIN_LIMIT_S = 90.0
 
 
@@ -26,7 +26,7 @@ class StepDeadlines:
         return f"StepDeadlines({self._slowest_s}, at most {self._limit_s:g} s)"
 
     def add(self, num_tokens: int, spent_s: float) -> None:
-        """One of ``num_tokens`` is back; it had the ring to itself for ``spent_s``: the steps before it were back."""
+        """A step of ``num_tokens`` is back. ``spent_s``: since it was sent, or since the step before it was back."""
         size = num_tokens.bit_length()
         self._slowest_s[size] = max(spent_s, self._slowest_s.get(size, 0.0))
 
@@ -36,5 +36,5 @@ class StepDeadlines:
         return min(self._limit_s, max(MIN_LIMIT_S, FACTOR * max(known))) if known else self._limit_s
 
     def forget(self) -> None:
-        """Stages may be other processes from now on, which compile anew, or other machines."""
+        """Call this when a stage may have become another process, which compiles again, or another machine."""
         self._slowest_s.clear()

@@ -1,7 +1,8 @@
-"""Processes that this one depends on: their end is seen by descriptor (pidfd), whoever tells it or does not.
+"""Processes that this one depends on, watched by descriptor (pidfd): the kernel tells of their end, however they end.
 
-Owns who is watched and from when on. A number alone says nothing: it may be somebody else's by now. Knows nothing about
-rings, vLLM or what follows from an end. Standard library only: it is the first thing that a spawned process imports.
+Owns which processes are watched, and from when on. A process id alone is not enough: another process may have it by
+now. Knows nothing about rings, vLLM or what follows from an end. Standard library only: a spawned process imports it
+first.
 
     launcher ──> stage          a mark in the environment; until the stage has read it, the kernel ends it with us
     API server ──> EngineCore   multiprocessing; the new interpreter watches its parent before it imports anything
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stagewire.observe.status import LAUNCHER_PID_ENV
+from stagewire.observe.status_events import LAUNCHER_PID_ENV
 
 __all__ = [
     "ORPHAN_EXIT_CODE",
@@ -40,7 +41,7 @@ __all__ = [
     "watch_spawned",
 ]
 
-# Of a process whose parent, leader or launcher has ended: somebody else failed.
+# Of a process whose parent, leader or launcher has ended: another process failed.
 ORPHAN_EXIT_CODE = 3
 
 _PR_SET_PDEATHSIG = 1
@@ -48,11 +49,11 @@ _LIBC = ctypes.CDLL(None, use_errno=True)  # here: between fork and exec nothing
 
 
 class Watched:
-    """One process, also once it has ended and its number is another's.
+    """One process, told apart from a later one with the same id.
 
     Args:
-        pid: its number.
-        started: when it began, as `mark_of` says; one that began at another time is not it, so it has ended.
+        pid: its process id.
+        started: when it began, as `mark_of` says. If the process of that id began at another time, this one has ended.
     """
 
     def __init__(self, pid: int, started: str = "") -> None:
@@ -67,7 +68,7 @@ class Watched:
         return f"Watched({self.pid}, {'ended' if self.has_ended() else 'running'})"
 
     def has_ended(self) -> bool:
-        """Also of a zombie, for whose exit code nobody has asked."""
+        """True also of a zombie, whose exit code nobody has taken."""
         return self.wait(0)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -86,7 +87,7 @@ class Watched:
 
 
 class Guard:
-    """Calls ``act`` from a thread of its own when ``process`` ends, unless somebody looks for himself by then."""
+    """Calls ``act`` from a thread of its own when ``process`` ends, unless the process was taken before."""
 
     def __init__(self, process: Watched, act: Callable[[], None]) -> None:
         self._process = process
@@ -105,7 +106,7 @@ class Guard:
                 self._act()
 
     def take(self) -> Watched:
-        """The process, for whoever acts on its end from here on."""
+        """The process; from here on the caller acts on its end."""
         with self._lock:
             self._is_on = False
         return self._process
@@ -130,7 +131,7 @@ def mark_of(pid: int) -> str:
 
 
 def _started(pid: int) -> str:
-    """In the kernel's ticks since it started; empty of a process that is gone."""
+    """In clock ticks since the machine started; empty of a process that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -138,7 +139,7 @@ def _started(pid: int) -> str:
 
 
 def find_launcher() -> Watched | None:
-    """Who started this stage, if a launcher did: the environment has its mark, or its number alone."""
+    """The launcher that started this stage, if one did: the environment has its mark, or its process id alone."""
     pid, _, started = os.environ.get(LAUNCHER_PID_ENV, "").partition(":")
     return Watched(int(pid), started) if pid.isdecimal() and int(pid) else None
 
@@ -146,7 +147,7 @@ def find_launcher() -> Watched | None:
 def die_with(parent: int) -> None:
     """Between fork and exec: the kernel kills this process when the thread that forked it ends, also while it imports.
 
-    Survives exec. `begin_stage` takes it back, once somebody watches.
+    Survives exec. `begin_stage` takes it back, as soon as the launcher is watched.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it had ended before
@@ -157,7 +158,7 @@ _launcher: Guard | None = None
 
 
 def begin_stage(act: Callable[[], None]) -> None:
-    """In a stage, as early as it can: from here on ``act`` is called when the launcher ends, until it is taken."""
+    """In a stage, as early as possible: ``act`` is called when the launcher ends, until the launcher is taken."""
     global _launcher
     launcher = find_launcher()
     if launcher is not None:
@@ -166,7 +167,7 @@ def begin_stage(act: Callable[[], None]) -> None:
 
 
 def take_launcher() -> Watched | None:
-    """The launcher, on whose end the caller acts from here on; None of a stage that was started by hand."""
+    """The launcher; from here on the caller acts on its end. None in a stage that was started by hand."""
     return find_launcher() if _launcher is None else _launcher.take()
 
 
@@ -177,10 +178,9 @@ _parent: Guard | None = None
 
 @contextlib.contextmanager
 def watch_spawned(name: str) -> Iterator[None]:
-    """What this thread has multiprocessing spawn meanwhile ends with this process, from its first line on.
+    """A process that this thread spawns meanwhile, over multiprocessing, ends with this process from its first line on.
 
-    Not by the kernel's signal: that one comes with the end of a thread, and a process may be spawned by a short-lived
-    one.
+    Does not use the kernel's signal: that comes with the end of a thread, and a short-lived thread may spawn a process.
 
     Args:
         name: what the new process is called in its last line.
@@ -221,13 +221,13 @@ def _end_as_orphan(text: str) -> None:
 
 
 def take_parent() -> Watched | None:
-    """Of a process of multiprocessing: its parent, on whose end the caller acts from here on. None elsewhere."""
+    """In a process of multiprocessing: its parent; from here on the caller acts on its end. None elsewhere."""
     if _parent is not None:
         return _parent.take()
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         return None
     watched = Watched(parent.pid)
-    if os.getppid() != parent.pid:  # a number that may be another's by now
+    if os.getppid() != parent.pid:  # another process may have its id by now
         watched.close()
     return watched

@@ -1,11 +1,12 @@
-"""SIGINT and SIGTERM as messages to a thread, whatever the main thread computes, and an end that comes in any case.
+"""SIGINT and SIGTERM as messages to a thread, whatever the main thread does; and an end that comes in any case.
 
     first signal ──> ask: drains for so many seconds, or none ──> stop: in order ──> the process ends by itself
                           │ a second signal, or they are over ────^     │ END_S, or another signal
                                                                         └──> end: at once
 
-Python runs a signal's handler in the main thread, between two of its instructions: not while it reads weights,
-compiles, or waits in a collective. What the kernel's handler writes to a descriptor is read here at once.
+Python runs a signal's handler in the main thread, between two of its instructions: not while that thread reads
+weights, compiles, or waits in a collective. The handler in C writes the signal to a descriptor at once, and the thread
+here reads it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from types import FrameType
 __all__ = ["END_S", "STOP_SIGNALS", "Interrupted", "SignalWatch", "stop_signals_interrupt"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# An end in order takes milliseconds, and a second where a queue is not read (ring/link.py).
+# An end in order takes milliseconds, or a second where a peer does not read its queue (ring/link.py).
 END_S = 2.0
-# Between two reminders of a signal that the main thread has not heard of.
+# Between two reminders of a signal that the main thread has not handled.
 REMIND_S = 0.1
 
 
@@ -32,11 +33,11 @@ class SignalWatch:
     """Takes this process's stop signals from now on; made in the main thread.
 
     Args:
-        ask: told the signal; for how many seconds the process may go on before it is to stop.
+        ask: told the signal; returns for how many seconds the process may go on before it stops.
         stop: begins an end in order.
         end: ends the process at once.
         numbers: those that count.
-        installs: False where somebody else's handlers are to stay; they run too, whenever the main thread gets to it.
+        installs: False keeps the handlers that are there; they run too, whenever the main thread gets to it.
     """
 
     def __init__(
@@ -98,13 +99,13 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
-    """In the main thread, a stop signal raises `Interrupted`, until somebody takes signals for himself.
+    """In the main thread a stop signal raises `Interrupted`, until other handlers are installed.
 
-    One that was ignored when this process was started stays ignored.
+    A signal that was ignored when this process was started stays ignored.
 
-    Python's handler would do that alone but for one moment: a signal that comes when the main thread is about to enter
-    a system call is heard of when that call returns, and a read from a dead disk never does. So a thread sends it again
-    until the handler has run: a call that a signal breaks off asks for signals.
+    Python's own handler misses one moment: a signal that comes just before the main thread enters a system call waits
+    until that call returns, and a read from a dead disk never returns. So a thread sends the signal again until the
+    handler has run: the second one interrupts the call, and Python then looks for signals.
     """
     is_heard = threading.Event()
 

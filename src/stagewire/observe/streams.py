@@ -1,6 +1,6 @@
-"""Output that goes on when nobody can take it: a closed terminal, a pipe whose reader has gone, a full disk.
+"""Output that may fail: a closed terminal, a pipe whose reader has gone, a full disk.
 
-For processes that serve, whose lines are news and not their product. A command whose product is its output must fail.
+For processes that serve: they go on without their output. A command whose product is its output must fail instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["keep_writing"]
 
 
 class _Tolerant:
-    """A stream whose failures to write are no errors; the next write is tried again."""
+    """A stream that ignores a failure to write, and tries again with the next text."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,9 +33,9 @@ class _Tolerant:
 
 
 def keep_writing() -> None:
-    """From here on a failure to write to this process's stdout or stderr ends nothing.
+    """From here on this process goes on when its stdout or stderr cannot be written.
 
-    Descriptors that were closed at its start are opened on /dev/null: what is opened next would get their numbers.
+    Opens descriptors that were closed at its start on /dev/null: the next file to be opened would get their numbers.
     """
     for fd in range(3):
         try:

@@ -1,7 +1,7 @@
 """Where the time of each step went, from the instants that every stage appended to it.
 
-Only instants of one stage are subtracted: hosts share no clock. A trace is one JSON line per step; a summary is what
-the last steps took, for people and planners.
+Subtracts instants of one stage only: hosts share no clock. A trace is one JSON line per step. A summary says what the
+last steps took, for people and planners.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, Protocol
 __all__ = ["STEP_TRACE_ENV", "StageTimes", "StepLog", "StepStatistics", "StepSummary"]
 
 STEP_TRACE_ENV = "STAGEWIRE_STEP_TRACE"
-# Enough for a median that holds still, few enough to follow a change of load within seconds.
+# Enough for a steady median, few enough to follow a change of load within seconds.
 NUM_DECODE_STEPS = 128
 RATE_WINDOW_S = 10.0
 
@@ -77,9 +77,13 @@ class StepLog:
 class StepSummary:
     """What the last steps took, as a whole.
 
-    ``num_answered`` counts every step whose result came back, since the start; ``per_s`` is of the last ten seconds.
-    The last two are medians of the last ``num_decode`` decode steps, None while there are none: how many requests a
-    step had, and the time from the head's beginning of it until its result was back.
+    Args:
+        num_answered: steps whose result came back, since the start.
+        per_s: such steps in the last ten seconds.
+        since_last_s: since the last of them; None before the first.
+        num_decode: how many of the last decode steps the medians are of.
+        num_requests: median of the requests in a step; None without decode steps.
+        round_ms: median time from the head's start of a step until its result was back; None without decode steps.
     """
 
     num_answered: int
@@ -94,8 +98,8 @@ class StepSummary:
 class StageTimes:
     """One stage over the same decode steps. ``compute_ms``: median of its layers, and on the tail sampling.
 
-    ``hop_us``: one way on the wire from its predecessor, half of its shortest ping meanwhile; None while unknown. A
-    longer one waited for a thread that was busy.
+    ``hop_us``: one way on the wire from its predecessor, half of the shortest round trip in that time; None while
+    unknown. A longer round trip waited for a busy thread.
     """
 
     compute_ms: float
@@ -127,7 +131,7 @@ class StepStatistics:
 
         Args:
             num_requests: that took part in it.
-            is_decode: one token for each of them, and none waited for a grammar bitmask: comparable with others.
+            is_decode: one token for each of them, and no wait for a grammar bitmask, so that steps are comparable.
             timings: one per stage in order, then the head's again with the instant of the result's arrival.
         """
         *stages, back = timings

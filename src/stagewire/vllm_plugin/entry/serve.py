@@ -21,7 +21,7 @@ from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlag
 from stagewire.checkpoint.ownership import describe_load, stage_bytes
 from stagewire.config import StageConfig, is_external
 from stagewire.errors import ConfigError, StagewireError
-from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
+from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
 from stagewire.ring.security import secure_stage

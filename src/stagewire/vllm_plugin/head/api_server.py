@@ -1,7 +1,7 @@
 """The head's API server process: what it answers before the ring has answered, and how it ends with it.
 
-EngineCore (a child of this process) owns the ring; it reports over Unix sockets (observe/status.py). From that this
-process knows whether to answer 503, with which reason, which exit code is right, and what to say of every stage.
+EngineCore, a child of this process, owns the ring. It reports over Unix sockets (observe/status_events.py). From these
+reports this process knows whether to answer 503, with which reason and exit code, and what to say of every stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stagewire.config import StageConfig
 from stagewire.folders import fits_sockets, private_folder, remove_abandoned
 from stagewire.observe.processes import Guard, find_launcher, take_launcher
 from stagewire.observe.signals import SignalWatch
-from stagewire.observe.status import (
+from stagewire.observe.status_events import (
     HEAD_SOCKET_ENV,
     LAUNCHER_SOCKET_ENV,
     NEWS_SOCKET_ENV,

@@ -31,7 +31,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 from stagewire.errors import ConfigError, InternalError, PeerError, ProtocolError, StageLost, StagewireError
 from stagewire.observe.deadlines import StepDeadlines
 from stagewire.observe.signals import SignalWatch
-from stagewire.observe.status import StatusSender
+from stagewire.observe.status_events import StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
 from stagewire.ring.node import Broken, Delivery, Whole

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from stagewire.observe.status import Phase, StatusEvent
+from stagewire.observe.status_events import Phase, StatusEvent
 from stagewire.vllm_plugin.head.pipeline_status import Health, PipelineStatus
 from stagewire.vllm_plugin.member.probes import body_of
 

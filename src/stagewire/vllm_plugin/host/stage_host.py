@@ -17,7 +17,7 @@ from typing import Any
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.signals import SignalWatch
-from stagewire.observe.status import StatusSender
+from stagewire.observe.status_events import StatusSender
 from stagewire.ring.node import Broken, Delivery, Whole
 from stagewire.ring.security import SecuredStage
 from stagewire.vllm_plugin.codec.calls import CALLS, PREPARE, CallSpec

@@ -36,7 +36,7 @@ from stagewire.checkpoint.ownership import Role, layer_of, owns, role_of
 from stagewire.checkpoint.reader import TensorReader
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status_events import Phase, StatusSender
 from stagewire.vllm_plugin.loading.load_formats import OWN_LOAD_FORMATS, asked_load_format
 from stagewire.vllm_plugin.loading.presplit import drop_absent
 from stagewire.vllm_plugin.seams import interfaces

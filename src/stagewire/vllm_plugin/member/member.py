@@ -26,7 +26,7 @@ from stagewire import machine
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError, RankError, StageLost, StagewireError
 from stagewire.observe.processes import ORPHAN_EXIT_CODE, take_launcher, take_parent
-from stagewire.observe.status import Phase, StatusSender
+from stagewire.observe.status_events import Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
 from stagewire.ring import hosts
 from stagewire.ring.node import Delivery, Observer, Whole

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from stagewire.observe.status import NEWS_SOCKET_ENV, DatagramSender
+from stagewire.observe.status_events import NEWS_SOCKET_ENV, DatagramSender
 from stagewire.observe.timings import StageTimes, StepSummary
 from stagewire.wire.messages import StageReport
 

