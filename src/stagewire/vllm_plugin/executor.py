@@ -33,7 +33,7 @@ from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
-from stagewire.ring.node import Broken, Delivery, Whole
+from stagewire.ring.observer import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, bind_call, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess, as_stagewire_error
 from stagewire.vllm_plugin.recovery import Loss, Restored

@@ -21,8 +21,8 @@ from stagewire.checkpoint.manifest import check_place, check_samples, read_manif
 from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags
 from stagewire.checkpoint.samples import sample_weights
 from stagewire.config import StageConfig
-from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
-from stagewire.ring.runtime import new_incarnation
+from stagewire.ring.ring import new_incarnation
+from stagewire.ring.rules.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
 from stagewire.vllm_plugin.engine_args import asked_load_format
 from stagewire.vllm_plugin.speculation import describe_speculation
 from stagewire.wire.messages import StageIdentity

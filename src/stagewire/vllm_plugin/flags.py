@@ -36,7 +36,7 @@ from stagewire.errors import ConfigError, StagewireError
 from stagewire.observe.status import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
-from stagewire.ring.security import secure_stage
+from stagewire.ring.transport.security import secure_stage
 from stagewire.vllm_plugin import compat
 from stagewire.vllm_plugin.stopping import begin
 

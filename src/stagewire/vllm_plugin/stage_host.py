@@ -18,7 +18,7 @@ from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status import StatusSender
-from stagewire.ring.node import Broken, Delivery, Whole
+from stagewire.ring.observer import Broken, Delivery, Whole
 from stagewire.vllm_plugin.call_codec import CALLS, decode_value, encode_value
 from stagewire.vllm_plugin.process import RingProcess
 from stagewire.vllm_plugin.recovery import PREPARE, Entry
@@ -85,7 +85,7 @@ class _StageHost:
 
     def _is_current(self, epoch: int) -> bool:
         """Not of an epoch that is over, or in which a step has failed here."""
-        return epoch == self._ring.node.state.epoch != self._failed_epoch
+        return epoch == self._ring.state.epoch != self._failed_epoch
 
     def _handle(self, delivery: Delivery) -> None:
         match delivery.message:
