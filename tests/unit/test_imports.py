@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from stagewire.ring import timeouts
 
 SOURCE = Path(__file__).parents[2] / "src" / "stagewire"
 # Imports point downward: to a later entry, or within the same one.
@@ -143,6 +146,24 @@ def test_the_ring_within_itself(name: str) -> None:
 def test_the_ring_is_listed() -> None:
     found = {module_name(path).removeprefix("stagewire.ring.") for path in (SOURCE / "ring").rglob("*.py")}
     assert found == {"stagewire.ring", "rules", "transport", *RING}
+
+
+@pytest.mark.parametrize("name", [name for name in RING if name != "timeouts"])
+def test_every_time_limit_of_the_ring_is_in_one_place(name: str) -> None:
+    """Who asks after how long something is given up looks there; tests change it there."""
+    text = (SOURCE / "ring" / f"{name.replace('.', '/')}.py").read_text()
+    assert not re.findall(r"^[A-Z_]+(?<!_PER)_(?:S|MS) = ", text, re.MULTILINE)
+    assert "from stagewire.ring.timeouts import" not in text  # of a copy tests would change nothing
+
+
+def test_the_table_of_when_a_peer_is_lost_names_what_there_is() -> None:
+    text = ast.get_docstring(ast.parse((SOURCE / "ring" / "timeouts.py").read_text())) or ""
+    files = re.findall(r"(?:rules|transport)/\w+\.py", text)
+    assert len(files) >= 10
+    assert all((SOURCE / "ring" / file).exists() for file in files)
+    names = set(re.findall(r"\b[A-Z]+_[A-Z_]+_M?S\b|ALIVE_S|STALL_S", text))
+    assert len(names) >= 8
+    assert names <= set(vars(timeouts))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)

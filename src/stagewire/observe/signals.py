@@ -22,7 +22,7 @@ from types import FrameType
 __all__ = ["END_S", "STOP_SIGNALS", "Interrupted", "SignalWatch", "stop_signals_interrupt"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# An end in order takes milliseconds, and a second where a queue is not read (ring/link.py).
+# An end in order takes milliseconds, and a second where a queue is not read (ring/transport/interface.py).
 END_S = 2.0
 # Between two reminders of a signal that the main thread has not heard of.
 REMIND_S = 0.1

@@ -140,8 +140,8 @@ class Reception(Enum):
 
     TAKEN = "taken"
     IGNORED = "ignored"
-    STALE = "dropped and counted as stale"  # late, of another epoch: nobody's fault
-    BAD = "dropped and counted as bad"  # its sender should not have sent it
+    STALE = "stale"  # dropped and counted; it came too late or too early, which is nobody's fault
+    BAD = "bad"  # dropped and counted; its sender should not have sent it
 
 
 _ALIVE = (Phase.LINKING, Phase.OPENING, Phase.OPEN, Phase.SERVING)
@@ -190,11 +190,11 @@ RULES: tuple[Rule, ...] = (
     Rule(Side.PREDECESSOR, Welcome, "the link is up, or this stage refuses itself because its layers do not fit"),
     Rule(Side.PREDECESSOR, Redirect, "connect to the port that it names"),
     Rule(Side.PREDECESSOR, NotHere, "ask again, or try another way to the address"),
-    Rule(Side.PREDECESSOR, Refused, "FAILED; of a stage of another ring: try another way", phases=_NOT_SERVING),
+    Rule(Side.PREDECESSOR, Refused, "FAILED; from a stage of another ring: try another way", phases=_NOT_SERVING),
     _linked(Pong, "the time of a hop is known"),
-    _linked(Roll, "worker: add itself and pass it on, or refuse itself; head, if all are there: OPENING, send Open"),
+    _linked(Roll, "worker: add itself, pass it on, or refuse itself; head: OPENING and send Open, if all stages fit"),
     _linked(Open, "OPEN; worker: pass it on"),
-    _linked(Fault, "of this epoch: LINKING, and a Fault of its own; else to the head as news"),
+    _linked(Fault, "of this epoch: LINKING, and send a Fault; of another: pass it on to the head as news"),
     _linked(Bye, "STOPPED, pass it on", Role.WORKER),
     Rule(
         Side.PREDECESSOR,
@@ -213,7 +213,7 @@ RULES: tuple[Rule, ...] = (
     Rule(Side.SUCCESSOR, Hello, "Welcome, Redirect, NotHere or Refused"),
     Rule(Side.SUCCESSOR, Register, "Registered, NotHere or Refused"),
     Rule(Side.SUCCESSOR, Ping, "Pong"),
-    Rule(Side.SUCCESSOR, Refused, "pass it on towards the head; of a stranger: bad"),
+    Rule(Side.SUCCESSOR, Refused, "pass it on towards the head; from a stranger: bad"),
     Rule(Side.OWNER, Registered, "others find this stage by the shared port"),
     Rule(Side.OWNER, NotHere, "register again"),
     Rule(Side.OWNER, Refused, "FAILED", phases=_NOT_SERVING),

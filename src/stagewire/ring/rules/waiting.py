@@ -73,7 +73,7 @@ class Waiting:
             return f"the stages between 1 and {config.num_stages - 1} to link to each other"
         return "the head to open the ring: some other stage is not linked yet"
 
-    def limit_s(self, now: float) -> float | None:
+    def _limit_s(self, now: float) -> float | None:
         """How long this stage waits for a whole ring, in seconds; None: as long as the process lives.
 
         A ring that has served waits for a stage without limit. The head refuses requests meanwhile (its own deadline)
@@ -96,7 +96,7 @@ class Waiting:
 
     def check_deadline(self, now: float) -> PeerError | None:
         """Why this stage cannot wait any longer."""
-        limit_s = self.limit_s(now)
+        limit_s = self._limit_s(now)
         if limit_s is None or now - self.since < limit_s:
             return None
         return PeerError(f"stage {self.config.stage} waited {limit_s:.0f} s for {self.describe()}")
@@ -106,7 +106,7 @@ class Waiting:
         if now < self._next_line_at:
             return []
         self._next_line_at = now + timeouts.WAIT_LINE_INTERVAL_S
-        waited_s, limit_s = now - self.since, self.limit_s(now)
+        waited_s, limit_s = now - self.since, self._limit_s(now)
         how_long = f"{waited_s:.0f} s" if limit_s is None else f"{waited_s:.0f} of {limit_s:.0f} s"
         line = Log(f"Stage {self.config.stage}: waiting for {self.describe()}, {how_long}")
         return [line, *self._mention_addresses()]

@@ -23,9 +23,9 @@ from stagewire.ring.transport.tcp_counters import Intake, Ports
 
 __all__ = ["BAD_HANDSHAKES", "MAX_UNREAD_MESSAGES", "Link", "Loss"]
 
-# ZeroMQ's own "never" (-1) ends the pipe with the connection and drops what was not read yet, such as the peer's last
-# messages (libzmq 4.3.5: term_endpoint does not wait for the reader).
-NEVER_MS = 24 * 3600 * 1000
+# When ZeroMQ reconnects: never, in milliseconds. Its own "never" (-1) ends the pipe with the connection and drops what
+# was not read yet, such as the peer's last messages (libzmq 4.3.5: term_endpoint does not wait for the reader).
+NEVER = 24 * 3600 * 1000
 # A peer whose messages come so fast that there is always one more to take is no stage.
 MAX_UNREAD_MESSAGES = 10_000
 
@@ -52,7 +52,7 @@ class Link(Dealer):
     def __init__(self, context: Context, route: Route, key: RingKey | None, max_frame_bytes: int) -> None:
         self.route = route
         self._target = f"ipc://{route.local_path}" if route.local_path else endpoint(route.host, route.port)
-        options = {zmq.RECONNECT_IVL: NEVER_MS, zmq.CONNECT_TIMEOUT: timeouts.CONNECT_TIMEOUT_MS}
+        options = {zmq.RECONNECT_IVL: NEVER, zmq.CONNECT_TIMEOUT: timeouts.CONNECT_TIMEOUT_MS}
         super().__init__(context, self._target, key, max_frame_bytes, options, _EVENTS)
         self.is_up = False
         self._context = context

@@ -54,7 +54,6 @@ class MemoryTransport:
         self._incoming: dict[bytes, tuple[MemoryTransport, Side]] = {}
         self._woken = threading.Event()
         self.patience_s = 1.0
-        self.closed = False
 
     def __repr__(self) -> str:
         return f"MemoryTransport(ports={self._ports}, outgoing={[side.value for side in self._outgoing]})"
@@ -108,7 +107,6 @@ class MemoryTransport:
         return self.patience_s
 
     def close(self, linger_s: float = 1.0) -> None:
-        self.closed = True
         for port in self._ports:
             del self._network.listeners[port]
         self._ports.clear()
