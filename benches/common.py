@@ -23,7 +23,7 @@ import httpx
 
 from stagewire.checkpoint.model_config import read_model_shape
 from stagewire.plan.ranges import split_evenly
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from stagewire.ring.rules.timeouts import PROBE_PATIENCE_ENV
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

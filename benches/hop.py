@@ -59,18 +59,19 @@ from benches.common import (
 from stagewire.checkpoint.model_config import read_config
 from stagewire.config import Address
 from stagewire.observe.timings import STEP_TRACE_ENV
-from stagewire.ring import zmq_link
-from stagewire.ring.actions import Side
-from stagewire.ring.link import Connected, Received
-from stagewire.ring.security import OPEN, RingKey, Security
-from stagewire.ring.zmq_link import COPY_THRESHOLD_BYTES, ZmqTransport
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.transport import callers
+from stagewire.ring.transport.interface import Connected, Received
+from stagewire.ring.transport.security import OPEN, RingKey, Security
+from stagewire.ring.transport.sockets import COPY_THRESHOLD_BYTES
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Bye, StageTiming, Step, TensorSpec
 
 HOST = "127.0.0.1"
 # An echo sends backward what a ring only sends forward.
-zmq_link.MAX_BACKWARD_BYTES = 1 << 30
-zmq_link.CALLER_BURST_BYTES = zmq_link.CALLERS_BURST_BYTES = 1 << 40
+callers.MAX_BACKWARD_BYTES = 1 << 30
+callers.CALLER_BURST_BYTES = callers.CALLERS_BURST_BYTES = 1 << 40
 SIZES = {"64 KiB": 64 << 10, "1 MiB": 1 << 20, "8 MiB": 8 << 20}
 AFTER_PAUSE = "decode step, after a pause"
 DEADLINE_S = 20.0

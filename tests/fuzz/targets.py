@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 
 from stagewire.errors import ProtocolError
-from stagewire.ring.actions import Action, Connect, ConnectOwner, Side
-from stagewire.ring.state import Phase, RingState
+from stagewire.ring.rules.actions import Action, Connect, ConnectOwner, Side
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.rules.state import RingState
 from stagewire.wire.codec import WIRE_VERSION, Frame, decode, encode
 from stagewire.wire.messages import (
     Call,
@@ -97,7 +98,7 @@ def fuzz_state(data: bytes) -> None:
         side, peer = peers.get((piece[:1] or b"\0")[0] % 4, (Side.OWNER, b""))
         _check(state, _say(state, side, peer, piece[1:], now))
         _check(state, state.tick(now))
-    assert _size_of(state) < MAX_STATE_BYTES
+    assert _size_of(state, set()) < MAX_STATE_BYTES
 
 
 def _say(state: RingState, side: Side, peer: bytes, data: bytes, now: float) -> list[Action]:
@@ -156,15 +157,18 @@ def _check(state: RingState, actions: list[Action]) -> None:
             assert not state.is_over
 
 
-def _size_of(value: object) -> int:
-    """Bytes of everything that a state keeps, by its fields."""
+def _size_of(value: object, counted: set[int]) -> int:
+    """Bytes of everything that a state keeps, by its fields. Its parts share some, which are counted once."""
+    if id(value) in counted:
+        return 0
     if isinstance(value, (RingState, msgspec.Struct)) or dataclasses.is_dataclass(value):
+        counted.add(id(value))
         names = getattr(value, "__struct_fields__", None) or [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type]
-        return sum(_size_of(getattr(value, name)) for name in names)
+        return sum(_size_of(getattr(value, name), counted) for name in names)
     if isinstance(value, dict):
-        return sum(_size_of(key) + _size_of(item) for key, item in value.items())
+        return sum(_size_of(key, counted) + _size_of(item, counted) for key, item in value.items())
     if isinstance(value, (list, tuple, set)):
-        return sum(map(_size_of, value))
+        return sum(_size_of(item, counted) for item in value)
     return sys.getsizeof(value)
 
 

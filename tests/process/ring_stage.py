@@ -3,7 +3,7 @@
     python ring_stage.py STAGE NUM_STAGES BIND_PORT PREDECESSOR [FLAG=VALUE]...
 
 FLAG is one of a stage's own, such as `pipeline_local_bind_host`, or a constant of the ring, such as
-`state.WAIT_LINE_INTERVAL_S`, which a test shortens. A line on standard input at the head is a number: a
+`timeouts.WAIT_LINE_INTERVAL_S`, which a test shortens. A line on standard input at the head is a number: a
 call with a payload of so many bytes goes round, and every stage says so.
 """
 
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 
 from stagewire.config import Address, StageConfig, parse_stage
 from stagewire.errors import ConfigError, StageLost, StagewireError
-from stagewire.ring import hosts
-from stagewire.ring.node import Delivery, Observer
-from stagewire.ring.runtime import RingRuntime, new_incarnation
-from stagewire.ring.security import secure_stage
-from stagewire.ring.zmq_link import ZmqTransport
+from stagewire.ring.observer import Delivery, Observer
+from stagewire.ring.ring import Ring, new_incarnation
+from stagewire.ring.transport import hosts
+from stagewire.ring.transport.security import secure_stage
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 from stagewire.wire.messages import Call, CallResult, Reply, StageIdentity
 from unit.ring_harness import make_identity
 
@@ -73,12 +73,13 @@ def read_config(words: Sequence[str]) -> StageConfig:
 def main() -> int:
     config = read_config(sys.argv[1:])
     try:
-        host, security, _ = secure_stage(config)
+        secured = secure_stage(config)
     except ConfigError as error:
         say(f"failed {error.exit_code}: {error}")
         return error.exit_code
-    transport = ZmqTransport(host, MAX_FRAME_BYTES, security, find_host=functools.partial(hosts.bind_host, config))
-    ring = RingRuntime(config, make_identity(config, new_incarnation()), transport, Teller())
+    find_host = functools.partial(hosts.bind_host, config)
+    transport = ZmqTransport(secured.host, MAX_FRAME_BYTES, secured.security, find_host=find_host)
+    ring = Ring(config, make_identity(config, new_incarnation()), transport, Teller())
     ring.start()
     try:
         while True:
@@ -87,12 +88,12 @@ def main() -> int:
         return error.exit_code
 
 
-def serve(config: StageConfig, ring: RingRuntime) -> None:
+def serve(config: StageConfig, ring: Ring) -> None:
     if config.is_head and select.select([0], [], [], 0)[0]:
         if not (line := os.read(0, 100)):
             time.sleep(0.1)
             return
-        ring.send(Call(ring.node.state.epoch, 1, "check_health"), [bytes(int(line))])
+        ring.send(Call(ring.state.epoch, 1, "check_health"), [bytes(int(line))])
     try:
         item = ring.receive(0.1)
     except queue.Empty:

@@ -19,12 +19,14 @@ import zmq
 
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
-from stagewire.ring.actions import Side
-from stagewire.ring.link import BadHandshake, Connected, Disconnected, Event, Received
-from stagewire.ring.node import Delivery, RingNode
-from stagewire.ring.security import OPEN, RingKey, Security
-from stagewire.ring.state import Phase, RingState
-from stagewire.ring.zmq_link import MAX_BACKWARD_BYTES, ZmqTransport
+from stagewire.ring.observer import Delivery
+from stagewire.ring.ring import Ring
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.transport.callers import MAX_BACKWARD_BYTES
+from stagewire.ring.transport.interface import BadHandshake, Connected, Disconnected, Event, Received
+from stagewire.ring.transport.security import OPEN, RingKey, Security
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Call, Hello, NotHere, Open, Register, Result, Step, TensorSpec
 from support.zmtp import READY, frame, greeting, until_ready
@@ -120,7 +122,7 @@ def test_who_has_not_the_key_is_told_so(listener: Security, caller: Security, sa
 
 def test_another_user_on_this_host_is_refused(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two users have two folders. Neither gets through to the other, whoever listens first."""
-    monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
+    monkeypatch.setattr("stagewire.ring.rules.timeouts.HANDSHAKE_TIMEOUT_MS", 300)
     mine, theirs = (Security.of_folder(folder) for folder in folders)
     for listener, caller in ((mine, theirs), (theirs, mine), (OPEN, mine)):
         event, seen = meet(listener, caller)
@@ -176,7 +178,7 @@ class LiveRing:
 
     security: Security
     num_stages: int = 3
-    nodes: list[RingNode] = field(default_factory=list)
+    nodes: list[Ring] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
     num_sent: int = 0
@@ -191,11 +193,10 @@ class LiveRing:
         layout = [(port, self.ports[index - 1]) for index, port in enumerate(self.ports)]
         return make_config(index, layout, num_stages=self.num_stages)
 
-    def _make(self, config: StageConfig) -> RingNode:
+    def _make(self, config: StageConfig) -> Ring:
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, self.security)
-        state = RingState(config, make_identity(config, f"process {config.stage}"), time.monotonic())
         self.records.append(Record())
-        return RingNode(config, state, transport, time.monotonic_ns, self.records[-1])
+        return Ring(config, make_identity(config, f"process {config.stage}"), transport, self.records[-1])
 
     def turn(self) -> None:
         for node in self.nodes:
@@ -204,7 +205,7 @@ class LiveRing:
             while not node.inbox.empty():
                 self._work(node, node.take(0))
 
-    def _work(self, node: RingNode, item: object) -> None:
+    def _work(self, node: Ring, item: object) -> None:
         assert isinstance(item, Delivery), item
         message = item.message
         if isinstance(message, Result):
@@ -432,9 +433,8 @@ def test_many_large_messages_are_no_flood() -> None:
 def test_steps_that_nobody_asked_for_end_the_stage_that_would_have_to_keep_them() -> None:
     """Faster than the model's thread takes them, which here takes none."""
     ring = LiveRing(OPEN)
-    ring.nodes[1] = RingNode(
-        ring.config(1), ring.nodes[1].state, ring.nodes[1].transport, time.monotonic_ns, ring.records[1], 1 << 20
-    )
+    one, identity = ring.nodes[1], make_identity(ring.config(1), "process 1")
+    ring.nodes[1] = Ring(ring.config(1), identity, one.transport, ring.records[1], max_unread_bytes=1 << 20)
     try:
         ring.open()
         for _ in range(20):
@@ -618,8 +618,7 @@ def test_a_stage_without_the_rings_key_ends_with_the_flags_name(is_keyed: bool, 
         security = Security(OTHER_KEY) if is_keyed else Security.of_folder(socket_folder)
         config = make_config(1, [(0, 0), (ring.ports[1], ring.ports[0])], num_stages=3)
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
-        state = RingState(config, make_identity(config, "stranger"), time.monotonic())
-        node = RingNode(config, state, transport, time.monotonic_ns, record := Record())
+        node = Ring(config, make_identity(config, "stranger"), transport, record := Record())
         ring.run(lambda: not node.turn(0.002))
         transport.close(0)
         (error,) = record.errors
@@ -632,7 +631,7 @@ def test_a_stage_without_the_rings_key_ends_with_the_flags_name(is_keyed: bool, 
 @pytest.mark.parametrize("is_keyed", [True, False])
 def test_ports_of_another_program(is_keyed: bool, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A web server where the predecessor should be, and on this stage's own port."""
-    monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
+    monkeypatch.setattr("stagewire.ring.rules.timeouts.HANDSHAKE_TIMEOUT_MS", 300)
     security = Security(KEY) if is_keyed else Security.of_folder(socket_folder)
     server = http.server.ThreadingHTTPServer((HOST, 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -644,8 +643,7 @@ def test_ports_of_another_program(is_keyed: bool, socket_folder: Path, monkeypat
     for layout, text in expected.items():
         config = make_config(1, [(0, 0), layout], num_stages=3)
         transport = ZmqTransport(HOST, MAX_FRAME_BYTES, security)
-        state = RingState(config, make_identity(config), time.monotonic())
-        node = RingNode(config, state, transport, time.monotonic_ns, record := Record())
+        node = Ring(config, make_identity(config), transport, record := Record())
         ends_at = time.monotonic() + DEADLINE_S
         while node.turn(0.05):
             assert time.monotonic() < ends_at, node

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewire.ring import hosts
+from stagewire.ring.transport import hosts
 from support.peers import StagePeer, stages
 
 pytestmark = pytest.mark.process

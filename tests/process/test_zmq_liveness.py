@@ -15,11 +15,12 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError
-from stagewire.ring import zmq_link
-from stagewire.ring.actions import Side
-from stagewire.ring.link import Connected, Disconnected, Event, Received
-from stagewire.ring.security import OPEN, make_key_file
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV, ZmqTransport
+from stagewire.ring.rules import timeouts
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.rules.timeouts import PROBE_PATIENCE_ENV
+from stagewire.ring.transport.interface import Connected, Disconnected, Event, Received
+from stagewire.ring.transport.security import OPEN, make_key_file
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 from support.peers import DEADLINE_S, Peer
 from support.proxy import Proxy
 
@@ -150,7 +151,7 @@ def test_a_link_to_a_frozen_peer_is_lost_though_another_process_answers_in_its_p
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whoever answers there keeps the probe up."""
-    monkeypatch.setattr(zmq_link, "DOUBTED_LINK_S", 2)
+    monkeypatch.setattr(timeouts, "DOUBTED_LINK_S", 2)
     with contextlib.ExitStack() as stack:
         before, after = (Peer("open") for _ in range(2))
         for peer in (before, after):
@@ -166,7 +167,7 @@ def test_a_link_to_a_frozen_peer_is_lost_though_another_process_answers_in_its_p
 
 
 def test_silence_within_the_patience_is_no_loss_once_the_probe_is_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zmq_link, "DOUBTED_LINK_S", 2)
+    monkeypatch.setattr(timeouts, "DOUBTED_LINK_S", 2)
     monkeypatch.setenv(PROBE_PATIENCE_ENV, "9")
     with contextlib.ExitStack() as stack:
         peer = Peer("open")

@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 from stagewire.config import Address
-from stagewire.ring.actions import Side
-from stagewire.ring.link import Connected, Received, UnreachableError
-from stagewire.ring.security import OPEN, Security, read_key_file, runtime_folder
-from stagewire.ring.zmq_link import ZmqTransport
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.transport.interface import Connected, Received, UnreachableError
+from stagewire.ring.transport.security import OPEN, Security, read_key_file, runtime_folder
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 
 HOST = os.environ.get("ZMQ_PEER_HOST", "127.0.0.1")
 

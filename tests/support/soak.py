@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 from stagewire.plan.ranges import split_evenly
-from stagewire.ring.security import make_key_file
+from stagewire.ring.transport.security import make_key_file
 from support import stages
 from support.disturbed import Clients, Stream, differences, mixed_bodies
 from support.forkserver import ForkServer

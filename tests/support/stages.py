@@ -27,7 +27,7 @@ from typing import Self
 
 from stagewire.checkpoint.manifest import stage_folder
 from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, Phase, StatusEvent, StatusReceiver
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from stagewire.ring.rules.timeouts import PROBE_PATIENCE_ENV
 from support.forkserver import ForkedProcess, ForkServer
 
 VLLM = str(Path(sys.executable).parent / "vllm")

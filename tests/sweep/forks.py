@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from stagewire.ring.rules.timeouts import PROBE_PATIENCE_ENV
 from stagewire.vllm_plugin.worker.cpu import REEXECUTED_ENV
 
 __all__ = ["ENVIRONMENT", "Child", "become_parent", "fork", "wait"]

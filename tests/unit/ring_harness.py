@@ -1,4 +1,4 @@
-"""A whole ring in one thread: nodes on a `MemoryNetwork` with a clock that only moves when it is told to."""
+"""A whole ring in one thread: stages on a `MemoryNetwork` with a clock that only moves when it is told to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import msgspec
 from stagewire.config import Address, StageConfig
 from stagewire.errors import StageLost, StagewireError
 from stagewire.plan.ranges import LayerRange
-from stagewire.ring.actions import Data
-from stagewire.ring.link import MemoryNetwork, MemoryTransport
-from stagewire.ring.node import Delivery, Item, Observer, RingNode
-from stagewire.ring.state import Phase, RingState
+from stagewire.ring.observer import Delivery, Item, Observer
+from stagewire.ring.ring import Ring
+from stagewire.ring.rules.actions import Data
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.transport.memory import MemoryNetwork, MemoryTransport
 from stagewire.wire.messages import Call, CallResult, Message, Reply, StageIdentity, StageReport
 
 RANGES = ((0, 8), (8, 16), (16, 24), (24, 32))
@@ -34,7 +35,7 @@ class Clock:
 
 @dataclass
 class Record(Observer):
-    """Everything that one node told its observer."""
+    """Everything that one stage's ring told its observer."""
 
     logs: list[str] = field(default_factory=list)
     bound: list[str] = field(default_factory=list)
@@ -117,7 +118,7 @@ def make_report(stage: int, **changes: object) -> StageReport:
 class Stage:
     """One process of the pipeline, alive while ``is_running``."""
 
-    node: RingNode
+    ring: Ring
     record: Record
     transport: MemoryTransport
     is_running: bool = True
@@ -125,30 +126,30 @@ class Stage:
 
     @property
     def phase(self) -> Phase:
-        return self.node.state.phase
+        return self.ring.state.phase
 
     @property
     def index(self) -> int:
-        return self.node.config.stage
+        return self.ring.config.stage
 
     def send(self, message: Data, payloads: Sequence[bytes] = ()) -> None:
         """In the epoch that this stage is in."""
-        self.node.send(msgspec.structs.replace(message, epoch=self.node.state.epoch), payloads)
+        self.ring.send(msgspec.structs.replace(message, epoch=self.ring.state.epoch), payloads)
 
     def deliveries(self) -> list[Message]:
         return [item.message for item in self._inbox() if isinstance(item, Delivery)]
 
     def _inbox(self) -> list[Item | StagewireError | None]:
-        return [self.node.take(0) for _ in range(self.node.inbox.qsize())]
+        return [self.ring.take(0) for _ in range(self.ring.inbox.qsize())]
 
     @property
     def error(self) -> str:
         """The one error that it reported."""
-        assert len(self.record.errors) == 1, (self.node, self.record)
+        assert len(self.record.errors) == 1, (self.ring, self.record)
         return str(self.record.errors[0])
 
 
-class Ring:
+class MemoryRing:
     """Processes of one host and their network. Nothing moves but by `turn`, `settle` and `wait`."""
 
     def __init__(self, ports: Sequence[tuple[int, int]] = OWN_PORTS) -> None:
@@ -170,10 +171,11 @@ class Ring:
         self._num_started += 1
         incarnation = f"process {self._num_started}"
         identity = msgspec.structs.replace(identity or make_identity(config, **shared), incarnation=incarnation)
-        state = RingState(config, identity, self.clock.seconds, first_epoch=1000 * self._num_started)
         transport = MemoryTransport(self.network)
         record = Record()
-        stage = Stage(RingNode(config, state, transport, self.clock, record), record, transport)
+        first_epoch = 1000 * self._num_started
+        ring = Ring(config, identity, transport, record, clock_ns=self.clock, first_epoch=first_epoch)
+        stage = Stage(ring, record, transport)
         self.stages.append(stage)
         return stage
 
@@ -207,7 +209,7 @@ class Ring:
         for stage in self.stages:
             if not stage.is_running or stage.is_frozen:
                 continue
-            if not stage.node.turn(0):
+            if not stage.ring.turn(0):
                 self.kill(stage)
 
     def settle(self) -> None:
@@ -225,7 +227,7 @@ class Ring:
     def wait_until(self, condition: Callable[[], bool], limit_s: float = 90) -> None:
         until = self.clock.seconds + limit_s
         while not condition():
-            assert self.clock.seconds < until, [stage.node for stage in self.stages]
+            assert self.clock.seconds < until, [stage.ring for stage in self.stages]
             self.wait(0.5)
 
     def kill(self, stage: Stage) -> None:
@@ -236,11 +238,11 @@ class Ring:
 
 def assert_whole(stages: Sequence[Stage]) -> None:
     """All open, in one epoch; the head knows everybody in order, each other stage those before it."""
-    assert [stage.phase for stage in stages] == [Phase.OPEN] * len(stages), [stage.node for stage in stages]
-    assert len({stage.node.state.epoch for stage in stages}) == 1
-    everybody = tuple(stage.node.state.identity for stage in stages)
+    assert [stage.phase for stage in stages] == [Phase.OPEN] * len(stages), [stage.ring for stage in stages]
+    assert len({stage.ring.state.epoch for stage in stages}) == 1
+    everybody = tuple(stage.ring.state.identity for stage in stages)
     for stage in stages:
         epoch, identities = stage.record.opened[-1]
-        assert epoch == stages[0].node.state.epoch
+        assert epoch == stages[0].ring.state.epoch
         assert identities == everybody[: stage.index or None]
     assert not any(stage.record.errors for stage in stages)

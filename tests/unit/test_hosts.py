@@ -11,8 +11,8 @@ import pytest
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
-from stagewire.ring import hosts
-from stagewire.ring.security import secure_stage
+from stagewire.ring.transport import hosts
+from stagewire.ring.transport.security import secure_stage
 
 
 def config(predecessor: str, bind: str | None = None) -> StageConfig:
@@ -78,9 +78,9 @@ def test_where_to_listen() -> None:
 def test_a_name_that_does_not_resolve_yet(name: str) -> None:
     with pytest.raises(OSError, match=name[:10]):
         hosts.bind_host(config(name))
-    host, security, warnings = secure_stage(config(name))
-    assert (host, warnings) == (None, [])
-    assert security.problem("8.8.8.8")  # what comes of it later is looked at then
+    secured = secure_stage(config(name))
+    assert (secured.host, secured.warnings) == (None, [])
+    assert secured.security.problem("8.8.8.8")  # what comes of it later is looked at then
     with pytest.raises(ConfigError, match="--pipeline-local-bind-host"):
         secure_stage(config("localhost", name))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stagewire import cli
+from stagewire.ring.rules import timeouts
 from support.import_graph import circles, floors, graph_of, read_package, ties
 
 ROOT = Path(__file__).parents[2]
@@ -38,25 +40,39 @@ LAYERS = [
 ]
 # Rooms of vllm_plugin, top to bottom.
 ROOMS = ["entry", "head", "host", "member", "ranks", "worker", "loading", "codec", "seams"]
-# Within ring, top to bottom, as its docstring lists them; from "state" on they are pure.
+# Within ring, top to bottom, as the docstrings of its rooms list them. The rules are pure.
 RING = [
-    "runtime",
-    "node",
-    "zmq_link",
-    "zmq_listener",
-    "greeting",
-    "intake",
-    "security",
-    "hosts",
-    "link",
-    "state",
-    "predecessor",
-    "successor",
-    "rendezvous",
-    "admission",
-    "actions",
+    "ring",
+    "observer",
+    "transport.zmq_transport",
+    "transport.callers",
+    "transport.diagnosis",
+    "transport.link",
+    "transport.routes",
+    "transport.listener",
+    "transport.probe",
+    "transport.sockets",
+    "transport.curve",
+    "transport.greeting",
+    "transport.tcp_counters",
+    "transport.security",
+    "transport.hosts",
+    "transport.memory",
+    "transport.interface",
+    "rules.state",
+    "rules.linking",
+    "rules.epochs",
+    "rules.waiting",
+    "rules.predecessor",
+    "rules.successor",
+    "rules.rendezvous",
+    "rules.phases",
+    "rules.admission",
+    "rules.notices",
+    "rules.actions",
+    "rules.timeouts",
 ]
-PURE_RING = RING[RING.index("state") :]
+PURE_RING = RING[RING.index("rules.state") :]
 WORLD = {"threading", "queue", "time", "socket", "os", "random", "secrets", "asyncio", "selectors"}
 # At the level of cli: what users of the package touch.
 ENTRANCES = {"__init__": "cli", "llm": "cli"}
@@ -70,7 +86,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
 
 def layer(module: str) -> str:
-    """``stagewire.ring.state`` -> ``ring``."""
+    """``stagewire.ring.rules.state`` -> ``ring``."""
     parts = module.split(".")
     name = parts[1] if len(parts) > 1 else "__init__"
     return ENTRANCES.get(name, name)
@@ -173,7 +189,7 @@ def test_who_may_import_what(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}
     if layer(module_name(path)) != "vllm_plugin":
         assert "vllm" not in roots
-    if module_name(path) not in ("stagewire.ring.zmq_link", "stagewire.ring.zmq_listener"):
+    if not module_name(path).startswith("stagewire.ring.transport."):
         assert "zmq" not in roots
     if layer(module_name(path)) == "plan":
         assert roots <= {*sys.stdlib_module_names, "stagewire"}
@@ -185,15 +201,34 @@ def test_who_may_import_what(path: Path) -> None:
 
 @pytest.mark.parametrize("name", RING)
 def test_the_ring_within_itself(name: str) -> None:
-    used = set(imports(SOURCE / "ring" / f"{name}.py"))
+    used = set(imports(SOURCE / "ring" / f"{name.replace('.', '/')}.py"))
     inside = {module.removeprefix("stagewire.ring.") for module in used if module.startswith("stagewire.ring.")}
     assert inside <= set(RING[RING.index(name) + 1 :])
     if name in PURE_RING:
-        assert not {module.split(".")[0] for module in used} & WORLD
+        assert not {module.split(".")[0] for module in used} & {*WORLD, "zmq", "psutil", "torch"}
 
 
 def test_the_ring_is_listed() -> None:
-    assert {path.stem for path in (SOURCE / "ring").glob("*.py")} == {"__init__", *RING}
+    found = {module_name(path).removeprefix("stagewire.ring.") for path in (SOURCE / "ring").rglob("*.py")}
+    assert found == {"stagewire.ring", "rules", "transport", *RING}
+
+
+@pytest.mark.parametrize("name", [name for name in RING if name != "rules.timeouts"])
+def test_every_time_limit_of_the_ring_is_in_one_place(name: str) -> None:
+    """Who asks after how long something is given up looks there; tests change it there."""
+    text = (SOURCE / "ring" / f"{name.replace('.', '/')}.py").read_text()
+    assert not re.findall(r"^[A-Z_]+(?<!_PER)_(?:S|MS) = ", text, re.MULTILINE)
+    assert "from stagewire.ring.rules.timeouts import" not in text  # of a copy tests would change nothing
+
+
+def test_the_table_of_when_a_peer_is_lost_names_what_there_is() -> None:
+    text = ast.get_docstring(ast.parse((SOURCE / "ring" / "rules" / "timeouts.py").read_text())) or ""
+    files = re.findall(r"(?:rules|transport)/\w+\.py", text)
+    assert len(files) >= 10
+    assert all((SOURCE / "ring" / file).exists() for file in files)
+    names = set(re.findall(r"\b[A-Z]+_[A-Z_]+_M?S\b|ALIVE_S|STALL_S", text))
+    assert len(names) >= 8
+    assert names <= set(vars(timeouts))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)
@@ -204,7 +239,9 @@ def test_nothing_is_executed_because_a_peer_said_so(path: Path) -> None:
     assert not {name for name in used if name.endswith("torch.load") or "pickle" in name.lower()}
 
 
-@pytest.mark.parametrize("name", ["ring.runtime", "ring.zmq_link", "wire.codec", "wire.tensors", "plan", "config"])
+@pytest.mark.parametrize(
+    "name", ["ring.ring", "ring.transport.zmq_transport", "wire.codec", "wire.tensors", "plan", "config"]
+)
 def test_light_modules_stay_light(name: str) -> None:
     self_check = f"import sys, stagewire.{name}; sys.exit(bool({{'torch', 'vllm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", self_check], check=False, timeout=60).returncode == 0

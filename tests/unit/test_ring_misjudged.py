@@ -7,23 +7,23 @@ import dataclasses
 import pytest
 
 from stagewire.errors import StageLost
-from stagewire.ring.actions import Side
+from stagewire.ring.rules.actions import Side
 from stagewire.wire.messages import Hello, Refused
-from unit.ring_harness import QUICKSTART_PORTS, Ring, Stage, assert_whole, make_config
+from unit.ring_harness import QUICKSTART_PORTS, MemoryRing, Stage, assert_whole, make_config
 
 WORKERS_SHARE = ((15550, 15553), (15551, 15550), (15551, 15551), (15553, 15551))  # stages 1 and 2 have one port
 
 
-def start_standby(ring: Ring, index: int, ports: tuple[tuple[int, int], ...]) -> Stage:
+def start_standby(ring: MemoryRing, index: int, ports: tuple[tuple[int, int], ...]) -> Stage:
     standby = ring.start(dataclasses.replace(make_config(index, ports), stands_by=True))
     ring.wait(3)
-    assert standby.node.state.waits_for().startswith("the end of the stage")
+    assert standby.ring.state.waits_for().startswith("the end of the stage")
     return standby
 
 
 def test_the_last_words_of_a_successor_that_a_send_has_found_gone_are_read() -> None:
-    ring = Ring()
-    state = ring.start_serving()[0].node.state
+    ring = MemoryRing()
+    state = ring.start_serving()[0].ring.state
     peer, now = state.successor_peer, ring.clock.seconds
     assert peer is not None
     state.successor_unreachable(now)
@@ -34,12 +34,12 @@ def test_the_last_words_of_a_successor_that_a_send_has_found_gone_are_read() -> 
 
 
 def test_the_last_words_of_a_successor_whose_older_greeting_is_read_late_are_read() -> None:
-    ring = Ring()
+    ring = MemoryRing()
     head, stage = ring.start_serving()[:2]
-    state, now = head.node.state, ring.clock.seconds
+    state, now = head.ring.state, ring.clock.seconds
     newer = state.successor_peer
     assert newer is not None
-    state.received(Side.SUCCESSOR, b"older", Hello(stage.node.state.identity, 0), (), now)
+    state.received(Side.SUCCESSOR, b"older", Hello(stage.ring.state.identity, 0), (), now)
     assert state.successor_peer == b"older"
     refusal = Refused(1, "--dtype", "float32", "bfloat16", "--dtype is bfloat16")
     (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
@@ -54,7 +54,7 @@ class TestReplaced:
 
     @pytest.mark.parametrize("index", [1, 2, 3])
     def test_it_does_not_go_on_serving_what_is_over(self, index: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         first = stages[index]
         first.is_frozen = True
@@ -67,7 +67,7 @@ class TestReplaced:
         assert "there is already a stage" in first.error
 
     def test_by_its_standby(self) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         stages = ring.start_serving()
         standby = start_standby(ring, 2, QUICKSTART_PORTS)
         first = stages[2]
@@ -82,9 +82,9 @@ class TestReplaced:
 
 def test_a_forgotten_successor_is_found_again() -> None:
     """Its predecessor read an older connection's greeting last, say, and took that for the present one."""
-    ring = Ring()
+    ring = MemoryRing()
     stages = ring.start_serving()
-    stages[1].node.state.successor_unreachable(ring.clock.seconds)
+    stages[1].ring.state.successor_unreachable(ring.clock.seconds)
     ring.wait(20)
     assert_whole(stages)
 
@@ -99,7 +99,7 @@ class TestStandbyOfALivingStage:
     def test_leaves_it_the_port(
         self, ports: tuple[tuple[int, int], ...], owner: int, index: int, is_first: bool
     ) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving()
         start_standby(ring, index, ports)
         if is_first:
@@ -113,19 +113,19 @@ class TestStandbyOfALivingStage:
 
 class TestHeadless:
     def test_not_for_a_step_that_failed_on_the_head(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         error = StageLost(0, "stage 0 failed step 7: ValueError", 7)
-        stages[0].node.request_end_of_epoch(stages[0].node.state.epoch, error)
+        stages[0].ring.end_epoch(stages[0].ring.state.epoch, error)
         ring.kill(stages[2])
-        ring.wait(1.1 * stages[1].node.config.recovery_timeout_s)
+        ring.wait(1.1 * stages[1].ring.config.recovery_timeout_s)
         assert all(stages[index].is_running for index in (0, 1, 3))
 
     def test_not_for_a_head_that_is_replaced_late_in_an_outage(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         ring.kill(stages[2])
-        ring.wait(1.5 * stages[1].node.config.recovery_timeout_s, step_s=2)
+        ring.wait(1.5 * stages[1].ring.config.recovery_timeout_s, step_s=2)
         ring.kill(stages[0])
         ring.wait(5)
         stages[0], stages[2] = ring.start(make_config(0)), ring.start(make_config(2))
@@ -134,7 +134,7 @@ class TestHeadless:
 
     @pytest.mark.parametrize("lost", [2, 3])
     def test_when_the_head_dies_while_a_stage_is_lost(self, lost: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         ring.kill(stages[lost])
         ring.wait(5)
@@ -144,10 +144,10 @@ class TestHeadless:
 
     @pytest.mark.parametrize("lost", [1, 2])
     def test_when_the_head_stops_while_a_stage_is_lost(self, lost: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         ring.kill(stages[lost])
         ring.wait(5)
-        stages[0].node.request_stop("done")
+        stages[0].ring.request_stop("done")
         ring.wait(3000, step_s=2)
         assert not any(stage.is_running for stage in stages)

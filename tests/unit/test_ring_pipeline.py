@@ -10,16 +10,17 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError, StageLost
-from stagewire.ring.actions import Side
-from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
-from stagewire.ring.link import Disconnected, MemoryTransport
-from stagewire.ring.state import Phase
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.rules.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.transport.interface import Disconnected
+from stagewire.ring.transport.memory import MemoryTransport
 from stagewire.wire.codec import encode
 from stagewire.wire.messages import Call, CallResult, Fault, Hello, Reply, Result, Sample, Step
 from unit.ring_harness import (
     OWN_PORTS,
     QUICKSTART_PORTS,
-    Ring,
+    MemoryRing,
     Stage,
     assert_whole,
     make_config,
@@ -34,19 +35,19 @@ class TestStart:
     @LAYOUTS
     @pytest.mark.parametrize("order", ORDERS, ids=["".join(map(str, order)) for order in ORDERS])
     def test_any_order(self, order: tuple[int, ...], ports: tuple[tuple[int, int], ...]) -> None:
-        stages = Ring(ports).start_all(order)
+        stages = MemoryRing(ports).start_all(order)
         assert_whole(stages)
 
     @LAYOUTS
     def test_all_at_once(self, ports: tuple[tuple[int, int], ...]) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = [ring.start(index) for index in range(4)]
         ring.wait(3)
         assert_whole(stages)
 
     @pytest.mark.parametrize("num_stages", [2, 3, 5])
     def test_other_numbers_of_stages(self, num_stages: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         configs = [
             make_config(
                 stage,
@@ -62,18 +63,18 @@ class TestStart:
         assert_whole(stages)
 
     def test_binds_once_in_public_and_says_where(self) -> None:
-        stages = Ring(QUICKSTART_PORTS).start_all()
+        stages = MemoryRing(QUICKSTART_PORTS).start_all()
         assert [stage.record.bound[0] for stage in stages][::3] == ["127.0.0.1:15550", "127.0.0.1:15554"]
         assert not {stage.record.bound[0] for stage in stages[1:3]} & {"127.0.0.1:15550", "127.0.0.1:15554"}
 
 
 class TestTraffic:
     def test_steps_calls_and_replies_go_round(self) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         head, one, two, tail = ring.start_all()
         head.send(Call(0, 7, "check_health"), [b"args"])
         ring.settle()
-        epoch = head.node.state.epoch
+        epoch = head.ring.state.epoch
         for worker in (one, two, tail):  # passed on by the ring: nobody has run anything yet
             assert worker.deliveries() == [Call(epoch, 7, "check_health")]
         results: list[CallResult] = []
@@ -96,7 +97,7 @@ class TestTraffic:
         assert {stage.phase for stage in ring.stages} == {Phase.SERVING}
 
     def test_what_is_sent_in_an_epoch_does_not_leave_in_another(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stages[2].is_frozen = True
         ring.kill(stages[1])
@@ -109,51 +110,51 @@ class TestTraffic:
         assert not stages[1].deliveries()
 
     def test_frames_of_another_epoch_are_dropped_and_counted(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         head, one = stages[:2]
-        peer = head.node.state.successor_peer
+        peer = head.ring.state.successor_peer
         assert peer is not None
-        for epoch in (head.node.state.epoch - 1, head.node.state.epoch + 1):
+        for epoch in (head.ring.state.epoch - 1, head.ring.state.epoch + 1):
             head.transport.send(Side.SUCCESSOR, peer, encode(Sample(epoch, 1)))
         ring.settle()
         assert one.deliveries() == []
-        assert one.node.state.num_stale_frames == 2
+        assert one.ring.state.num_stale_frames == 2
         assert one.phase is Phase.SERVING
 
     def test_a_message_for_the_other_end_is_not_delivered(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        epoch = stages[0].node.state.epoch
+        epoch = stages[0].ring.state.epoch
         for sender, receiver, message in (
             (stages[3], stages[0], Call(epoch, 2, "check_health")),
             (stages[0], stages[1], Result(epoch, 2, [])),
         ):
-            peer = sender.node.state.successor_peer
+            peer = sender.ring.state.successor_peer
             assert peer is not None
             sender.transport.send(Side.SUCCESSOR, peer, encode(message, [b""]))
             ring.settle()
             assert receiver.deliveries() == []
-            assert receiver.node.state.num_bad_messages == 1
+            assert receiver.ring.state.num_bad_messages == 1
 
     def test_hop_time_is_half_a_ping(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         one = ring.start_all()[1]
         head = ring.stages[0]
         head.is_frozen = True
         ring.wait(1.5)
         ring.clock.seconds = 200.0
-        one.node.turn(0)  # sends the ping
+        one.ring.turn(0)  # sends the ping
         ring.clock.seconds += 0.25
         head.is_frozen = False
-        head.node.turn(0)
-        one.node.turn(0)
-        assert one.node.state.hop_ns == pytest.approx(125_000_000)
+        head.ring.turn(0)
+        one.ring.turn(0)
+        assert one.ring.state.hop_ns == pytest.approx(125_000_000)
 
 
 def is_whole(stages: list[Stage]) -> bool:
     return {stage.phase for stage in stages} <= {Phase.OPEN, Phase.SERVING} and (
-        len({stage.node.state.epoch for stage in stages}) == 1
+        len({stage.ring.state.epoch for stage in stages}) == 1
     )
 
 
@@ -165,9 +166,9 @@ class TestLoss:
     def test_the_others_wait_and_its_return_completes_the_ring(
         self, lost: int, pause_s: float, is_serving: bool, ports: tuple[tuple[int, int], ...]
     ) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving() if is_serving else ring.start_all()
-        old_epoch = stages[0].node.state.epoch
+        old_epoch = stages[0].ring.state.epoch
         ring.kill(stages[lost])
         ring.wait(pause_s)
         survivors = [stage for stage in stages if stage.index != lost]
@@ -181,14 +182,14 @@ class TestLoss:
         stages[lost] = ring.start(lost)
         ring.wait(8)
         assert_whole(stages)
-        assert stages[0].node.state.epoch != old_epoch
+        assert stages[0].ring.state.epoch != old_epoch
         ring.call(stages)
         assert stages[0].deliveries()
 
     @LAYOUTS
     @pytest.mark.parametrize("lost", list(itertools.combinations(range(4), 2)))
     def test_two_at_once(self, lost: tuple[int, int], ports: tuple[tuple[int, int], ...]) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving()
         for index in lost:
             ring.kill(stages[index])
@@ -202,7 +203,7 @@ class TestLoss:
     @LAYOUTS
     @pytest.mark.parametrize("lost", range(4))
     def test_a_frozen_stage_takes_part_again(self, lost: int, ports: tuple[tuple[int, int], ...]) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving()
         stages[lost].is_frozen = True
         successor = stages[(lost + 1) % 4]
@@ -217,9 +218,9 @@ class TestLoss:
         assert all(stage.is_running for stage in stages)
 
     def test_again_and_again_every_epoch_is_new(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        epochs = [stages[0].node.state.epoch]
+        epochs = [stages[0].ring.state.epoch]
         for lost in (1, 2, 3, 1, 2, 2):
             ring.kill(stages[lost])
             ring.wait(2)
@@ -227,40 +228,40 @@ class TestLoss:
             ring.wait(4)
             assert_whole(stages)
             ring.call(stages, len(epochs))
-            epochs.append(stages[0].node.state.epoch)
+            epochs.append(stages[0].ring.state.epoch)
         assert len(set(epochs)) == len(epochs)
 
     @pytest.mark.parametrize("failed", range(4))
     def test_a_failed_step_ends_the_epoch_and_no_process(self, failed: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        epoch = stages[0].node.state.epoch
+        epoch = stages[0].ring.state.epoch
         error = StageLost(failed, f"stage {failed} failed step 7: ValueError", 7)
-        stages[failed].node.request_end_of_epoch(epoch - 1, error)  # too late: of an epoch that is over
+        stages[failed].ring.end_epoch(epoch - 1, error)  # too late: of an epoch that is over
         ring.wait(1)
         assert is_whole(stages)
-        stages[failed].node.request_end_of_epoch(epoch, error)
+        stages[failed].ring.end_epoch(epoch, error)
         ring.wait(3)
         assert_whole(stages)
-        assert stages[0].node.state.epoch > epoch
+        assert stages[0].ring.state.epoch > epoch
         for stage in stages:
             ((when, error),) = stage.record.broken
             assert (when, error.stage, error.step) == (epoch, failed, 7)
             assert str(error) == f"stage {failed} failed step 7: ValueError"
 
     def test_whoever_cannot_go_on_is_named_with_its_reason(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        stages[2].node.request_fail(PeerError("RuntimeError: out of memory"))
+        stages[2].ring.request_fail(PeerError("RuntimeError: out of memory"))
         ring.wait(3)
         for stage in (stages[3], stages[0], stages[1]):
             assert str(stage.record.broken[0][1]) == "stage 2 failed: RuntimeError: out of memory"
             assert stage.is_running
 
     def test_a_stopped_worker_is_named(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        stages[1].node.request_stop("was told to stop")
+        stages[1].ring.request_stop("was told to stop")
         ring.wait(3)
         assert stages[1].record.stops == ["was told to stop"]
         assert not stages[1].record.errors
@@ -268,33 +269,33 @@ class TestLoss:
             assert str(stage.record.broken[0][1]) == "stage 1 stopped: was told to stop"
 
     def test_a_fault_goes_round_once(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         for stage in stages:  # nobody leaves: a Fault that comes back must end where it began
             stage.transport.close = lambda linger_s=1.0: None  # type: ignore[method-assign]
-        stages[1].node.request_fail(PeerError("bad step"))
+        stages[1].ring.request_fail(PeerError("bad step"))
         ring.wait(0.5)
         assert [len(stage.record.broken) for stage in stages] == [1, 0, 1, 1]
 
     def test_a_fault_of_an_epoch_that_is_over_ends_nothing(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        for epoch in (stages[0].node.state.epoch - 1, stages[0].node.state.epoch + 1):
-            peer = stages[0].node.state.successor_peer
+        for epoch in (stages[0].ring.state.epoch - 1, stages[0].ring.state.epoch + 1):
+            peer = stages[0].ring.state.successor_peer
             assert peer is not None
             stages[0].transport.send(Side.SUCCESSOR, peer, encode(Fault(epoch, 2, -1, "stage 2 is lost")))
         ring.wait(2)
         assert {stage.phase for stage in stages} == {Phase.SERVING}
 
     def test_text_that_cannot_be_encoded_does_not_stop_the_notice(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        stages[2].node.request_fail(PeerError("file \udc80 " + "x" * 2_000_000))
+        stages[2].ring.request_fail(PeerError("file \udc80 " + "x" * 2_000_000))
         ring.wait(3)
         assert str(stages[0].record.broken[0][1]).startswith("stage 2 failed: file ? xxx")
 
     def test_a_gone_successor_of_which_nobody_tells(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         for stage in stages[1:]:
             stage.is_frozen = True
@@ -307,7 +308,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("lost", range(1, 4))
     def test_what_a_head_sends_at_that_moment_does_not_come_late(self, lost: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         ring.kill(stages[lost])
         stages[0].send(Call(0, 1, "check_health"), [b""])
@@ -319,9 +320,9 @@ class TestLoss:
         assert not stages[lost].deliveries()
 
     def test_a_load_that_fails_is_news_for_the_head_but_not_its_end(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
-        stages[1].node.request_fail(ConfigError("no such file"))
+        stages[1].ring.request_fail(ConfigError("no such file"))
         ring.wait(2)
         assert "stage 1 failed: no such file" in stages[0].record.log
         assert [stage.is_running for stage in stages] == [True, False, True, True]
@@ -333,7 +334,7 @@ class TestChaos:
     def test_whatever_happens_the_ring_comes_back(self, seed: int, ports: tuple[tuple[int, int], ...]) -> None:
         """Kills, freezes, cut connections and failed steps at random moments, also of two stages, also meanwhile."""
         rng = random.Random(seed)
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving()
         for _ in range(12):
             stage = stages[rng.randrange(4)]
@@ -347,7 +348,7 @@ class TestChaos:
                     stage.transport._push(Disconnected(Side.PREDECESSOR, "cut"))
                 case 3:
                     error = StageLost(stage.index, "a failed step", 3)
-                    stage.node.request_end_of_epoch(stage.node.state.epoch, error)
+                    stage.ring.end_epoch(stage.ring.state.epoch, error)
             ring.wait(rng.choice((0, 0.5, 1, 3, 8)), step_s=0.25)
             for index, each in enumerate(stages):
                 if not each.is_running:  # it was refused, or ended as the one that hangs: somebody starts it again
@@ -368,13 +369,13 @@ class TestChaos:
 
 class TestStandby:
     @staticmethod
-    def stand_by(ring: Ring, index: int) -> Stage:
+    def stand_by(ring: MemoryRing, index: int) -> Stage:
         return ring.start(dataclasses.replace(make_config(index, ring.ports), stands_by=True))
 
     @LAYOUTS
     @pytest.mark.parametrize("index", [1, 2, 3])
     def test_it_waits_and_takes_the_place(self, index: int, ports: tuple[tuple[int, int], ...]) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving()
         standby = self.stand_by(ring, index)
         ring.wait(200)
@@ -396,13 +397,13 @@ class TestStandby:
         assert_whole(stages)
 
     def test_with_nobody_in_its_place_it_takes_it_at_once(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = [self.stand_by(ring, index) if index == 2 else ring.start(index) for index in range(4)]
         ring.wait(3)
         assert_whole(stages)
 
     def test_while_the_one_before_it_is_frozen_it_waits(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         standby = self.stand_by(ring, 2)
         ring.wait(2)
@@ -416,13 +417,13 @@ class TestStandby:
 
 class TestPatience:
     @staticmethod
-    def lose_silently(ring: Ring, stage: Stage) -> None:
+    def lose_silently(ring: MemoryRing, stage: Stage) -> None:
         stage.transport._push(Disconnected(Side.PREDECESSOR, "no answer", is_silent=True))
         ring.settle()
 
     @pytest.mark.parametrize("index", [0, 2])
     def test_who_was_only_slow_is_given_more_time(self, index: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         for expected in (2.0, 4.0):
             self.lose_silently(ring, stages[index])
@@ -433,7 +434,7 @@ class TestPatience:
         assert f"stage {(index - 1) % 4} had only been slow" in stages[index].record.log
 
     def test_who_was_dead_teaches_nothing(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stages[1].is_frozen = True
         self.lose_silently(ring, stages[2])
@@ -443,7 +444,7 @@ class TestPatience:
         assert {stage.transport.patience_s for stage in stages} == {1.0}
 
     def test_a_connection_that_ends_is_no_silence(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stages[2].transport._push(Disconnected(Side.PREDECESSOR, "cut"))
         ring.settle()
@@ -453,7 +454,7 @@ class TestPatience:
 
 class TestDeadlinesOfALoss:
     def test_before_serving_the_start_deadline_begins_anew(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         ring.wait(100)
         assert_whole(stages)
@@ -465,7 +466,7 @@ class TestDeadlinesOfALoss:
         assert "waited 60 s for stage 2" in stages[3].error
 
     def test_a_ring_that_has_served_waits_for_a_stage_without_limit(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         ring.kill(stages[2])
         ring.wait(2000, step_s=2)
@@ -475,7 +476,7 @@ class TestDeadlinesOfALoss:
         assert_whole(stages)
 
     def test_but_for_a_head_only_so_long(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         ring.kill(stages[0])
         ring.wait(110)  # of 120
@@ -489,9 +490,9 @@ class TestStop:
     @LAYOUTS
     @pytest.mark.parametrize("is_serving", [False, True])
     def test_the_heads_bye_stops_all(self, is_serving: bool, ports: tuple[tuple[int, int], ...]) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving() if is_serving else ring.start_all()
-        stages[0].node.request_stop("the API server ended")
+        stages[0].ring.request_stop("the API server ended")
         ring.wait(6)
         for stage in stages:
             assert stage.record.stops == ["the API server ended"]
@@ -499,12 +500,12 @@ class TestStop:
             assert not stage.is_running
 
     def test_a_tail_that_still_answers_a_stopping_head_has_not_failed(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         tail = stages[3]
         for stage in stages[1:3]:
             stage.is_frozen = True
-        stages[0].node.request_stop("done")
+        stages[0].ring.request_stop("done")
         ring.turn()
         for _ in range(3):
             tail.send(Result(0, 1, []), [b""])
@@ -516,19 +517,19 @@ class TestStop:
         assert not tail.record.errors
 
     def test_what_was_sent_before_leaves_before(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stages[0].send(Call(0, 9, "shutdown"), [b""])
-        stages[0].node.request_stop("done")
+        stages[0].ring.request_stop("done")
         ring.settle()
-        assert stages[3].deliveries() == [Call(stages[0].node.state.epoch, 9, "shutdown")]
+        assert stages[3].deliveries() == [Call(stages[0].ring.state.epoch, 9, "shutdown")]
 
     def test_twice_is_once(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         for _ in range(2):
-            stages[0].node.request_stop("done")
-        stages[0].node.request_fail(PeerError("too late"))
+            stages[0].ring.request_stop("done")
+        stages[0].ring.request_fail(PeerError("too late"))
         ring.wait(1)
         assert stages[0].record.stops == ["done"]
         assert not stages[0].record.errors
@@ -540,7 +541,7 @@ class TestWaiting:
         [(0, "stage 3 at 127.0.0.1:15553 (connection refused)"), (2, "stage 1 at 127.0.0.1:15551")],
     )
     def test_alone_it_says_every_10_s_whom_it_waits_for_and_ends(self, alone: int, whom: str) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stage = ring.start(alone)
         ring.wait(59)
         lines = [line for line in stage.record.logs if "waiting for" in line]
@@ -552,21 +553,21 @@ class TestWaiting:
         assert isinstance(stage.record.errors[0], PeerError)
 
     def test_for_the_successor(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         ring.start(0)
         one = ring.start(1)
         ring.wait(11)
         assert "waiting for stage 2 to connect to 127.0.0.1 port 15551" in one.record.log
 
     def test_on_a_shared_port_for_one_that_is_not_there(self) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         ring.start(0)
         two = ring.start(2)
         ring.wait(11)
         assert "stage 1 at 127.0.0.1:15550 (the port is up, stage 1 has not registered there yet)" in two.record.log
 
     def test_an_open_ring_waits_for_nobody(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         ring.wait(200)
         assert_whole(stages)
@@ -579,7 +580,7 @@ class TestDuplicates:
     def test_refused_while_the_first_answers(
         self, index: int, is_serving: bool, ports: tuple[tuple[int, int], ...]
     ) -> None:
-        ring = Ring(ports)
+        ring = MemoryRing(ports)
         stages = ring.start_serving() if is_serving else ring.start_all()
         config = make_config(index, ports, bind_port=17000)
         second = ring.start(config)
@@ -592,7 +593,7 @@ class TestDuplicates:
             assert_whole(stages)
 
     def test_refused_on_the_shared_port(self) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         stages = ring.start_all()
         seconds = [ring.start(index) for index in (0, 1, 2)]
         ring.wait(10)
@@ -603,7 +604,7 @@ class TestDuplicates:
 
     @pytest.mark.parametrize("index", range(4))
     def test_takes_the_place_of_a_silent_one(self, index: int) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         first = stages[index]
         first.is_frozen = True
@@ -613,14 +614,14 @@ class TestDuplicates:
         if (
             index == 3
         ):  # the head looks for the tail at its old address, so only the link to the tail's predecessor moves
-            assert stages[2].node.state.successor_peer is not None
+            assert stages[2].ring.state.successor_peer is not None
         first.is_frozen = False
         ring.wait(2)
         assert "there is already a stage" in first.error
         assert stages[index].is_running
 
     def test_the_head_hears_of_it(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         ring.start(make_config(3, bind_port=17000))
         ring.wait(5)
@@ -643,7 +644,7 @@ class TestRefusals:
         ids=["gap", "gap at 1", "overlap", "wrong order"],
     )
     def test_ranges(self, wrong: int, layers: tuple[int, int], says: str, order: tuple[int, ...]) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         config = make_config(wrong, layers=layers)
         for index in order:
             ring.start(config if index == wrong else index)
@@ -673,7 +674,7 @@ class TestRefusals:
     def test_whoever_differs_from_the_head_exits(
         self, name: str, value: str, wrong: int, order: tuple[int, ...]
     ) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         for index in order:
             ring.start(index, shared={name: value} if index == wrong else {})
             ring.settle()
@@ -692,7 +693,7 @@ class TestRefusals:
     def test_another_export_than_the_first_that_has_one(
         self, exports: tuple[str, ...], wrong: int, first: int, order: tuple[int, ...]
     ) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         for index in order:
             ring.start(index, shared={EXPORT_SETTING: exports[index]})
             ring.settle()
@@ -715,7 +716,7 @@ class TestRefusals:
         self, weights: tuple[str, ...], wrong: int, first: int, order: tuple[int, ...]
     ) -> None:
         """A base model and its fine-tune: headers, configuration and exports say nothing."""
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         for index in order:
             ring.start(index, shared={WEIGHTS_SETTING: weights[index]})
             ring.settle()
@@ -726,7 +727,7 @@ class TestRefusals:
     @pytest.mark.parametrize("order", LATER_FIRST)
     def test_another_model_than_the_first_that_knows_its_own(self, order: tuple[int, ...]) -> None:
         """A folder with a part of the files has the headers of a part only, and its stage may be the head."""
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         for index in order:
             ring.start(index, shared={MODEL_SETTING: ("", "m1", "", "m2")[index]})
             ring.settle()
@@ -737,7 +738,7 @@ class TestRefusals:
     @pytest.mark.parametrize("values", [("e1", "", "e1", ""), ("", "e1", "e1", ""), ("",) * 4, ("e1",) * 4])
     def test_stages_that_cannot_tell_fit_any(self, values: tuple[str, ...], setting: str) -> None:
         """Full and pre-split stages, folders with all weights and with a part of them."""
-        ring = Ring()
+        ring = MemoryRing()
         stages = [ring.start(index, shared={setting: value}) for index, value in enumerate(values)]
         ring.wait(5)
         assert_whole(stages)
@@ -745,7 +746,7 @@ class TestRefusals:
     @pytest.mark.parametrize("order", LATER_FIRST)
     @pytest.mark.parametrize("wrong", [1, 2, 3])
     def test_another_number_of_stages(self, wrong: int, order: tuple[int, ...]) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         config = make_config(wrong, num_stages=5)
         for index in order:
             ring.start(config if index == wrong else index)
@@ -754,7 +755,7 @@ class TestRefusals:
         self._check_refused(ring, wrong, ["--pipeline-total-stages is 5", "4 on stage 0"])
 
     def test_a_stage_beyond_the_heads_total(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         extra = ring.start(make_config(4, layers=(32, 40), num_stages=5, bind_port=15560, predecessor_port=15553))
         ring.wait(5)
@@ -762,7 +763,7 @@ class TestRefusals:
         assert_whole(stages)
 
     def test_a_head_that_differs_ends_all_the_others(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         head = ring.start(0, shared={"--dtype": "bfloat16"})
         others = [ring.start(index) for index in (1, 2, 3)]
         ring.wait(10)
@@ -773,7 +774,7 @@ class TestRefusals:
     @pytest.mark.parametrize("order", LATER_FIRST)
     @pytest.mark.parametrize("wrong", [1, 2, 3])
     def test_another_pipeline_id(self, wrong: int, order: tuple[int, ...]) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         for index in order:
             config = make_config(index)
             ring.start(config, make_identity(config, pipeline_id="b" if index == wrong else "a"))
@@ -782,7 +783,7 @@ class TestRefusals:
         self._check_refused(ring, wrong, ["--pipeline-id is b", "a on stage 0"], pipeline_id="a")
 
     def test_another_pipeline_on_the_same_port(self) -> None:
-        ring = Ring(QUICKSTART_PORTS)
+        ring = MemoryRing(QUICKSTART_PORTS)
         stages = ring.start_all()
         config = make_config(1, QUICKSTART_PORTS)
         stranger = ring.start(config, make_identity(config, pipeline_id="b"))
@@ -790,7 +791,7 @@ class TestRefusals:
         assert "--pipeline-id" in stranger.error
         assert_whole(stages)
 
-    def _check_refused(self, ring: Ring, wrong: int, says: list[str], pipeline_id: str = "") -> None:
+    def _check_refused(self, ring: MemoryRing, wrong: int, says: list[str], pipeline_id: str = "") -> None:
         """Only the wrong one left, both ends say why, and a corrected one completes the ring."""
         stages = {stage.index: stage for stage in ring.stages}
         assert [index for index in range(4) if not stages[index].is_running] == [wrong]
@@ -807,7 +808,7 @@ class TestRefusals:
 class Stranger:
     """Not a stage: a transport that sends and answers what it likes."""
 
-    def __init__(self, ring: Ring, port: int = 0) -> None:
+    def __init__(self, ring: MemoryRing, port: int = 0) -> None:
         self.transport = MemoryTransport(ring.network)
         if port:
             self.transport.bind(port)
@@ -823,7 +824,7 @@ def in_other_version(frames: list[bytes | bytearray | memoryview]) -> list[bytes
 
 class TestStrangers:
     def test_garbage_is_logged_once_per_peer_and_the_ring_goes_on(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stranger = Stranger(ring)
         stranger.throw(15551, b"GET / HTTP/1.1")
@@ -835,17 +836,17 @@ class TestStrangers:
         assert stages[0].deliveries()
 
     def test_a_thousand_strangers_fill_neither_memory_nor_the_log(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stranger = Stranger(ring)
         for _ in range(1500):
             stranger.throw(15551, b"garbage")
         ring.settle()
         assert len(stages[1].record.logs) <= 1001
-        assert stages[1].node.state.num_bad_messages == 1500
+        assert stages[1].ring.state.num_bad_messages == 1500
 
     def test_hellos_of_impossible_stages_are_dropped(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         hello = bytes(encode(Hello(make_identity(make_config(2)), 1))[0])
         impossible = hello.replace(b"\x02\x04\x10\x18", b"\x02\x04\x18\x10")  # layers 24 to 16
@@ -858,7 +859,7 @@ class TestStrangers:
     def test_every_message_from_a_stranger_is_harmless(self) -> None:
         from unit.test_wire_codec import EXAMPLES
 
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stranger = Stranger(ring)
         for port in (15550, 15551, 15552, 15553):
@@ -870,7 +871,7 @@ class TestStrangers:
         assert stages[0].deliveries()
 
     def test_a_predecessor_that_is_something_else(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stranger = Stranger(ring, 15550)
         one = ring.start(1)
         ring.wait(35)
@@ -879,7 +880,7 @@ class TestStrangers:
         assert stranger.transport.poll(0)
 
     def test_a_predecessor_that_talks_nonsense(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stranger = Stranger(ring, 15550)
         one = ring.start(1)
         for _ in range(3):
@@ -890,14 +891,14 @@ class TestStrangers:
         assert "does not speak Stagewire's protocol" in one.error
 
     def test_a_shared_port_that_belongs_to_something_else(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         Stranger(ring, 15551)
         one = ring.start(1)
         ring.wait(12)
         assert "port 15551 is taken by another program" in one.error
 
     def test_a_port_that_is_taken_and_refuses_connections(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         one = ring.start(1)
         ring.network.taken.add(15551)
         ring.wait(12)
@@ -906,10 +907,10 @@ class TestStrangers:
 
 class TestWireVersions:
     @pytest.fixture
-    def ring(self) -> Ring:
-        return Ring()
+    def ring(self) -> MemoryRing:
+        return MemoryRing()
 
-    def test_a_worker_of_another_version_than_its_predecessor_exits(self, ring: Ring) -> None:
+    def test_a_worker_of_another_version_than_its_predecessor_exits(self, ring: MemoryRing) -> None:
         stranger = Stranger(ring, 15550)
         one = ring.start(1)
         ring.settle()
@@ -920,7 +921,7 @@ class TestWireVersions:
         assert "stage 0 at 127.0.0.1:15550: wire version 99, this stage speaks 2" in one.error
         assert isinstance(one.record.errors[0], ConfigError)
 
-    def test_the_head_is_right_and_waits(self, ring: Ring) -> None:
+    def test_the_head_is_right_and_waits(self, ring: MemoryRing) -> None:
         stranger = Stranger(ring, 15553)
         head = ring.start(0)
         answer = in_other_version(encode(Hello(make_identity(make_config(1)), 0)))
@@ -932,7 +933,7 @@ class TestWireVersions:
         assert head.is_running
         assert sum("Stage 0: stage 3 at 127.0.0.1:15553: wire version 99" in line for line in head.record.logs) == 1
 
-    def test_whoever_knows_the_head_answers_so_that_the_other_learns_its_version(self, ring: Ring) -> None:
+    def test_whoever_knows_the_head_answers_so_that_the_other_learns_its_version(self, ring: MemoryRing) -> None:
         stages = ring.start_all()
         ring.kill(stages[1])
         ring.settle()
@@ -944,5 +945,5 @@ class TestWireVersions:
 
 
 def test_repr_says_where_it_stands() -> None:
-    stage: Stage = Ring().start_all()[1]
-    assert "stage=1/4, phase=open" in repr(stage.node)
+    stage: Stage = MemoryRing().start_all()[1]
+    assert "stage=1/4, phase=open" in repr(stage.ring)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from stagewire.ring.actions import Connect, Log, Stall, Way
-from stagewire.ring.link import AddressGone, MemoryNetwork, MemoryTransport, NoAddressError
-from stagewire.ring.predecessor import FORWARDING_S, OTHER_WAY_INTERVAL_S, PredecessorLink
-from stagewire.ring.state import Phase
-from unit.ring_harness import Ring, assert_whole, make_config, make_identity
+from stagewire.ring.rules.actions import Connect, Log, Stall, Way
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.rules.predecessor import PredecessorLink
+from stagewire.ring.rules.timeouts import FORWARDING_S, OTHER_WAY_INTERVAL_S
+from stagewire.ring.transport.interface import AddressGone, NoAddressError
+from stagewire.ring.transport.memory import MemoryNetwork, MemoryTransport
+from unit.ring_harness import MemoryRing, assert_whole, make_config, make_identity
 
 STALL = Stall(123_456, 6.0, "10.0.0.1:15551 -> 10.0.0.2:4000", 1448)
 
 
 class TestStalled:
     def test_a_link_by_which_nothing_arrives_ends_the_epoch_and_the_head_learns_why(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         one = stages[1]
-        peer = one.node.state.successor_peer
+        peer = one.ring.state.successor_peer
         assert peer is not None
-        one.node._perform(one.node.state.stalled(peer, STALL, ring.clock.seconds))
+        one.ring._perform(one.ring.state.stalled(peer, STALL, ring.clock.seconds))
         text = str(one.record.broken[-1][1])
         assert "123456 bytes on link 1 -> 2 (10.0.0.1:15551 -> 10.0.0.2:4000) were not acknowledged for 6 s" in text
         assert "small messages pass: the path swallows packets of 1448 bytes" in text
@@ -29,17 +31,17 @@ class TestStalled:
         assert text in stages[0].record.log
 
     def test_a_successor_that_says_nothing_may_be_gone(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        peer = stages[1].node.state.successor_peer
+        peer = stages[1].ring.state.successor_peer
         assert peer is not None
-        stages[1].node._perform(stages[1].node.state.stalled(peer, STALL, ring.clock.seconds + 10))
+        stages[1].ring._perform(stages[1].ring.state.stalled(peer, STALL, ring.clock.seconds + 10))
         assert "small messages" not in str(stages[1].record.broken[-1][1])
 
     def test_a_connection_that_the_successor_has_left_is_nobodys_loss(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
-        assert stages[1].node.state.stalled(b"another", STALL, ring.clock.seconds) == []
+        assert stages[1].ring.state.stalled(b"another", STALL, ring.clock.seconds) == []
         assert stages[1].phase is Phase.SERVING
 
 
@@ -112,9 +114,9 @@ class LateTransport(MemoryTransport):
 
 class TestOwnAddress:
     def test_one_that_is_not_known_yet_is_asked_for_again(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         one = ring.start(1)
-        one.node.transport = one.transport = LateTransport(MemoryNetwork())
+        one.ring.transport = one.transport = LateTransport(MemoryNetwork())
         ring.wait(2)
         assert one.record.bound == []
         ring.wait(4)
@@ -122,19 +124,19 @@ class TestOwnAddress:
         assert one.record.log.count("listens nowhere yet: the name late.test does not resolve here") == 1
 
     def test_one_that_is_gone_is_in_what_it_waits_for(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         one = ring.start(1)
         ring.settle()
-        one.node._perform(one.node._handle(AddressGone("10.0.0.1 is gone")))
-        assert one.node.state.waits_for().endswith("; 10.0.0.1 is gone")
-        one.node._perform(one.node._handle(AddressGone("")))
-        assert "gone" not in one.node.state.waits_for()
+        one.ring._perform(one.ring._handle(AddressGone("10.0.0.1 is gone")))
+        assert one.ring.state.waits_for().endswith("; 10.0.0.1 is gone")
+        one.ring._perform(one.ring._handle(AddressGone("")))
+        assert "gone" not in one.ring.state.waits_for()
 
     def test_others_of_the_machine_are_named_while_nobody_has_come(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         one = ring.start(1)
         ring.settle()
-        one.node.state.other_addresses = ["10.0.2.1 (eth1)"]
+        one.ring.state.waiting.other_addresses = ["10.0.2.1 (eth1)"]
         ring.wait(25)
         line = "listens on 127.0.0.1 port 15551 only. This machine also has 10.0.2.1 (eth1): if stage 2 calls that"
         assert one.record.log.count(line) == 1

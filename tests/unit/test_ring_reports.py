@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 
-from stagewire.ring.actions import Side
-from stagewire.ring.link import UnreachableError
-from stagewire.ring.state import Phase
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.transport.interface import UnreachableError
 from stagewire.wire.codec import Frame, decode, encode
 from stagewire.wire.messages import Report, StageReport, Step
-from unit.ring_harness import Ring, Stage, assert_whole, make_report
+from unit.ring_harness import MemoryRing, Stage, assert_whole, make_report
 
 
 def let_all_report(stages: Sequence[Stage]) -> None:
@@ -21,7 +21,7 @@ def let_all_report(stages: Sequence[Stage]) -> None:
 
 
 def send_report(sender: Stage, report: Report) -> None:
-    peer = sender.node.state.successor_peer
+    peer = sender.ring.state.successor_peer
     assert peer is not None
     sender.transport.send(Side.SUCCESSOR, peer, encode(report))
 
@@ -31,7 +31,7 @@ ALL = [make_report(stage) for stage in range(4)]
 
 class TestRound:
     def test_once_a_second_from_every_stage_in_order(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         let_all_report(stages)
         stages[0].record.reports.clear()
@@ -41,7 +41,7 @@ class TestRound:
 
     def test_they_are_no_traffic_of_the_model(self) -> None:
         """An open ring that only reports has not begun to serve, and its threads hear nothing of it."""
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_all()
         let_all_report(stages)
         ring.wait(3)
@@ -49,7 +49,7 @@ class TestRound:
         assert not any(stage.deliveries() for stage in stages)
 
     def test_none_before_the_ring_is_whole_and_none_after_its_end(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         head = ring.start(0)
         others = [ring.start(stage) for stage in (1, 2)]
         let_all_report([head, *others])
@@ -69,52 +69,52 @@ class TestRound:
         assert len(head.record.reports) == seen
 
     def test_linked_stages_as_the_head_knows_them(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         head = ring.start(0)
         found = []
         for stage in (None, 1, 3, 2):
             if stage is not None:
                 ring.start(stage)
             ring.wait(2)
-            found.append(head.node.state.linked_stages)
+            found.append(head.ring.state.linked_stages)
         assert found == [(), (1,), (1, 3), (0, 1, 2, 3)]
 
 
 class TestWrong:
     def test_one_of_another_epoch_is_dropped_and_counted(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         head, one, tail = stages[0], stages[1], stages[3]
         head.record.reports.clear()
-        for epoch in (head.node.state.epoch - 1, head.node.state.epoch + 1):
+        for epoch in (head.ring.state.epoch - 1, head.ring.state.epoch + 1):
             send_report(tail, Report(epoch, ALL))
             send_report(head, Report(epoch, ALL[:1]))
         ring.settle()
         assert head.record.reports == []
-        assert (head.node.state.num_stale_frames, one.node.state.num_stale_frames) == (2, 2)
-        assert stages[2].node.state.num_stale_frames == 0  # nor was it passed on
+        assert (head.ring.state.num_stale_frames, one.ring.state.num_stale_frames) == (2, 2)
+        assert stages[2].ring.state.num_stale_frames == 0  # nor was it passed on
 
     @pytest.mark.parametrize(
         "stages_named", [[1, 0], [0, 0], [0, 1], [1]], ids=["order", "twice", "the receiver", "only the receiver"]
     )
     def test_reports_that_no_earlier_stage_can_have_sent(self, stages_named: list[int]) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stages[0].record.reports.clear()
-        send_report(stages[0], Report(stages[0].node.state.epoch, [make_report(stage) for stage in stages_named]))
+        send_report(stages[0], Report(stages[0].ring.state.epoch, [make_report(stage) for stage in stages_named]))
         ring.settle()
         assert stages[0].record.reports == []
-        assert stages[1].node.state.num_bad_messages == 1
+        assert stages[1].ring.state.num_bad_messages == 1
         assert {stage.phase for stage in stages} == {Phase.SERVING}
 
     def test_one_from_a_caller_is_not_accepted(self) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         stages[0].record.reports.clear()
-        stages[1].transport.send(Side.PREDECESSOR, b"", encode(Report(stages[0].node.state.epoch, ALL)))
+        stages[1].transport.send(Side.PREDECESSOR, b"", encode(Report(stages[0].ring.state.epoch, ALL)))
         ring.settle()
         assert stages[0].record.reports == []
-        assert stages[0].node.state.num_bad_messages == 1
+        assert stages[0].ring.state.num_bad_messages == 1
 
     @pytest.mark.parametrize("how", ["raises", "too long", "does not encode", "nothing to say"])
     def test_a_stage_that_cannot_report_is_missing_and_nothing_else(self, how: str) -> None:
@@ -124,7 +124,7 @@ class TestWrong:
             text = {"too long": "x" * 129, "does not encode": "\udc80"}.get(how)
             return None if text is None else make_report(2, host=text)
 
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         let_all_report(stages)
         stages[2].record.own_report = own_report
@@ -137,7 +137,7 @@ class TestWrong:
 
 class TestFullQueue:
     def test_a_report_is_dropped_and_steps_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ring = Ring()
+        ring = MemoryRing()
         stages = ring.start_serving()
         let_all_report(stages)
         one = stages[1]

@@ -14,7 +14,7 @@ from stagewire.cli import main
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
-from stagewire.ring.security import (
+from stagewire.ring.transport.security import (
     OPEN,
     Reach,
     RingKey,
@@ -157,35 +157,35 @@ class TestRules:
     def test_other_networks_need_a_key(self, bind: str, predecessor: str, key_file: Path) -> None:
         with pytest.raises(ConfigError, match=r"stage 1: .*--pipeline-key-file.*--pipeline-allow-insecure"):
             secure_stage(config(bind, predecessor))
-        _, security, warnings = secure_stage(config(bind, predecessor, key_file=str(key_file)))
-        assert security.key == read_key_file(key_file)
-        assert not warnings
+        secured = secure_stage(config(bind, predecessor, key_file=str(key_file)))
+        assert secured.security.key == read_key_file(key_file)
+        assert not secured.warnings
 
     def test_other_networks_by_permission(self) -> None:
-        _, _, warnings = secure_stage(config("8.8.8.8", "127.0.0.1", allow_insecure=True))
-        assert len(warnings) == 1
-        assert "NOT PROTECTED: connections at 8.8.8.8" in warnings[0]
+        secured = secure_stage(config("8.8.8.8", "127.0.0.1", allow_insecure=True))
+        assert len(secured.warnings) == 1
+        assert "NOT PROTECTED: connections at 8.8.8.8" in secured.warnings[0]
 
     def test_private_networks_are_warned_of(self) -> None:
-        host, security, warnings = secure_stage(config("192.168.1.11", "192.168.1.10"))
-        assert host == "192.168.1.11"
-        assert security.key is None
-        assert [warning.split()[4] for warning in warnings] == ["192.168.1.11", "192.168.1.10"]
-        assert all("--pipeline-key-file" in warning for warning in warnings)
+        secured = secure_stage(config("192.168.1.11", "192.168.1.10"))
+        assert secured.host == "192.168.1.11"
+        assert secured.security.key is None
+        assert [warning.split()[4] for warning in secured.warnings] == ["192.168.1.11", "192.168.1.10"]
+        assert all("--pipeline-key-file" in warning for warning in secured.warnings)
 
     def test_loopback_needs_nothing(self) -> None:
-        host, security, warnings = secure_stage(config(None, "localhost"))
-        assert host == "127.0.0.1"
-        assert security.socket_path(host, 15550)
-        assert not warnings
+        secured = secure_stage(config(None, "localhost"))
+        assert secured.host == "127.0.0.1"
+        assert secured.security.socket_path(secured.host, 15550)
+        assert not secured.warnings
 
     def test_a_key_goes_before_local_sockets(self, socket_folder: Path) -> None:
         assert not Security.of_folder(socket_folder, KEY).has_local_sockets
         assert not OPEN.has_local_sockets
 
     def test_a_name_that_comes_up_later(self) -> None:
-        host, _, _ = secure_stage(config("127.0.0.1", "no-such-host.invalid"))
-        assert host == "127.0.0.1"
+        secured = secure_stage(config("127.0.0.1", "no-such-host.invalid"))
+        assert secured.host == "127.0.0.1"
         with pytest.raises(ConfigError, match=r"--pipeline-local-bind-host no-such-host\.invalid"):
             secure_stage(config("no-such-host.invalid", "127.0.0.1"))
 
@@ -201,7 +201,7 @@ class TestRules:
         def fail(*arguments: object) -> Path:
             raise ConfigError("no folder")
 
-        monkeypatch.setattr("stagewire.ring.security.runtime_folder", fail)
+        monkeypatch.setattr("stagewire.ring.transport.security.runtime_folder", fail)
         with pytest.raises(ConfigError, match="no folder"):
             secure(config(None, "127.0.0.1"), ["127.0.0.1"])
         security = secure(config(None, "10.0.0.1"), ["10.0.0.1"])

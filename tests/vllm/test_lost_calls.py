@@ -129,7 +129,7 @@ def test_a_schedule_without_tokens_that_fails_on_the_head_is_no_end_of_the_engin
 
 def test_a_head_with_requests_and_without_a_ring_pauses(executor: Any) -> None:
     """Or it takes half a core from the stage that comes back; a ring that is whole again ends the pause."""
-    from stagewire.ring.node import Whole
+    from stagewire.ring.observer import Whole
 
     waited: list[float] = []
     news: list[Any] = []
@@ -154,7 +154,7 @@ def test_a_head_with_requests_and_without_a_ring_pauses(executor: Any) -> None:
 @pytest.mark.parametrize("stages_in_timings", [[], [0], [0, 2], [0, 1, 1]])
 def test_a_result_with_the_timings_of_other_stages_is_refused(executor: Any, stages_in_timings: list[int]) -> None:
     from stagewire.errors import PeerError
-    from stagewire.ring.node import Delivery
+    from stagewire.ring.observer import Delivery
     from stagewire.wire.messages import Result, StageTiming
 
     executor._stage.num_stages = 2
@@ -165,7 +165,7 @@ def test_a_result_with_the_timings_of_other_stages_is_refused(executor: Any, sta
 
 
 def test_a_result_that_does_not_decode_ends_its_epoch(executor: Any) -> None:
-    from stagewire.ring.node import Delivery
+    from stagewire.ring.observer import Delivery
     from stagewire.wire.messages import Result, StageTiming
 
     in_flight = Mock(req_ids=["a"])

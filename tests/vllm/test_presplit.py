@@ -17,7 +17,7 @@ from stagewire.checkpoint.manifest import stage_folder
 from stagewire.config import Address, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.plan.ranges import LayerRange
-from stagewire.ring.admission import EXPORT_SETTING, WEIGHTS_SETTING
+from stagewire.ring.rules.admission import EXPORT_SETTING, WEIGHTS_SETTING
 from support.stages import PreSplitRing, SingleProcess
 from support.workload import LOGPROB_TOLERANCE, Answer, compare, license_text, requests, run
 

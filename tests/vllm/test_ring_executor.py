@@ -194,7 +194,7 @@ def test_a_step_that_does_not_come_back_is_given_up(executor: Any, monkeypatch: 
 
 
 def test_a_result_of_a_step_that_nobody_waits_for_is_refused(executor: Any) -> None:
-    from stagewire.ring.node import Delivery
+    from stagewire.ring.observer import Delivery
     from stagewire.wire.messages import Result, StageTiming
 
     executor._steps = {4: in_flight(4, ["a"])}
@@ -268,7 +268,7 @@ def test_of_an_overdue_step_the_first_stage_that_has_not_run_it_is_accused(
 
 
 def test_only_the_answer_to_catching_up_ends_it() -> None:
-    from stagewire.ring.node import Delivery
+    from stagewire.ring.observer import Delivery
     from stagewire.vllm_plugin.member.member import Member
     from stagewire.wire.messages import Reply
 
@@ -307,7 +307,7 @@ def test_a_stage_that_is_told_to_stop_waits_for_its_requests_but_not_for_ever(
     process = Mock(_broken=StageLost(2, "stage 2 is lost") if is_broken else None)
     process._count_requests.return_value = num_left
     member.Member._mind_leaving(process, "stage 1 was told to stop", 100.0)
-    assert process.ring.node.request_stop.called == leaves
+    assert process.ring.request_stop.called == leaves
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stagewire.ring.security import make_key_file, runtime_folder
+from stagewire.ring.transport.security import make_key_file, runtime_folder
 from support.models import make_llama
 from support.stages import Ring, free_ports, start
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from stagewire.ring.rules.timeouts import PROBE_PATIENCE_ENV
 from support.cpu import needs_fp8_kv_cache
 from support.stages import Ring, SingleProcess, together
 from support.workload import LOGPROB_TOLERANCE, compare, license_text, requests, run, runs

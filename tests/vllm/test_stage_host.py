@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from stagewire.errors import PeerError, StageLost
-from stagewire.ring.node import Broken, Delivery
+from stagewire.ring.observer import Broken, Delivery
 from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, Step
 
 pytestmark = pytest.mark.vllm
@@ -22,7 +22,7 @@ def make_host(stage: int = 1, num_stages: int = 3) -> Any:
 
     config = SimpleNamespace(stage=stage, is_tail=stage == num_stages - 1, is_head=False)
     process, ranks = Mock(), Mock(config=config, num_ranks=1)
-    process.ring.hop_ns, process.ring.node.state.epoch = 0, 7
+    process.ring.hop_ns, process.ring.state.epoch = 0, 7
     process.ring.identities = [SimpleNamespace(incarnation="head", tensor_parallel=1)]
     ranks.call.return_value = [CallResult(stage, 0, "", "")], [encode_value(None)]
     ranks.own.adapters.known, ranks.execute.return_value = {}, None

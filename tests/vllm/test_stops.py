@@ -27,7 +27,7 @@ import pytest
 
 from stagewire.folders import remove_abandoned
 from stagewire.observe.status_events import Phase
-from stagewire.ring.zmq_link import PROBE_PATIENCE_ENV
+from stagewire.ring.rules.timeouts import PROBE_PATIENCE_ENV
 from support.models import make_llama
 from support.stages import START_DEADLINE_S, Process, Ring, process_tree
 from support.stages import start as start_process

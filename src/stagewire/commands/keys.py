@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from stagewire.ring.security import make_key_file
+from stagewire.ring.transport.security import make_key_file
 
 __all__ = ["add_arguments", "run"]
 

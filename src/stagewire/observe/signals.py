@@ -23,7 +23,7 @@ from types import FrameType
 __all__ = ["END_S", "STOP_SIGNALS", "Interrupted", "SignalWatch", "stop_signals_interrupt"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# An end in order takes milliseconds, or a second where a peer does not read its queue (ring/link.py).
+# An end in order takes milliseconds, and a second where a queue is not read (ring/transport/interface.py).
 END_S = 2.0
 # Between two reminders of a signal that the main thread has not handled.
 REMIND_S = 0.1

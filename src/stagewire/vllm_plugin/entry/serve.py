@@ -24,7 +24,7 @@ from stagewire.errors import ConfigError, StagewireError
 from stagewire.observe.status_events import LAUNCHER_SOCKET_ENV, HeadApi, Phase, StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.plan.ranges import check_own_range
-from stagewire.ring.security import secure_stage
+from stagewire.ring.transport.security import secure_stage
 from stagewire.vllm_plugin.entry.flags import parse_flags
 from stagewire.vllm_plugin.head.stopping import begin
 from stagewire.vllm_plugin.seams import interfaces, versions

@@ -34,8 +34,8 @@ from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status_events import StatusSender
 from stagewire.observe.streams import keep_writing
 from stagewire.observe.timings import StepLog
-from stagewire.ring.node import Broken, Delivery, Whole
-from stagewire.ring.security import secure_stage
+from stagewire.ring.observer import Broken, Delivery, Whole
+from stagewire.ring.transport.security import secure_stage
 from stagewire.vllm_plugin.codec.calls import CALLS, Runs, bind_call
 from stagewire.vllm_plugin.codec.schedules import decode_output, encode_grammar, encode_schedule, is_nothing
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value

@@ -18,8 +18,8 @@ from stagewire.config import StageConfig
 from stagewire.errors import ConfigError, InternalError, PeerError
 from stagewire.observe.signals import SignalWatch
 from stagewire.observe.status_events import StatusSender
-from stagewire.ring.node import Broken, Delivery, Whole
-from stagewire.ring.security import SecuredStage
+from stagewire.ring.observer import Broken, Delivery, Whole
+from stagewire.ring.transport.security import SecuredStage
 from stagewire.vllm_plugin.codec.calls import CALLS, PREPARE, CallSpec
 from stagewire.vllm_plugin.codec.schedules import decode_schedule, encode_output
 from stagewire.vllm_plugin.codec.values import decode_value, encode_value
@@ -92,7 +92,7 @@ class _StageHost:
 
     def _is_current(self, epoch: int) -> bool:
         """Not of an epoch that is over, or in which a step has failed here."""
-        return epoch == self._ring.node.state.epoch != self._failed_epoch
+        return epoch == self._ring.state.epoch != self._failed_epoch
 
     def _handle(self, delivery: Delivery) -> None:
         match delivery.message:

@@ -20,8 +20,8 @@ from stagewire.checkpoint.manifest import check_place, check_samples, read_manif
 from stagewire.checkpoint.model_config import CONFIG_NAME, PARAMS_NAME, LoadFlags
 from stagewire.checkpoint.samples import sample_weights
 from stagewire.config import StageConfig
-from stagewire.ring.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
-from stagewire.ring.runtime import new_incarnation
+from stagewire.ring.ring import new_incarnation
+from stagewire.ring.rules.admission import EXPORT_SETTING, MODEL_SETTING, WEIGHTS_SETTING
 from stagewire.version import __version__
 from stagewire.vllm_plugin.loading.load_formats import asked_load_format
 from stagewire.vllm_plugin.worker.speculation import describe_speculation

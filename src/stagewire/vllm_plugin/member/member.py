@@ -28,11 +28,11 @@ from stagewire.errors import ConfigError, InternalError, PeerError, RankError, S
 from stagewire.observe.processes import ORPHAN_EXIT_CODE, take_launcher, take_parent
 from stagewire.observe.status_events import Phase, StatusSender
 from stagewire.observe.timings import StepStatistics
-from stagewire.ring import hosts
-from stagewire.ring.node import Delivery, Observer, Whole
-from stagewire.ring.runtime import RingRuntime
-from stagewire.ring.security import SecuredStage
-from stagewire.ring.zmq_link import ZmqTransport
+from stagewire.ring.observer import Delivery, Observer, Whole
+from stagewire.ring.ring import Ring
+from stagewire.ring.transport import hosts
+from stagewire.ring.transport.security import SecuredStage
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 from stagewire.vllm_plugin.codec.calls import PREPARE
 from stagewire.vllm_plugin.codec.values import encode_value
 from stagewire.vllm_plugin.member.awake import AwakeCores
@@ -150,7 +150,7 @@ class Member(Observer):
         identity = make_identity(config, vllm_config)
         # A step for each stage is in flight at most, and they seldom are at the same one.
         unread_bytes = min((config.num_stages + MAX_LARGE_FRAMES) * frame_bytes, most_bytes)
-        self.ring = RingRuntime(config, identity, transport, self, self._watch, unread_bytes)
+        self.ring = Ring(config, identity, transport, self, self._watch, unread_bytes)
 
     def __repr__(self) -> str:
         return f"Member({self.ring!r})"
@@ -172,13 +172,13 @@ class Member(Observer):
             return 0.0
         self._leaving = (text, time.monotonic() + timeout_s)
         self._state = "draining"
-        self.ring.node.transport.wake()
+        self.ring.wake()
         return timeout_s + LEAVING_S
 
     def stop_at_once(self) -> None:
         """From any thread: ends the ring in order, and with it the process."""
         self._is_told_to_stop = True
-        self.ring.node.request_stop(f"stage {self._config.stage} was told to stop")
+        self.ring.request_stop(f"stage {self._config.stage} was told to stop")
 
     def end(self, exit_code: int = 0) -> None:
         """From any thread: ends this process and its ranks, whatever they do."""
@@ -237,7 +237,7 @@ class Member(Observer):
 
     def describe_health(self) -> StageCondition:
         """For `StageHealth`."""
-        state = self.ring.node.state
+        state = self.ring.state
         failure = None if self.ring.error is None else str(self.ring.error)
         is_prepared = self._state in ("serving", "draining")
         return StageCondition(is_prepared, "" if state.is_open else state.waits_for(), failure)
@@ -280,10 +280,10 @@ class Member(Observer):
             self._mind_leaving(*self._leaving)
         problem = self._ranks.problem()
         if problem is not None:
-            self.ring.node.request_fail(problem)
+            self.ring.request_fail(problem)
         if self._parent is not None and self._parent.has_ended():
             # Not a stop: nobody told the API server to end, so the other stages wait for the next head.
-            self.ring.node.request_fail(PeerError("its API server is gone"))
+            self.ring.request_fail(PeerError("its API server is gone"))
         if self._prepare is not None and time.monotonic() >= self._prepare_until:
             epoch, _ = self._prepare
             self._prepare = None
@@ -296,7 +296,7 @@ class Member(Observer):
             return  # in a broken ring nobody can finish: they are computed again in any case
         self._leaving = None
         left = f"; {num_left} requests wait for the next one" if num_left else ""
-        self.ring.node.request_stop(f"{text}{left}")
+        self.ring.request_stop(f"{text}{left}")
 
     def _mind_deadline(self, broken: StageLost) -> None:
         waited_s = time.monotonic() - self._broken_at
@@ -319,7 +319,7 @@ class Member(Observer):
             logger.debug("Stage 0: no status this time", exc_info=True)
 
     def _describe_ring(self, error: StagewireError | None = None) -> RingNews:
-        state = self.ring.node.state
+        state = self.ring.state
         return RingNews(
             phase=state.phase.value,
             epoch=state.epoch,
@@ -400,7 +400,7 @@ class Member(Observer):
 
     def _set_whole(self, epoch: int) -> None:
         self.is_draining = False  # not before: until the model's thread hears of the loss it admits nobody
-        self.ring.node.inbox.put(Whole(epoch))
+        self.ring.inbox.put(Whole(epoch))
         if self._broken is not None:
             logger.info("Stage 0: the ring is whole again after %.1f s", time.monotonic() - self._broken_at)
             self._broken = None

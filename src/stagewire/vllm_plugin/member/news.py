@@ -26,7 +26,7 @@ STAGES_PER_DATAGRAM = 24
 
 
 class RingNews(msgspec.Struct, frozen=True, tag=True):
-    """The ring as a whole. ``phase`` is the ring's own (ring/state.py); ``waits_for`` is empty once it is open.
+    """The ring as a whole. ``phase`` is the ring's own (ring/rules/phases.py); ``waits_for`` is empty once it is open.
 
     ``head`` is the head's report, fresh also while nothing goes round.
     """

@@ -16,7 +16,7 @@ from typing import Any
 from stagewire import machine
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.ring.hosts import shares_machine
+from stagewire.ring.transport.hosts import shares_machine
 
 __all__ = [
     "REEXECUTED_ENV",

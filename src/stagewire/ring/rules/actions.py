@@ -1,6 +1,7 @@
-"""What the ring's rules decide, as values: the vocabulary that the rules and whoever performs them share.
+"""What the ring's rules decide, as values.
 
-Owns the names of a stage's connections and of everything that can be done about them. Decides and performs nothing.
+Owns the names of a stage's connections, and of every action. The rules return actions; ring/ring.py performs them. This
+module decides and performs nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
 
 MAX_TEXT = 2000
 
-# What the threads that run the model say to each other; everything else is between the rings.
+# What the stages' model threads say to each other. All other messages are between their ring threads.
 Data = Call | Reply | Step | Sample | Result
 
 
@@ -51,9 +52,10 @@ class Side(Enum):
 class Way:
     """How an address was reached.
 
-    ``instead``: where somebody listens who was found in its place, under another address of this machine;
-    ``is_doubtful``: it may be a stage of another ring. ``has_others``: there are more ways, and to connect again takes
-    the next one.
+    Args:
+        instead: the address that was used instead, another one of this machine; empty: the address itself.
+        is_doubtful: whether a stage of another ring may listen there.
+        has_others: whether there are more ways. Connecting again takes the next one.
     """
 
     instead: str = ""
@@ -66,9 +68,13 @@ STRAIGHT = Way()
 
 @dataclass(frozen=True)
 class Stall:
-    """Of what was sent by a connection, ``num_bytes`` were not acknowledged, nor anything else, for ``seconds``.
+    """What was sent by a connection does not arrive.
 
-    ``ends``: of the connection, "HOST:PORT -> HOST:PORT"; ``packet_bytes``: the most that a packet carries.
+    Args:
+        num_bytes: sent and not acknowledged.
+        seconds: for how long nothing at all was acknowledged.
+        ends: of the connection, as "HOST:PORT -> HOST:PORT".
+        packet_bytes: the most that one packet carries.
     """
 
     num_bytes: int
@@ -108,7 +114,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Deliver:
-    """For the thread that runs the model."""
+    """Hand a message to the thread that runs the model."""
 
     message: Data
     payloads: Sequence[Frame]
@@ -116,7 +122,7 @@ class Deliver:
 
 @dataclass(frozen=True)
 class SetOpen:
-    """The ring is whole. ``identities``, in order: every stage's at the head, those of earlier stages elsewhere."""
+    """The ring is whole. ``identities``, in order: all stages' at the head, the earlier stages' elsewhere."""
 
     epoch: int
     identities: tuple[StageIdentity, ...]
@@ -124,7 +130,7 @@ class SetOpen:
 
 @dataclass(frozen=True)
 class SetBroken:
-    """The ring of ``epoch`` is not whole any more; it may come back, with another epoch."""
+    """The ring of ``epoch`` is no longer whole. It may come back, with another epoch."""
 
     epoch: int
     error: StageLost
@@ -132,14 +138,14 @@ class SetBroken:
 
 @dataclass(frozen=True)
 class PassReport:
-    """Add this stage's report to ``earlier`` ones and send them on, if that goes without waiting."""
+    """Add this stage's report to the ``earlier`` ones and send them on, if that is possible without waiting."""
 
     earlier: Sequence[StageReport]
 
 
 @dataclass(frozen=True)
 class SetReports:
-    """At the head: what the stages said of themselves this time round, in order; some may be missing."""
+    """At the head: what the stages have reported this time round, in order. Some may be missing."""
 
     reports: Sequence[StageReport]
 
@@ -164,10 +170,10 @@ Action = (
     Bind | Connect | ConnectOwner | Send | Deliver | SetOpen | SetBroken | PassReport | SetReports | Fail | Stop | Log
 )
 
-# Of one part of the rules: what to do, or why this stage cannot go on (ring/state.py tells the others then).
+# What one part of the rules decides: what to do, or why this stage cannot go on. RingState then tells the others.
 Outcome = list[Action] | StagewireError
 
 
 def clip(text: str) -> str:
-    """Text that always fits into a message: bounded, and without what UTF-8 cannot carry."""
+    """Text that always fits into a message: of bounded length, and without characters that UTF-8 cannot carry."""
     return text[:MAX_TEXT].encode("utf-8", "replace").decode("utf-8")

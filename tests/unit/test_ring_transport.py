@@ -15,27 +15,25 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError
-from stagewire.ring.actions import Side
-from stagewire.ring.greeting import GREETING_TIMEOUT_S, Greeting, read_greeting
-from stagewire.ring.link import (
+from stagewire.ring.ring import Ring
+from stagewire.ring.rules import timeouts
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.rules.phases import Phase
+from stagewire.ring.transport.callers import MAX_BACKWARD_BYTES
+from stagewire.ring.transport.greeting import Greeting, read_greeting
+from stagewire.ring.transport.interface import (
     BadHandshake,
     Connected,
     Disconnected,
     Event,
-    MemoryNetwork,
-    MemoryTransport,
     PortTakenError,
     Received,
     Transport,
     UnreachableError,
 )
-from stagewire.ring.node import RingNode
-from stagewire.ring.security import OPEN, RingKey, Security
-from stagewire.ring.state import Phase, RingState
-from stagewire.ring.zmq_link import (
-    MAX_BACKWARD_BYTES,
-    ZmqTransport,
-)
+from stagewire.ring.transport.memory import MemoryNetwork, MemoryTransport
+from stagewire.ring.transport.security import OPEN, RingKey, Security
+from stagewire.ring.transport.zmq_transport import ZmqTransport
 from stagewire.wire.messages import Call
 from unit.ring_harness import OWN_PORTS, QUICKSTART_PORTS, Record, make_config, make_identity
 
@@ -431,7 +429,7 @@ class TestZmq:
         zmq_network.until(lambda: (b"still there",) in before.received)
 
     def test_a_predecessor_that_says_nothing(self, zmq_network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
+        monkeypatch.setattr("stagewire.ring.rules.timeouts.HANDSHAKE_TIMEOUT_MS", 300)
         listener, end = Listener(), zmq_network.end()
         end.transport.connect(P, Address(HOST, listener.port))
         zmq_network.until(lambda: end.events)
@@ -445,7 +443,7 @@ class TestZmq:
     def test_a_predecessor_that_is_another_server(
         self, zmq_network: Network, greeting: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("stagewire.ring.zmq_link.HANDSHAKE_TIMEOUT_MS", 300)
+        monkeypatch.setattr("stagewire.ring.rules.timeouts.HANDSHAKE_TIMEOUT_MS", 300)
         listener, end = Listener(greeting, hangs_up=True), zmq_network.end()
         end.transport.connect(P, Address(HOST, listener.port))
         zmq_network.until(lambda: end.of(BadHandshake) or end.of(Received) or end.of(Disconnected))
@@ -470,7 +468,7 @@ class TestZmq:
             took_s = time.monotonic() - began_at
             said.set()
             speaker.join()
-        assert took_s < 3 * GREETING_TIMEOUT_S + 0.5
+        assert took_s < 3 * timeouts.GREETING_TIMEOUT_S + 0.5
 
     def test_bound_to_all_addresses_and_called_on_loopback(self, tmp_path: Path) -> None:
         """Callers of loopback look for a Unix socket, whatever address the listener was given."""
@@ -537,15 +535,14 @@ def test_a_ring_over_sockets(
     """Four nodes over ZeroMQ: whole, a call goes round, one dies, the others name it, it comes back."""
     real = {port: free_port() for port in {port for pair in ports for port in pair}}
     layout = [(real[own], real[before]) for own, before in ports]
-    nodes: dict[int, RingNode] = {}
+    nodes: dict[int, Ring] = {}
     records = {index: Record() for index in range(4)}
     transports: dict[int, Transport] = {}
 
     def start(index: int, incarnation: str) -> None:
         transports[index] = over_zmq(SECURITIES[kind](socket_folder))()
         config = make_config(index, layout)
-        state = RingState(config, make_identity(config, incarnation), time.monotonic())
-        nodes[index] = RingNode(config, state, transports[index], time.monotonic_ns, records[index])
+        nodes[index] = Ring(config, make_identity(config, incarnation), transports[index], records[index])
         nodes[index].turn(0.05)
 
     def turn_until(condition: Callable[[], bool]) -> None:

@@ -3,7 +3,7 @@
 import socket
 import threading
 
-from stagewire.ring.intake import Intake
+from stagewire.ring.transport.tcp_counters import Intake, Ports
 
 DEADLINE_S = 30.0
 
@@ -19,7 +19,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 def test_what_came_beyond_a_whole_message_and_an_allowance() -> None:
     caller, accepted = pair()
     with caller, accepted:
-        intake = Intake(accepted.fileno(), (accepted.getsockname()[1], None), allowed_per_s=10.0)
+        intake = Intake(accepted.fileno(), Ports(own=accepted.getsockname()[1]), allowed_per_s=10.0)
         caller.sendall(bytes(1000))
         accepted.recv(1000, socket.MSG_WAITALL)
         assert intake.look(0.0) == 1000
@@ -31,7 +31,7 @@ def test_what_came_beyond_a_whole_message_and_an_allowance() -> None:
 def test_another_connection_under_its_descriptor_is_left_alone() -> None:
     caller, accepted = pair()
     with caller, accepted:
-        intake = Intake(accepted.fileno(), (None, 1), allowed_per_s=0.0)
+        intake = Intake(accepted.fileno(), Ports(peer=1), allowed_per_s=0.0)
         assert intake.hang_up()
         assert intake.look(0.0) == 0
         assert intake.is_gone
@@ -57,7 +57,7 @@ def test_a_caller_that_waits_for_room_learns_that_it_was_hung_up_on() -> None:
             ended.set()
 
     with caller, accepted:
-        intake = Intake(accepted.fileno(), (accepted.getsockname()[1], None))
+        intake = Intake(accepted.fileno(), Ports(own=accepted.getsockname()[1]))
         caller.settimeout(0.2)  # until there is no room
         pour()
         assert has_begun.is_set()

@@ -1,10 +1,11 @@
-"""The link to the predecessor: finding it, greeting it, measuring the hop, and word to the head that travels by it.
+"""The link to the predecessor: finding it, greeting it, measuring the hop, and sending news to the head by it.
 
     IDLE ──connected──> GREETING ──Welcome──> LINKED
       ^                    │                    │
       └── disconnected, Redirect, no stage ─────┘
 
-Knows one connection; not the phase of the ring, nor what the loss of this link means for it (ring/state.py).
+Knows one connection. The phase of the ring, and what the loss of this link means for it, are not known here
+(ring/rules/epochs.py).
 """
 
 from __future__ import annotations
@@ -14,27 +15,18 @@ from enum import Enum
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.ring.actions import STRAIGHT, Action, Connect, Log, Outcome, Send, Side, Way
-from stagewire.ring.admission import MAX_BAD_HANDSHAKES
+from stagewire.ring.rules import timeouts
+from stagewire.ring.rules.actions import STRAIGHT, Action, Connect, Log, Outcome, Send, Side, Way
+from stagewire.ring.rules.admission import MAX_BAD_HANDSHAKES
 from stagewire.wire.messages import Hello, Message, Ping, Refused, StageIdentity
 
-__all__ = ["Link", "PredecessorLink"]
+__all__ = ["LinkState", "PredecessorLink"]
 
-# A Hello that comes before the predecessor knows that the stage before us is gone is answered "ask again".
-HELLO_INTERVAL_S = 0.25
-PING_INTERVAL_S = 1.0
-# Something that accepts connections but never answers like a stage is not one, after this time.
-MUTE_PEER_S = 30.0
-# With several ways to an address, whoever says that the stage is not there gets this much time to learn of it.
-OTHER_WAY_INTERVAL_S = 1.0
-# The owner of a shared port forgets a stage that is gone within 5 s; who sends others to it for longer does not know
-# that they cannot get there.
-FORWARDING_S = 8.0
-# Bounds what strangers can make us remember.
+# Bounds what strangers can make this stage remember.
 MAX_UNREPORTED = 16
 
 
-class Link(Enum):
+class LinkState(Enum):
     IDLE = "idle"
     GREETING = "greeting"
     LINKED = "linked"
@@ -42,12 +34,17 @@ class Link(Enum):
 
 @dataclass
 class PredecessorLink:
-    """See the module. ``note`` says how it stands, for people; ``hop_ns`` is half of the last ping, 0 while unknown."""
+    """See the module.
+
+    Args:
+        note: the state of the link, for people.
+        hop_ns: one-way time to the predecessor: half of the last ping; 0 while unknown.
+    """
 
     config: StageConfig
     identity: StageIdentity
 
-    state: Link = Link.IDLE
+    state: LinkState = LinkState.IDLE
     note: str = "not tried yet"
     hop_ns: int = 0
 
@@ -57,7 +54,7 @@ class PredecessorLink:
     _unlinked_at: float = 0.0
     _is_redirected: bool = False
     _redirect_port: int = 0
-    _unredirected_since: float | None = None  # since when nobody answers on that port
+    _unredirected_since: float | None = None  # since when nobody has answered on that port
     _redirect_note: str = ""
     _was_linked: bool = False
     _bad_handshakes: int = 0
@@ -70,20 +67,20 @@ class PredecessorLink:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether it was found under another address than its own, and has not shown that it is of this ring."""
+        """Whether it was found under another address than its own and has not yet shown that it is of this ring."""
         return self.is_greeting and self._way.is_doubtful
 
     @property
     def is_greeting(self) -> bool:
-        return self.state is Link.GREETING
+        return self.state is LinkState.GREETING
 
     @property
     def is_linked(self) -> bool:
-        return self.state is Link.LINKED
+        return self.state is LinkState.LINKED
 
     @property
     def why(self) -> str:
-        """How it stands, for people."""
+        """Why it is not linked, for people."""
         return self._redirect_note or self.note
 
     def unlinked_s(self, now: float) -> float:
@@ -91,8 +88,8 @@ class PredecessorLink:
         return 0.0 if self.is_linked else now - self._unlinked_at
 
     def is_mute(self, now: float) -> bool:
-        """Whether what is connected there has had time to answer like a stage, and has not, nor ever did."""
-        return self.is_greeting and not self._was_linked and now - self._heard_at >= MUTE_PEER_S
+        """Whether the other end had time to answer like a stage and never has."""
+        return self.is_greeting and not self._was_linked and now - self._heard_at >= timeouts.MUTE_PEER_S
 
     def heard(self, now: float) -> None:
         self._heard_at = now
@@ -101,7 +98,7 @@ class PredecessorLink:
     # ---- the connection --------------------------------------------------------------------------------------------
 
     def connected(self, now: float, way: Way = STRAIGHT) -> list[Action]:
-        self.state = Link.GREETING
+        self.state = LinkState.GREETING
         self._way = way
         self.note = f"connected{self._describe_way()}, no answer yet"
         self._heard_at = self._connected_at = now
@@ -111,17 +108,18 @@ class PredecessorLink:
     def disconnected(self, note: str, now: float) -> None:
         if self.is_linked:
             self._unlinked_at = now
-        if self._is_redirected and self.state is Link.IDLE:
+        if self._is_redirected and self.state is LinkState.IDLE:
             self._redirect_failed(note, now)
-        self.state = Link.IDLE
+        self.state = LinkState.IDLE
         self.note = note
         self._is_redirected = False
 
     def _redirect_failed(self, note: str, now: float) -> None:
-        """For a moment that is a stage which has just ended: the port's owner forgets it soon."""
+        """At first the stage may just have ended: the port's owner forgets it soon. Later the port cannot be
+        reached."""
         if self._unredirected_since is None:
             self._unredirected_since = now
-        if now - self._unredirected_since < FORWARDING_S:
+        if now - self._unredirected_since < timeouts.FORWARDING_S:
             return
         stage = self.config.predecessor_stage
         self._redirect_note = (
@@ -131,14 +129,14 @@ class PredecessorLink:
         )
 
     def bad_handshake(self, note: str = "") -> Outcome:
-        """Something accepted the connection and then did not speak our protocol, or not with our key: ``note``."""
-        self.state = Link.IDLE
-        if self._is_redirected:  # the private port has another owner now; the shared one knows better
+        """Something accepted the connection and then did not speak our protocol, or (``note``) not with our key."""
+        self.state = LinkState.IDLE
+        if self._is_redirected:  # another program has the private port now: ask at the shared port again
             self._is_redirected = False
             return [Connect()]
         self._bad_handshakes += 1
         self.note = note or "something answers there, but not a Stagewire stage"
-        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not self._was_linked:  # a stage that is frozen answers so
+        if self._bad_handshakes >= MAX_BAD_HANDSHAKES and not self._was_linked:  # a frozen stage fails so, too
             return self._refused(note) if note else self.not_a_stage("does not speak Stagewire's protocol")
         return [Connect()]
 
@@ -147,11 +145,11 @@ class PredecessorLink:
 
     def tick(self, now: float) -> list[Action]:
         """Says Hello until it is answered, then pings."""
-        if self.state is Link.IDLE or now < self._next_send_at:
+        if self.state is LinkState.IDLE or now < self._next_send_at:
             return []
-        self._next_send_at = now + (HELLO_INTERVAL_S if self.is_greeting else PING_INTERVAL_S)
-        # Also when it has been answered: a predecessor that reads the greetings of an older connection late takes that
-        # for ours, finds nobody there, and would wait for one that never comes.
+        self._next_send_at = now + (timeouts.HELLO_INTERVAL_S if self.is_greeting else timeouts.PING_INTERVAL_S)
+        # Also after the Welcome: if the predecessor reads the Hello of an older connection late, it takes that
+        # connection for ours, finds it ended, and waits for another Hello.
         hello = self._send(Hello(self.identity, self.config.predecessor_stage))
         if self.is_greeting:
             return hello
@@ -161,7 +159,7 @@ class PredecessorLink:
     # ---- messages --------------------------------------------------------------------------------------------------
 
     def welcomed(self) -> list[Action]:
-        self.state = Link.LINKED
+        self.state = LinkState.LINKED
         self._was_linked = True
         self.note = "linked"
         self._unredirected_since, self._redirect_note = None, ""
@@ -172,18 +170,19 @@ class PredecessorLink:
         return reports
 
     def redirected(self, port: int) -> list[Action]:
-        """To the port that the shared port's owner named; from there back to the configured one: no chains."""
+        """Connect to the port that the shared port's owner has named. A Redirect from there leads back to the shared
+        port, so that there are no chains."""
         if port != self._redirect_port:
             self._redirect_port, self._unredirected_since, self._redirect_note = port, None, ""
         return self._reconnect(None if self._is_redirected else port)
 
     def not_here(self, stage: int, now: float) -> list[Action]:
         self.note = f"the port is up{self._describe_way()}, stage {stage} has not registered there yet"
-        tries_others = self._way.has_others and now - self._connected_at >= OTHER_WAY_INTERVAL_S
+        tries_others = self._way.has_others and now - self._connected_at >= timeouts.OTHER_WAY_INTERVAL_S
         return self._reconnect(None) if self._is_redirected or tries_others else []
 
     def is_another_ring(self, why: str) -> list[Action]:
-        """Who was found in its place does not fit: it is still waited for, at the address that was given."""
+        """A stage of another ring was found in its place: this stage goes on waiting, at the address that was given."""
         self.note = f"nothing listens there yet; {self._way.instead}, on this machine too, is of another ring: {why}"
         return self._reconnect(None)
 
@@ -192,7 +191,7 @@ class PredecessorLink:
             self.hop_ns = max(0, int(now * 1e9) - sent_ns) // 2
 
     def report(self, refusal: Refused) -> list[Action]:
-        """Towards the head; waits here until there is a way."""
+        """Sends a refusal towards the head, or keeps it until the link is up."""
         if self.is_linked:
             return self._send(refusal)
         if len(self._unreported) < MAX_UNREPORTED:
@@ -213,7 +212,7 @@ class PredecessorLink:
         if not self.is_greeting:
             return []
         self._is_redirected = port is not None
-        self.state = Link.IDLE
+        self.state = LinkState.IDLE
         return [Connect(port)]
 
     def _send(self, message: Message) -> list[Action]:

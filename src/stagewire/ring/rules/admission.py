@@ -1,10 +1,14 @@
 """Who may take part in a pipeline: what stages must agree on, who holds an index, and the words of a refusal.
 
-Who is wrong when two stages differ: between neighbours the higher index (order, gap, overlap); in shared settings
-whoever differs from the head, which is right by definition; in what a stage may not know of its own folder (the values
-of all weights, the pre-split export) whoever differs from the first stage that knows.
+When two stages differ, one of them is wrong:
 
-Knows identities, and times as arguments; no connection, no phase, and not what a refusal leads to.
+    what differs                                       who is wrong
+    order, gap or overlap of neighbours' layers        the higher index
+    a shared setting                                   the stage that is not the head
+    model, values of the weights, pre-split export:    the stage that differs from the first one that knows
+    a stage may not know these of its own folder       its own
+
+Knows identities, and times as arguments. Connections, phases, and what a refusal leads to are not known here.
 """
 
 from __future__ import annotations
@@ -14,11 +18,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from stagewire.plan.ranges import LayerRange, check_adjacent
-from stagewire.ring.actions import clip
+from stagewire.ring.rules import timeouts
+from stagewire.ring.rules.actions import clip
 from stagewire.wire.messages import Refused, StageIdentity
 
 __all__ = [
-    "ALIVE_S",
     "EXPORT_SETTING",
     "MAX_BAD_HANDSHAKES",
     "MODEL_SETTING",
@@ -32,24 +36,22 @@ __all__ = [
     "settings_refusal",
 ]
 
-# A stage that says nothing for this time may be replaced by a newcomer with its index.
-ALIVE_S = 5.0
-# Handshakes that fail, in a row, before what listens at an address counts as no stage at all.
+# After so many failed handshakes in a row, what listens at an address is no stage.
 MAX_BAD_HANDSHAKES = 3
-# The shared settings that a stage may leave empty, and then fits any. What the headers of its folder say: a stage with
-# a part of the files cannot tell.
+# The shared settings that a stage may leave empty. It then fits any other stage.
+# Of the headers in the model's folder; unknown to a stage with a part of the files.
 MODEL_SETTING = "model"
-# Which pre-split export its folder is of: a stage that loads from the full checkpoint has none.
+# Of the pre-split export that the folder belongs to; a stage that loads from the full checkpoint has none.
 EXPORT_SETTING = "pre-split export"
-# A sample of the values of all weights: a stage that has only a part of them cannot tell.
+# A sample of the values of all weights; unknown to a stage that has only a part of them.
 WEIGHTS_SETTING = "values of the weights"
 _MAY_BE_EMPTY = frozenset((MODEL_SETTING, EXPORT_SETTING, WEIGHTS_SETTING))
-# Bounds what strangers can make us remember.
+# Bounds what strangers can make this stage remember.
 MAX_CLAIMS = 16
 
 
 class Verdict(Enum):
-    """About a newcomer with an index that somebody else holds."""
+    """On a newcomer that claims an index which another process holds."""
 
     REFUSED = "the holder answers"
     WAITS = "too early to tell"
@@ -58,21 +60,22 @@ class Verdict(Enum):
 
 @dataclass
 class Holder:
-    """Who has an index so far, and since when which incarnations claim it too."""
+    """The process that has an index, and since when other processes (by incarnation) have claimed it."""
 
     identity: StageIdentity
     heard_at: float
     claims: dict[str, float] = field(default_factory=dict, kw_only=True)
 
     def judge(self, claimant: str, now: float) -> Verdict:
-        """Refused as soon as the holder has been heard after the claim; takes over after `ALIVE_S` of silence."""
+        """The holder keeps its index if it is heard after the claim. After `timeouts.ALIVE_S` of silence it loses
+        it."""
         if len(self.claims) >= MAX_CLAIMS:
             self.claims.clear()
         since = self.claims.setdefault(claimant, now)
         if self.heard_at > since:
             del self.claims[claimant]
             return Verdict.REFUSED
-        return Verdict.TAKES_OVER if now - since >= ALIVE_S else Verdict.WAITS
+        return Verdict.TAKES_OVER if now - since >= timeouts.ALIVE_S else Verdict.WAITS
 
 
 def duplicate_refusal(stage: int) -> Refused:
@@ -84,7 +87,7 @@ def duplicate_refusal(stage: int) -> Refused:
 
 
 def range_refusal(earlier: StageIdentity, later: StageIdentity) -> Refused | None:
-    """Of the later of two neighbours, when its layers do not begin where the earlier one's end."""
+    """The refusal of the later of two neighbours, whose layers do not begin where the earlier one's end."""
     found = _layers(later)
     problem = check_adjacent(earlier.stage, _layers(earlier), later.stage, found)
     if problem is None:
@@ -94,33 +97,35 @@ def range_refusal(earlier: StageIdentity, later: StageIdentity) -> Refused | Non
 
 
 def pipeline_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
-    """A stage of another pipeline than the head's: another number of stages, another id."""
+    """The refusal of a stage that is of another pipeline than the head: it has another number of stages, or id."""
     return _first_difference(
         other.stage,
         [
-            ("--pipeline-total-stages", str(head.num_stages), str(other.num_stages)),
-            ("--pipeline-id", head.pipeline_id or "(not set)", other.pipeline_id or "(not set)"),
+            _Setting("--pipeline-total-stages", str(head.num_stages), str(other.num_stages)),
+            _Setting("--pipeline-id", head.pipeline_id or "(not set)", other.pipeline_id or "(not set)"),
         ],
     )
 
 
 def settings_refusal(head: StageIdentity, other: StageIdentity) -> Refused | None:
-    """The first thing in which a stage differs from the head; of weights and exports see `folder_refusal`."""
+    """The refusal of a stage that differs from the head in a setting; for weights and exports see `folder_refusal`."""
     names = [*head.shared, *(name for name in other.shared if name not in head.shared)]
     names = [name for name in names if name not in _MAY_BE_EMPTY or _is_model_known(name, head, other)]
-    pairs = [(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names]
-    return pipeline_refusal(head, other) or _first_difference(other.stage, pairs)
+    settings = [
+        _Setting(name, head.shared.get(name, "(not set)"), other.shared.get(name, "(not set)")) for name in names
+    ]
+    return pipeline_refusal(head, other) or _first_difference(other.stage, settings)
 
 
 def _is_model_known(name: str, head: StageIdentity, other: StageIdentity) -> bool:
-    """Of what may be empty, the model is compared with the head's like any other setting, where both know theirs."""
+    """Whether a setting that may be empty is compared with the head's: only the model is, and only if both know it."""
     return name == MODEL_SETTING and all(each.shared.get(name) != "" for each in (head, other))
 
 
 def folder_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
-    """A stage whose weights, or whose export, are others than those of the first stage in ``roll`` that knows its own.
+    """The refusal of a stage with another model, other weights or another export than the first that knows its own.
 
-    The head may not know, so the head alone is not enough to compare with.
+    The head may not know its own, so a stage is compared with all stages in ``roll``.
     """
     return _model_refusal(roll, other) or _weights_refusal(roll, other) or _export_refusal(roll, other)
 
@@ -165,7 +170,7 @@ def _export_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refu
 
 
 def _first_to_know(setting: str, roll: Sequence[StageIdentity], other: StageIdentity) -> StageIdentity | None:
-    """The first stage in ``roll`` with a value, if ``other`` has another one."""
+    """The first stage in ``roll`` with a value, if ``other`` has a different one."""
     first = next((identity for identity in roll if identity.shared.get(setting)), None)
     found = other.shared.get(setting)
     return None if first is None or not found or found == first.shared[setting] else first
@@ -175,12 +180,21 @@ def _layers(identity: StageIdentity) -> LayerRange:
     return LayerRange(identity.layer_start, identity.layer_end)
 
 
-def _first_difference(stage: int, pairs: Sequence[tuple[str, str, str]]) -> Refused | None:
-    for name, expected, found in pairs:
-        if expected != found:
+@dataclass(frozen=True)
+class _Setting:
+    """One setting as the head has it, and as another stage has it."""
+
+    name: str
+    expected: str
+    found: str
+
+
+def _first_difference(stage: int, settings: Sequence[_Setting]) -> Refused | None:
+    for setting in settings:
+        if setting.expected != setting.found:
             text = (
-                f"{name} is {clip(found)} on stage {stage} but {clip(expected)} on stage 0: "
+                f"{setting.name} is {clip(setting.found)} on stage {stage} but {clip(setting.expected)} on stage 0: "
                 f"all stages need the same; start stage {stage} with stage 0's value"
             )
-            return Refused(stage, name, expected, found, text)
+            return Refused(stage, setting.name, setting.expected, setting.found, text)
     return None

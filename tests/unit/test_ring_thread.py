@@ -1,4 +1,4 @@
-"""A node with its thread: what the model's thread sees of the ring's life."""
+"""A ring with its thread: what the model's thread sees of the ring's life."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 
 from stagewire.config import Address
 from stagewire.errors import InternalError, PeerError
-from stagewire.ring.actions import Side
-from stagewire.ring.link import Event, MemoryNetwork, MemoryTransport
-from stagewire.ring.node import Broken, Delivery
-from stagewire.ring.runtime import RingRuntime, new_incarnation
+from stagewire.ring.observer import Broken, Delivery
+from stagewire.ring.ring import Ring, new_incarnation
+from stagewire.ring.rules.actions import Side
+from stagewire.ring.transport.interface import Event
+from stagewire.ring.transport.memory import MemoryNetwork, MemoryTransport
 from stagewire.wire.codec import Frame
 from stagewire.wire.messages import Call
 from unit.ring_harness import Record, make_config, make_identity
@@ -58,31 +59,29 @@ class Ended(Record):
         self.ended.set()
 
 
-def make(
-    stage: int, network: MemoryNetwork, watch: Callable[[], str | None] = lambda: None
-) -> tuple[RingRuntime, Ended]:
+def make(stage: int, network: MemoryNetwork, watch: Callable[[], str | None] = lambda: None) -> tuple[Ring, Ended]:
     config = make_config(stage, PORTS, layers=(stage, stage + 1), num_stages=2)
     record = Ended()
     identity = make_identity(config, new_incarnation())
-    return RingRuntime(config, identity, LockedTransport(network), record, watch), record
+    return Ring(config, identity, LockedTransport(network), record, watch), record
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[RingRuntime, RingRuntime]]:
+def pair() -> Iterator[tuple[Ring, Ring]]:
     network = MemoryNetwork()
     head, tail = make(0, network)[0], make(1, network)[0]
-    for runtime in (head, tail):
-        runtime.start()
+    for ring in (head, tail):
+        ring.start()
     yield head, tail
-    for runtime in (head, tail):
-        runtime.stop("the test is over")
+    for ring in (head, tail):
+        ring.stop("the test is over")
 
 
-def test_open_send_receive_stop(pair: tuple[RingRuntime, RingRuntime]) -> None:
+def test_open_send_receive_stop(pair: tuple[Ring, Ring]) -> None:
     head, tail = pair
     head.wait_open(WAIT_S)
     assert [identity.stage for identity in head.identities] == [0, 1]
-    head.send(Call(head.node.state.epoch, 1, "check_health"), [b"args"])
+    head.send(Call(head.state.epoch, 1, "check_health"), [b"args"])
     delivery = tail.receive(WAIT_S)
     assert isinstance(delivery, Delivery)
     assert isinstance(delivery.message, Call)
@@ -94,10 +93,10 @@ def test_open_send_receive_stop(pair: tuple[RingRuntime, RingRuntime]) -> None:
     assert tail.receive(WAIT_S) is None  # and for whoever asks next
 
 
-def test_a_failure_reaches_the_others_thread(pair: tuple[RingRuntime, RingRuntime]) -> None:
+def test_a_failure_reaches_the_others_thread(pair: tuple[Ring, Ring]) -> None:
     head, tail = pair
     head.wait_open(WAIT_S)
-    epoch = head.node.state.epoch
+    epoch = head.state.epoch
     head.send(Call(epoch, 1, "check_health"), [b""])
     assert tail.receive(WAIT_S) is not None
     tail.fail(InternalError("bad step"))
@@ -128,9 +127,9 @@ def test_who_waits_hears_of_an_end_when_the_ring_has_told_everybody_and_may_have
     def take_long(linger_s: float = 1.0) -> None:
         threading.Event().wait(0.1)
 
-    head.node.transport.close = take_long  # type: ignore[method-assign]
+    head.transport.close = take_long  # type: ignore[method-assign]
     head.start()
-    threading.Timer(0.05, lambda: head.node.request_stop("told to")).start()
+    threading.Timer(0.05, lambda: head.request_stop("told to")).start()
     with pytest.raises(PeerError, match="told to"):
         head.wait_open(WAIT_S)
     told.append(record.ended.is_set())

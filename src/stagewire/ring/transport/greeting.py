@@ -1,6 +1,7 @@
-"""What is at an address where no connection came up: what it says first, or why nothing is reached there.
+"""What a port says first, or why it cannot be reached.
 
-For people and for verdicts only. It asks over TCP, with connections of its own that it ends at once.
+Asks over plain TCP, with connections of its own that it ends at once. Knows ZMTP's greeting and the kernel's errors;
+what follows from the answer is decided in transport/diagnosis.py.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import socket
 import time
 from enum import Enum
 
-__all__ = ["GREETING_TIMEOUT_S", "Greeting", "describe_absence", "read_greeting"]
+from stagewire.ring.rules import timeouts
 
-GREETING_TIMEOUT_S = 0.3
+__all__ = ["Greeting", "describe_absence", "read_greeting"]
+
 _NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 class Greeting(Enum):
-    """What something that listens says first. ZMTP's greeting names the security mechanism (RFC 23)."""
+    """What a listener says first. ZMTP's greeting names the security mechanism (ZeroMQ's RFC 23)."""
 
     REFUSED = "nothing listens there"
     SILENT = "no answer"
@@ -28,18 +30,18 @@ class Greeting(Enum):
     CURVE = "CURVE"
 
 
-# Signature and version. No mechanism: a listener that wants another one would hang up before it has named its own.
+# Signature and version. It names no mechanism: a listener that wants another would hang up before it names its own.
 _BEGINNING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 _MECHANISM = slice(12, 32)
 
 
 def read_greeting(host: str, port: int) -> Greeting:
-    """Asks whoever listens there. Takes up to `GREETING_TIMEOUT_S` three times."""
+    """Asks the listener there. Takes up to three times `timeouts.GREETING_TIMEOUT_S`."""
     answer = b""
     try:
-        with socket.create_connection((host, port), GREETING_TIMEOUT_S) as probe:
-            probe.settimeout(GREETING_TIMEOUT_S)
-            ends_at = time.monotonic() + GREETING_TIMEOUT_S
+        with socket.create_connection((host, port), timeouts.GREETING_TIMEOUT_S) as probe:
+            probe.settimeout(timeouts.GREETING_TIMEOUT_S)
+            ends_at = time.monotonic() + timeouts.GREETING_TIMEOUT_S
             with contextlib.suppress(OSError):
                 probe.sendall(_BEGINNING)
                 while len(answer) < _MECHANISM.stop and time.monotonic() < ends_at and (part := probe.recv(64)):
@@ -58,7 +60,7 @@ def describe_absence(host: str, port: int) -> str:
     """Why a TCP connection to a numeric host and port cannot be made."""
     place = f"{host} port {port}"
     try:
-        socket.create_connection((host, port), GREETING_TIMEOUT_S).close()
+        socket.create_connection((host, port), timeouts.GREETING_TIMEOUT_S).close()
     except TimeoutError:
         return f"{place} does not answer: the machine is off, or a firewall drops what is sent there"
     except ConnectionRefusedError:

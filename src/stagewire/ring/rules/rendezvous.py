@@ -1,17 +1,18 @@
 """One port shared by several stages of a host: who owns it, and where the others are found.
 
-Whoever binds the configured port first owns it. A later stage listens on a private port, registers that with the owner
-once a second, which also proves that it lives, and whoever asks the owner for that stage is redirected. When the owner
-is gone, the others try to bind the port: one becomes the owner, the rest register with it.
+The first stage that binds the configured port owns it. A later stage listens on a private port and registers that with
+the owner once a second, which also proves that it lives. The owner redirects whoever asks for that stage. When the
+owner is gone, the others try to bind the port: one becomes the owner, the rest register with it.
 
-    (start)                    ──the port was free──> OWNER
-    (start)                    ──the port was taken──> REGISTERING ──Registered──> REGISTERED
-    REGISTERING or REGISTERED  ──owner gone──> OWNER, if the port is free now, or REGISTERING with the new owner
-    REGISTERING, standing by   ──> as long as another process of this stage has the port, or is registered
-    REGISTERING                ──> failed: the owner is no stage, it answers nothing or has another protocol
+    (start)                    ──the port is free──> OWNER
+    (start)                    ──the port is taken──> REGISTERING ──Registered──> REGISTERED
+    REGISTERING or REGISTERED  ──the owner is gone──> OWNER if the port is free, else REGISTERING with the new owner
+    REGISTERING                ──the owner does not answer like a stage──> this stage fails
 
-Knows the port, its owner and those registered with it; not the ring, whose phase comes as ``is_open``: an open ring
-needs the port no more and does not end for it.
+A stage that stands by stays in REGISTERING as long as another process of its stage has the port or is registered.
+
+Knows the port, its owner and the stages registered there. The ring is not known here: its phase comes as ``is_open``.
+An open ring does not need the port and does not end for it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,12 @@ from dataclasses import dataclass, field
 
 from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
-from stagewire.ring.actions import Action, Bind, ConnectOwner, Outcome, Send, Side, clip
-from stagewire.ring.admission import ALIVE_S, MAX_BAD_HANDSHAKES, Holder, Verdict, duplicate_refusal
+from stagewire.ring.rules import timeouts
+from stagewire.ring.rules.actions import Action, Bind, ConnectOwner, Outcome, Send, Side, clip
+from stagewire.ring.rules.admission import MAX_BAD_HANDSHAKES, Holder, Verdict, duplicate_refusal
 from stagewire.wire.messages import NotHere, Redirect, Refused, Register, Registered, StageIdentity
 
 __all__ = ["Rendezvous"]
-
-REGISTER_INTERVAL_S = 1.0
-# The owner of a shared port answers at once unless it is no stage at all; Python may hold it up while it imports.
-MUTE_OWNER_S = 10.0
 
 
 @dataclass
@@ -44,10 +42,10 @@ class Rendezvous:
     identity: StageIdentity
 
     _is_owner: bool = False
-    _is_known_stage: bool = False  # who has the port: it has answered as one
-    _is_other_stage: bool = False  # who has the port: not the stage for which this one stands by
+    _is_known_stage: bool = False  # whether the port's owner has answered as a stage
+    _is_other_stage: bool = False  # whether the owner is another stage than this one stands by for
     _owner_since: float = 0.0
-    _has_place: bool = False  # once; a stage that only stands by has none so far
+    _has_place: bool = False  # stays true; false for a stage that only stands by so far
     _private_port: int | None = None
     _is_registered: bool = False
     _unanswered_since: float = 0.0
@@ -72,7 +70,7 @@ class Rendezvous:
 
     @property
     def stands_by(self) -> bool:
-        """Whether this stage's place is another process's: its port, or its entry with the port's owner."""
+        """Whether another process has this stage's place: the port, or the entry with the port's owner."""
         return self.config.stands_by and not self._has_place
 
     def connected(self, is_open: bool, now: float) -> Outcome:
@@ -83,8 +81,8 @@ class Rendezvous:
         if self._is_registered:
             self._unanswered_since = now
         self._is_registered = False
-        if self.stands_by and self._is_other_stage and now - self._unanswered_since < ALIVE_S:
-            return [ConnectOwner()]  # the stage for which this one stands by may live, and binds the port at once
+        if self.stands_by and self._is_other_stage and now - self._unanswered_since < timeouts.ALIVE_S:
+            return [ConnectOwner()]  # the stage that this one stands by for may live, and then binds the port at once
         return [Bind(public=True)]
 
     def bad_handshake(self, is_open: bool, note: str = "") -> Outcome:
@@ -95,7 +93,7 @@ class Rendezvous:
         return [Bind(public=True)]
 
     def answered(self, message: Registered | NotHere, now: float) -> None:
-        """NotHere: the owner is a stage, and will decide later."""
+        """``NotHere`` says that the owner is a stage and will decide later."""
         if isinstance(message, NotHere):
             self._unanswered_since = now
             self._is_known_stage = True
@@ -107,9 +105,9 @@ class Rendezvous:
     def tick(self, is_open: bool, now: float) -> Outcome:
         if self._is_owner or self._private_port is None or now < self._next_register_at:
             return []
-        self._next_register_at = now + REGISTER_INTERVAL_S
+        self._next_register_at = now + timeouts.REGISTER_INTERVAL_S
         is_patient = is_open or (self.stands_by and self._is_known_stage)
-        if not self._is_registered and not is_patient and now - self._unanswered_since >= MUTE_OWNER_S:
+        if not self._is_registered and not is_patient and now - self._unanswered_since >= timeouts.MUTE_OWNER_S:
             return self._port_is_foreign()
         return [Send(Side.OWNER, Register(self.identity, self._private_port, self.stands_by))]
 
@@ -123,17 +121,17 @@ class Rendezvous:
     # ---- as its owner ----------------------------------------------------------------------------------------------
 
     def register(self, register: Register, now: float) -> Registered | NotHere | Refused:
-        """The answer to a stage that wants to be found here; NotHere: it is too early to tell."""
+        """The answer to a stage that wants to be found here. ``NotHere`` says that it is too early to tell."""
         caller = register.identity
         if caller.pipeline_id != self.identity.pipeline_id:
             return self._other_pipeline(caller)
         if caller.stage == self.config.stage:
             return NotHere(caller.stage) if register.stands_by else duplicate_refusal(caller.stage)
         if caller.stage >= self.config.num_stages:
-            return NotHere(caller.stage)  # nobody can look for it; bounds what strangers can make us remember
+            return NotHere(caller.stage)  # nobody looks for it; bounds what strangers can make this stage remember
         entry = self._registry.get(caller.stage)
         heard_at = entry.heard_at if entry is not None else self._owner_since
-        if register.stands_by and now - heard_at < ALIVE_S:  # a new owner has not heard of everybody yet
+        if register.stands_by and now - heard_at < timeouts.ALIVE_S:  # a new owner has not heard of everybody yet
             return NotHere(self.config.stage)
         if entry is not None and not register.stands_by and entry.identity.incarnation != caller.incarnation:
             verdict = entry.judge(caller.incarnation, now)
@@ -146,9 +144,9 @@ class Rendezvous:
         return Registered(self.config.stage)
 
     def direct(self, stage: int, now: float) -> Redirect | NotHere:
-        """The answer to somebody who looks for another stage than this one."""
+        """The answer to a Hello that looks for another stage than this one."""
         entry = self._registry.get(stage)
-        if entry is None or now - entry.heard_at >= ALIVE_S:
+        if entry is None or now - entry.heard_at >= timeouts.ALIVE_S:
             return NotHere(stage)
         return Redirect(stage, entry.port)
 

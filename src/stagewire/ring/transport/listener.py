@@ -1,7 +1,12 @@
 """Where a stage listens: its TCP port, the Unix socket that stands for it on this machine, and what becomes of both.
 
-A folder of sockets can vanish (a log-out, tmpfiles) and an address can go (another DHCP lease, a cable). Whoever
-listens looks once a second, makes its socket anew, and listens on the address that has come in the old one's place.
+Whoever holds the TCP port owns the Unix socket of that name. Where only the Unix socket is used, the TCP port is held
+without an answer, so that a port has one owner in either case.
+
+A folder of sockets can vanish (a log-out, tmpfiles) and an address can go (another DHCP lease, a cable). The listener
+looks once a second, makes its socket anew, and listens on the address that has come in the old one's place.
+
+Knows addresses and paths; not who calls there (transport/callers.py).
 """
 
 from __future__ import annotations
@@ -12,19 +17,37 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import zmq
 
 from stagewire.config import Address
 from stagewire.errors import ConfigError, PeerError
-from stagewire.ring import hosts
-from stagewire.ring.link import AddressGone, Event, ListenFailed, Moved, NoAddressError, Notice, PortTakenError
-from stagewire.ring.security import Security
+from stagewire.ring.rules import timeouts
+from stagewire.ring.transport import hosts
+from stagewire.ring.transport.interface import (
+    AddressGone,
+    Event,
+    ListenFailed,
+    Moved,
+    NoAddressError,
+    Notice,
+    PortTakenError,
+)
+from stagewire.ring.transport.security import Security
+from stagewire.ring.transport.sockets import endpoint
 
 __all__ = ["Listener"]
 
-LOOK_INTERVAL_S = 1.0
 LOOPBACKS = ("127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class _LocalSocket:
+    """A Unix socket that stands for a port; ``path`` is empty when it could not be made yet."""
+
+    path: str = ""
+    inode: int = 0
 
 
 class Listener:
@@ -46,7 +69,7 @@ class Listener:
         self._find_host = find_host
         self._ports: list[int] = []
         self._held: list[socket.socket] = []  # TCP ports behind local sockets; nobody accepts from them
-        self._sockets: dict[tuple[str, int], tuple[str, int]] = {}  # of a host and port: path, inode
+        self._sockets: dict[Address, _LocalSocket] = {}  # by the address that they stand for
         self._next_look_at = 0.0
         self._had_host = False
         self._is_lost = False
@@ -56,7 +79,7 @@ class Listener:
         return f"Listener(host={self.host}, ports={self._ports})"
 
     def bind(self, port: int) -> Address:
-        """See `stagewire.ring.link.Transport`."""
+        """See `stagewire.ring.transport.interface.Transport.bind`."""
         host = self._decide()
         try:
             port = self._bind(host, port)
@@ -72,23 +95,23 @@ class Listener:
 
     def is_own_path(self, path: str) -> bool:
         """Whether this is a local socket of this stage itself."""
-        return any(path == own for own, _ in self._sockets.values())
+        return any(path == own.path for own in self._sockets.values())
 
     def mind(self, now: float) -> list[Event]:
-        """Call it often: looks once a second whether everything is still there."""
+        """Looks once a second whether the sockets and the address are still there. Call it often."""
         if now < self._next_look_at or not self._ports:
             return []
-        self._next_look_at = now + LOOK_INTERVAL_S
+        self._next_look_at = now + timeouts.LISTENER_LOOK_INTERVAL_S
         return [*self._mind_sockets(), *self._mind_address()]
 
     def hide(self) -> None:
-        """Before the router's end, which takes as long as what is queued: nobody is to find this stage any more."""
-        for path, _ in self._sockets.values():
+        """From now on nobody finds this stage. Before the router's end, which takes until the queues are empty."""
+        for own in self._sockets.values():
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                os.unlink(own.path)
 
     def close(self) -> None:
-        """After the router's end, in which libzmq may have made a path anew."""
+        """Lets the ports go. After the router's end, in which libzmq may have made a path anew."""
         self.hide()
         for held in self._held:
             held.close()  # now somebody else may have the port, and the path
@@ -121,13 +144,13 @@ class Listener:
     def _bind_tcp(self, host: str, port: int) -> int:
         if ":" in host:
             self._router.setsockopt(zmq.IPV6, 1)
-        self._router.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        self._router.bind(endpoint(host, port))
         bound = self._router.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         return int(bound.rstrip(b"\0").rpartition(b":")[2])
 
     def _bind_local(self, host: str, port: int) -> int:
-        """Whoever holds the TCP port owns the Unix socket of that name, and replaces one that a killed stage left."""
+        """On the Unix socket alone. It replaces one that a killed stage has left, because the TCP port is ours."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         held = socket.create_server((host, port), family=family, backlog=1)
         try:
@@ -140,7 +163,7 @@ class Listener:
         return port
 
     def _try_to_bind_sockets(self, host: str, port: int) -> None:
-        """Of a port that others reach over TCP: stages of this machine find it under any of its addresses."""
+        """Besides a port that others reach over TCP, so that stages of this machine find it under any address."""
         if not self._security.has_local_sockets:
             return
         is_all = ipaddress.ip_address(host.partition("%")[0]).is_unspecified
@@ -148,19 +171,20 @@ class Listener:
             try:
                 self._bind_socket(name, port)
             except (ConfigError, OSError, zmq.ZMQError):
-                self._sockets[name, port] = ("", 0)  # tried again at every look
+                self._sockets[Address(name, port)] = _LocalSocket()  # tried again at every look
 
     def _bind_socket(self, host: str, port: int) -> None:
         path = self._security.socket_path(host, port)
         self._router.bind(f"ipc://{path}")  # besides one whose file is gone: its connections go on
-        self._sockets[host, port] = (path, os.stat(path).st_ino)
+        self._sockets[Address(host, port)] = _LocalSocket(path, os.stat(path).st_ino)
 
     # ---- what becomes of it ----------------------------------------------------------------------------------------
 
     def _mind_sockets(self) -> Iterator[Event]:
-        for (host, port), (path, inode) in list(self._sockets.items()):
+        for address, own in list(self._sockets.items()):
+            host, port, path = address.host, address.port, own.path
             try:
-                if self._security.socket_path(host, port) == path and _inode(path) == inode:
+                if self._security.socket_path(host, port) == path and _inode(path) == own.inode:
                     continue
                 self._bind_socket(host, port)
             except (ConfigError, OSError, zmq.ZMQError) as error:
@@ -172,7 +196,7 @@ class Listener:
                 )
                 continue
             if path:
-                new, old = os.path.dirname(self._sockets[host, port][0]), os.path.dirname(path)
+                new, old = os.path.dirname(self._sockets[address].path), os.path.dirname(path)
                 where = "it is there again" if new == old else f"it is in {new} now"
                 yield Notice(f"the local socket of {host} port {port} was gone from {old}: {where}")
 
@@ -205,8 +229,8 @@ class Listener:
 
     def _move(self, old: str, new: str) -> Iterator[Event]:
         self.host, self._is_lost = new, False
-        for key in [key for key in self._sockets if key[0] == old]:
-            del self._sockets[key]
+        for address in [address for address in self._sockets if address.host == old]:
+            del self._sockets[address]
         for port in self._ports:
             try:
                 self._bind(new, port)

@@ -1,4 +1,4 @@
-"""Who may take part in a ring: the key file, the folder of local sockets, and which address needs what.
+"""Who may take part in a ring: the key file, the folder of local sockets, and which address needs which protection.
 
     address            without a key                                     with a key
     loopback           Unix sockets in a folder of this user's own       CURVE
@@ -6,9 +6,9 @@
     any other          refused, or plain with --pipeline-allow-insecure  CURVE
 
 On loopback the kernel decides who is let in: a folder of mode 0700 keeps other users from connecting, and from
-listening in a stage's place. Nothing is sent that could be stolen, and tensors cost nothing more than over TCP.
+listening in a stage's place. No secret is sent, and tensors cost no more than over TCP.
 
-Knows files, modes and addresses; no connection (ring/zmq_link.py) and no flag but its name.
+Knows files, modes and addresses. Connections (transport/zmq_transport.py) are not known here, and flags only by name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pathlib import Path
 from stagewire.config import ALLOW_INSECURE_FLAG, KEY_FILE_FLAG, StageConfig
 from stagewire.errors import ConfigError
 from stagewire.folders import MAX_SOCKET_PATH_BYTES
-from stagewire.ring import hosts
-from stagewire.ring.hosts import normalize
+from stagewire.ring.transport import hosts
+from stagewire.ring.transport.hosts import normalize
 
 __all__ = [
     "OPEN",
@@ -74,9 +74,9 @@ _PRIVATE = [
 
 @dataclass(frozen=True)
 class RingKey:
-    """The two secret halves that all stages of a ring share: of the end that listens, and of the end that calls.
+    """The two secrets that all stages of a ring share, 32 bytes each: of the end that listens, of the end that calls.
 
-    Two, so that the roles of CURVE's handshake never meet in one pair. Each is 32 bytes.
+    There are two, so that the two ends of CURVE's handshake never use the same pair of keys.
     """
 
     listener: bytes = field(repr=False)
@@ -87,7 +87,7 @@ def make_key_file(path: Path) -> None:
     """Writes a new key, readable for this user only.
 
     Raises:
-        ConfigError: there is such a file already, or it cannot be written.
+        ConfigError: the file exists already, or cannot be written.
     """
     text = _KEY_FILE.format(listener=secrets.token_hex(KEY_BYTES), caller=secrets.token_hex(KEY_BYTES))
     try:
@@ -103,7 +103,7 @@ def make_key_file(path: Path) -> None:
 
 
 def read_key_file(path: Path) -> RingKey:
-    """The key in a file that only its owner, this user or root, can read.
+    """The key in a file that belongs to this user or root and that nobody else can read.
 
     Raises:
         ConfigError: no such file, others could read or write it, or it holds no key.
@@ -153,7 +153,7 @@ class Reach(Enum):
 
     @classmethod
     def of(cls, host: str) -> Reach:
-        """Of a numeric address. One that stands for all addresses of a machine can be reached from anywhere."""
+        """Of a numeric address. The one that stands for all addresses of a machine can be reached from anywhere."""
         address = ipaddress.ip_address(normalize(host).partition("%")[0])
         if address.is_loopback:
             return cls.LOOPBACK
@@ -170,13 +170,13 @@ def runtime_folder(
     tmp: Path = Path("/tmp"),
     shm: Path = Path("/dev/shm"),
 ) -> Path:
-    """The folder for this user's sockets, made if need be: the same for every process of the user.
+    """The folder for this user's sockets, made if need be. It is the same for every process of the user.
 
-    Not below TMPDIR, which the launcher gives each stage for itself. In /dev/shm where /tmp cannot be written, as in a
-    container whose file system is read-only.
+    It is not below TMPDIR, because the launcher gives each stage its own. It is in /dev/shm if /tmp cannot be written,
+    as in a container with a read-only file system.
 
     Raises:
-        ConfigError: what is there could be used by somebody else.
+        ConfigError: another user could use what is there.
     """
     for base in (environ.get("XDG_RUNTIME_DIR"), run / str(uid)):
         if base and _is_own(Path(base), uid) and _has_room(folder := Path(base) / "stagewire"):
@@ -219,7 +219,7 @@ def _socket_name(host: str, port: int) -> str:
 
 
 def _network_id() -> int:
-    """Of this process's network namespace: each has a loopback interface of its own."""
+    """Of this process's network namespace. Each has a loopback interface of its own."""
     return Path("/proc/self/ns/net").stat().st_ino
 
 
@@ -230,11 +230,12 @@ def _network_id() -> int:
 class Security:
     """How a stage's connections are protected.
 
-    ``find_folder``: where this user's local sockets are now, those of stages without a key. It makes the folder if need
-    be, also anew when it has vanished (a log-out, tmpfiles), and raises ConfigError when that cannot be done. None:
-    loopback is plain TCP.
-
-    ``allows_insecure``: plain connections to and from anywhere.
+    Args:
+        key: the ring's; None: without a key.
+        find_folder: gives the folder of this user's local sockets, which stages without a key use. It makes the folder
+            if need be, also when it has vanished since (a log-out, tmpfiles), and raises ConfigError if it cannot.
+            None: loopback is plain TCP.
+        allows_insecure: whether plain connections to and from anywhere are allowed.
     """
 
     key: RingKey | None = None
@@ -243,20 +244,20 @@ class Security:
 
     @classmethod
     def of_folder(cls, folder: Path, key: RingKey | None = None, *, allows_insecure: bool = False) -> Security:
-        """With local sockets in ``folder``, whatever the environment says."""
+        """With local sockets in this folder, whatever the environment says."""
         return cls(key, partial(_make_private, folder, os.geteuid()), allows_insecure)
 
     @property
     def has_local_sockets(self) -> bool:
-        """Whether stages on this machine speak through Unix sockets where they can."""
+        """Whether stages on this machine use Unix sockets where they can."""
         return self.key is None and self.find_folder is not None
 
     def is_local(self, host: str) -> bool:
-        """Whether a numeric host is reached through a Unix socket and in no other way."""
+        """Whether a numeric host is reached by a Unix socket only."""
         return self.has_local_sockets and hosts.is_loopback(host)
 
     def socket_path(self, host: str, port: int) -> str:
-        """Of the Unix socket that stands for a numeric host and port of this machine.
+        """The path of the Unix socket that stands for a numeric host and port of this machine.
 
         Raises:
             ConfigError: there is no folder for it.
@@ -270,9 +271,9 @@ class Security:
         return str(folder / _socket_name(digest, port))
 
     def other_paths(self, host: str, port: int) -> dict[str, str]:
-        """The sockets that stand for the same port under other addresses of this machine: path to host.
+        """The sockets that stand for the same port under other addresses of this machine, as path to host.
 
-        Of some the process may be gone.
+        The processes of some may be gone.
         """
         own = self.socket_path(host, port)
         suffix = _socket_name("", port)
@@ -282,7 +283,7 @@ class Security:
         return found
 
     def problem(self, host: str) -> str | None:
-        """Why a numeric address must not be used like this; None: it may be."""
+        """Why a numeric address must not be used with this protection; None: it may be."""
         if self.key is not None or self.allows_insecure:
             return None
         reach = Reach.of(host)
@@ -297,7 +298,7 @@ class Security:
         )
 
     def warning(self, host: str) -> str | None:
-        """What is at stake at a numeric address that may be used without a key."""
+        """What a person must be warned of at a numeric address that is used without a key."""
         if self.key is not None or Reach.of(host) is Reach.LOOPBACK:
             return None
         return (
@@ -307,15 +308,15 @@ class Security:
         )
 
 
-# Plain TCP everywhere and no questions: for tests and measurements.
+# Plain TCP everywhere, for tests and measurements.
 OPEN = Security(allows_insecure=True)
 
 
 def secure(config: StageConfig, known_hosts: list[str]) -> Security:
-    """What a stage's settings ask for.
+    """The protection that a stage's settings ask for.
 
     Args:
-        known_hosts: the numeric addresses that it listens on and calls, as far as they are known.
+        known_hosts: the numeric addresses that the stage listens on and calls, as far as they are known.
 
     Raises:
         ConfigError: an unusable key file, or an address that needs one.
@@ -324,7 +325,7 @@ def secure(config: StageConfig, known_hosts: list[str]) -> Security:
     find_folder: Callable[[], Path] | None = partial(runtime_folder, os.environ, os.geteuid())
     try:
         runtime_folder(os.environ, os.geteuid())
-    except ConfigError:  # nothing can be written here: of no account to a stage with a key, or on no loopback
+    except ConfigError:  # a stage with a key, or without a loopback address, needs no such folder
         if key is None and any(Reach.of(host) is Reach.LOOPBACK for host in known_hosts):
             raise
         find_folder = None
@@ -337,10 +338,13 @@ def secure(config: StageConfig, known_hosts: list[str]) -> Security:
 
 @dataclass(frozen=True)
 class SecuredStage:
-    """Where a stage listens, how its connections are protected, and what a person must be warned of.
+    """Where a stage listens, and how it is protected.
 
-    ``host`` is None while the predecessor's name does not resolve, or nothing leads there: the transport waits for it,
-    and looks at what comes of it as `secure_stage` does (`Security.problem`) before it listens or connects.
+    Args:
+        host: numeric; None while the predecessor's name does not resolve, or while there is no route to it. The
+            transport waits for it then, and checks it like this (`Security.problem`) before it listens or connects.
+        security: how its connections are protected.
+        warnings: for people.
     """
 
     host: str | None
@@ -349,10 +353,10 @@ class SecuredStage:
 
 
 def secure_stage(config: StageConfig) -> SecuredStage:
-    """The protection of one stage's connections, by its flags and the addresses of this machine.
+    """Checks the addresses and the key file of a stage.
 
     Raises:
-        ConfigError: an address that needs a key, an unusable key file, a host to listen on that is none.
+        ConfigError: an address that needs a key, an unusable key file, or no such host to listen on.
     """
     own: str | None = None
     try:

@@ -1,7 +1,7 @@
 """Which addresses are this machine's, and on which one a stage listens.
 
-Any spelling of this machine is this machine: all of 127/8, ::1, every address of its interfaces, the names of these,
-and IPv4 in the clothes of IPv6. Who needs to know asks here.
+This machine has many spellings: all of 127/8, ::1, every address of its interfaces, their names, and IPv4-mapped IPv6
+addresses. All questions about that are answered here. Knows names and addresses; no port is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def resolve(address: Address) -> str:
-    """The numeric form of a host, IPv4 first, and IPv4 in the clothes of IPv6 as what it is.
+    """The numeric form of a host: IPv4 if it has such an address. An IPv4-mapped IPv6 address becomes IPv4.
 
     Raises:
         OSError: the name does not resolve, now.
@@ -44,13 +44,13 @@ def resolve(address: Address) -> str:
 
 
 def _numeric(address: Any) -> str:
-    """The host of a socket's address; of a link-local one with its interface, without which it is none."""
+    """The host of a socket's address. A link-local one has its interface, without which it cannot be reached."""
     scope = int(address[3]) if len(address) == 4 else 0
     return f"{address[0]}%{socket.if_indextoname(scope)}" if scope else str(address[0])
 
 
 def normalize(host: str) -> str:
-    """A numeric address in one form: IPv4 in the clothes of IPv6 (``::ffff:10.0.0.1``) as what it is."""
+    """A numeric address in one form: an IPv4-mapped IPv6 address (``::ffff:10.0.0.1``) becomes IPv4."""
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped) if mapped else host
@@ -67,7 +67,7 @@ def is_own(host: str) -> bool:
 
 
 def own_addresses() -> dict[str, str]:
-    """Every address of an interface that is not loopback, without scope, and that interface."""
+    """Every address of this machine that is not loopback, without scope, to the name of its interface."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         address: name
@@ -79,7 +79,7 @@ def own_addresses() -> dict[str, str]:
 
 
 def other_addresses(host: str) -> list[str]:
-    """Where this machine could listen besides ``host``, as "address (interface)"; not link-local."""
+    """The addresses that this machine could listen on besides ``host``, as "address (interface)"; none link-local."""
     own = _without_scope(host)
     return [
         f"{address} ({name})"
@@ -89,16 +89,16 @@ def other_addresses(host: str) -> list[str]:
 
 
 def likely_host() -> str:
-    """Where a machine of one network, such as a pod, is reached; else loopback."""
+    """The address of a machine that has only one on a network, such as a pod; else loopback."""
     found = [host for host in own_addresses() if ipaddress.ip_address(host).version == 4]
     return found[0] if len(found) == 1 else "127.0.0.1"
 
 
 @functools.cache
 def shares_machine(address: Address) -> bool:
-    """Whether a stage's address is this machine's: decided once, whatever the name server says later.
+    """Whether a stage's address is this machine's. Decided once, whatever the name server says later.
 
-    A name that does not resolve yet is another machine's as far as anybody can tell.
+    A name that does not resolve counts as another machine's.
     """
     try:
         return is_own(resolve(address))
@@ -107,11 +107,11 @@ def shares_machine(address: Address) -> bool:
 
 
 def bind_host(config: StageConfig) -> str:
-    """The numeric address that a stage listens on: the one that it was given, else that of the interface which reaches
-    its predecessor. Loopback only if the predecessor's address is. Nothing is sent.
+    """The numeric address that a stage listens on: the configured one, else that of the interface which reaches its
+    predecessor. It is loopback only if the predecessor's address is. Nothing is sent.
 
     Raises:
-        OSError: the name does not resolve, or nothing leads to the predecessor, now.
+        OSError: the name does not resolve now, or there is no route to the predecessor now.
     """
     if config.bind_host:
         return resolve(Address(config.bind_host, config.bind_port))

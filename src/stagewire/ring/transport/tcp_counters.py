@@ -1,9 +1,10 @@
-"""How much a TCP connection has brought without a whole message, and how much of what is sent by it does not arrive.
+"""How much a TCP connection has brought without a whole message, and whether what is sent by it arrives.
 
-By the kernel's own count.
+ZeroMQ bounds the size of a frame and not the number of frames in a message. It hands a message out only when it is
+whole and keeps the parts until then. Only the kernel knows how much that is, so its counters are read here (Linux's
+TCP_INFO).
 
-ZeroMQ bounds a frame, not how many of them a message has, hands a message out only when it is whole, and keeps what has
-come of it until then. Nothing but the kernel tells how much that is.
+Knows one connection by its descriptor, which belongs to ZeroMQ; not who the peer is, nor what is too much.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import os
 import socket
 import struct
 import termios
+from dataclasses import dataclass
 
-from stagewire.ring.actions import Stall
+from stagewire.ring.rules.actions import Stall
 
-__all__ = ["Intake", "Outflow"]
+__all__ = ["Intake", "Outflow", "Ports"]
 
 # tcpi_bytes_received in Linux's struct tcp_info (since 4.1): 64 bits at this place.
 _BYTES_RECEIVED = struct.Struct("=128xQ")
@@ -28,15 +30,23 @@ _GONE = (errno.EBADF, errno.ENOTSOCK, errno.ENOTCONN)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 
 
+@dataclass(frozen=True)
+class Ports:
+    """Of the two ends of a connection; None: any."""
+
+    own: int | None = None
+    peer: int | None = None
+
+
 class Connection:
     """A TCP connection by its descriptor, which belongs to somebody else and may end at any time.
 
     Args:
         descriptor: of the connection.
-        ports: its own and its peer's, None where it does not matter: another one may have the descriptor by now.
+        ports: of its ends. With other ports it is another connection, which has got the descriptor since.
     """
 
-    def __init__(self, descriptor: int, ports: tuple[int | None, int | None]) -> None:
+    def __init__(self, descriptor: int, ports: Ports) -> None:
         self.descriptor = descriptor
         self.is_gone = False
         self.ports = ports
@@ -45,10 +55,13 @@ class Connection:
         return f"{type(self).__name__}(descriptor={self.descriptor}, ports={self.ports})"
 
     def hang_up(self) -> bool:
-        """Whoever owns the connection finds it closed by its peer. False: it could not be done now.
+        """Ends the connection: its owner finds it closed by the peer, and the peer finds it reset.
 
-        The peer finds it reset. An end in order would not reach one that waits for room in our receive buffer: Linux
-        announces no more room after a shutdown, and what is left of the closed connection drops the peer's probes.
+        An end in order would not reach a peer that waits for room in our receive buffer. Linux announces no more room
+        after a shutdown, and what is left of the closed connection drops the peer's probes.
+
+        Returns:
+            False: it could not be done now.
         """
         try:
             with self._borrow() as sock:
@@ -73,9 +86,9 @@ class Connection:
         try:
             if sock.family not in (socket.AF_INET, socket.AF_INET6):
                 raise OSError(errno.ENOTCONN, "not a TCP connection")
-            for wanted, name in zip(self.ports, (sock.getsockname(), sock.getpeername()), strict=True):
-                if wanted not in (None, name[1]):
-                    raise OSError(errno.ENOTCONN, "another connection")
+            own_port, peer_port = sock.getsockname()[1], sock.getpeername()[1]
+            if self.ports.own not in (None, own_port) or self.ports.peer not in (None, peer_port):
+                raise OSError(errno.ENOTCONN, "another connection")
         except BaseException:
             sock.close()
             raise
@@ -87,10 +100,10 @@ class Intake(Connection):
 
     Args:
         descriptor, ports: see `Connection`.
-        allowed_per_s: bytes that may come besides, for a peer whose messages are not told (`took_message`).
+        allowed_per_s: bytes that may come besides, for a peer of which nobody calls `took_message`.
     """
 
-    def __init__(self, descriptor: int, ports: tuple[int | None, int | None], allowed_per_s: float = 0.0) -> None:
+    def __init__(self, descriptor: int, ports: Ports, allowed_per_s: float = 0.0) -> None:
         super().__init__(descriptor, ports)
         self._allowed_per_s = allowed_per_s
         self._begin = 0
@@ -98,13 +111,13 @@ class Intake(Connection):
         self._has_taken = False
 
     def took_message(self) -> None:
-        """A whole message was taken from it: what had come before it counts no more."""
+        """A whole message was taken from it. What had come before no longer counts."""
         self._has_taken = True
 
     def look(self, now: float) -> int:
-        """How many bytes have come since the last whole message, beyond what is allowed; 0 where that cannot be told.
+        """How many bytes have come since the last whole message, beyond what is allowed; 0 if that is unknown.
 
-        Call it several times a second, after everything was taken that could be.
+        Call it several times a second, after all whole messages were taken.
         """
         received = self._bytes_received()
         if received is None:
@@ -117,7 +130,7 @@ class Intake(Connection):
         return received - self._begin
 
     def _bytes_received(self) -> int | None:
-        """None: it cannot be told now, or the connection is gone."""
+        """None: unknown now, or the connection is gone."""
         try:
             with self._borrow() as sock:
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
@@ -128,13 +141,14 @@ class Intake(Connection):
 
 
 class Outflow(Connection):
-    """What is sent by a connection, and whether its other end's kernel gets it."""
+    """What is sent by a connection, and whether the peer's kernel acknowledges it."""
 
     _acked = -1
     _since = 0.0
 
     def look(self, now: float) -> Stall | None:
-        """Call it about once a second. None: all is well, there is nothing to send, or the peer does not read."""
+        """How long nothing was acknowledged, though the peer would take more. None: all is well, there is nothing to
+        send, or the peer does not read. Call it about once a second."""
         try:
             with self._borrow() as sock:
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
@@ -153,7 +167,7 @@ class Outflow(Connection):
 
 
 def _has_room(info: bytes, packet_bytes: int) -> bool:
-    """Whether the peer would take more: what does not arrive is lost on the way then."""
+    """Whether the peer would take more. What does not arrive is then lost on the way."""
     if len(info) >= _SND_WND.size:  # Linux 5.4
         (window,) = _SND_WND.unpack_from(info)
         return bool(window >= packet_bytes)
