@@ -126,7 +126,7 @@ def set_process_environment() -> None:
     """Sets what every process of a stage needs: the V1 runner, and spawned children, which inherit no socket.
 
     Raises:
-        ConfigError: the environment asks for another runner or API server, or has no place for a home.
+        ConfigError: the environment asks for another runner or API server, or no folder can be written.
     """
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         raise ConfigError("VLLM_USE_V2_MODEL_RUNNER=1: stages need the V1 model runner; unset it")

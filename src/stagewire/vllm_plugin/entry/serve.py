@@ -84,7 +84,8 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     vllm_config = _resolve(args)
     _check_model(config, vllm_config)
     if vllm_config.model_config.runner_type == "pooling":
-        # The API server's part of it: this kind of scoring caches queries on the last stage, and a loss would end them.
+        # For the API server; `StageWorker` does the same. This scoring caches queries on the last stage, which would
+        # lose them in a restart.
         args.enable_flash_late_interaction = False
     _prepare_process(config, vllm_config)
     status.send(Phase.LOADING, announce_load(config, vllm_config.model_config.model, flags))
@@ -218,7 +219,7 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
     for name in ("headless", "grpc"):
         if getattr(args, name, False):
             raise ConfigError(f"--{name} cannot be combined with --pipeline-stage-mode external")
-    if getattr(args, "config", None) is not None:  # vLLM takes a --config that it has read out of the arguments
+    if getattr(args, "config", None) is not None:  # vLLM removes a --config that it has read
         raise ConfigError(f"vLLM does not read --config={args.config} written like this: write --config {args.config}")
     if (getattr(args, "api_server_count", None) or 1) != 1:
         raise ConfigError("--api-server-count: the head has one API server")
