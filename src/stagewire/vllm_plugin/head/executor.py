@@ -388,10 +388,7 @@ class RingExecutor(Executor):
     def _call(
         self, method: str, args: tuple[Any, ...], timeout: float | None, own_args: tuple[Any, ...] | None = None
     ) -> list[Any]:
-        """Sends the call once. ``own_args``: as `StageRanks.call` takes them.
-
-        Raises _RingBroken when the call is lost with the ring.
-        """
+        """Sends the call once; raises _RingBroken if it is lost. ``own_args``: as `StageRanks.call` takes them."""
         self._finish_steps()
         self.poll()
         if not self.is_whole:
@@ -445,12 +442,7 @@ class RingExecutor(Executor):
             self._pump(next(iter(self._steps.values())).future)
 
     def _values(self, method: str, results: list[CallResult], payloads: list[Any]) -> list[Any]:
-        """The decoded results, one for each worker, in the order of stages and their ranks.
-
-        Raises:
-            RuntimeError: the call failed on a worker.
-            PeerError: a result is missing, or of a wrong type.
-        """
+        """The decoded results, one for each worker, in the order of stages and their ranks."""
         workers = [
             (stage.stage, rank) for stage in self._process.ring.identities for rank in range(stage.tensor_parallel)
         ]
@@ -491,10 +483,7 @@ class RingExecutor(Executor):
         return bool(is_added)
 
     def list_loras(self) -> set[int]:
-        """The numbers of the adapters that every stage has in memory. Stages may differ after a restart.
-
-        vLLM's own method would raise if they do.
-        """
+        """The adapters that every stage has in memory. vLLM's own raises if stages differ, as after a restart."""
         return set.intersection(*self.collective_rpc("list_loras"))
 
     def remove_lora(self, lora_id: int) -> bool:
@@ -509,10 +498,7 @@ class RingExecutor(Executor):
         return bool(super().pin_lora(lora_id))
 
     def _introduce_adapters(self, schedule: SchedulerOutput) -> None:
-        """Adds adapters that nobody has added but new requests name, as those of `LLM.generate` may.
-
-        Stock vLLM loads such an adapter in the step itself. As there, one that cannot be loaded ends the engine.
-        """
+        """Adds adapters that only new requests name, as with `LLM.generate`. Stock vLLM loads them in that step."""
         for request in schedule.scheduled_new_reqs:
             adapter = request.lora_request
             if adapter is None:
@@ -543,11 +529,7 @@ class RingExecutor(Executor):
     # ---- start-up --------------------------------------------------------------------------------------------------
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        """For every worker the layouts that all stages support, because stages may prefer different ones.
-
-        Raises:
-            ConfigError: stages have no layout in common.
-        """
+        """For every worker the layouts that all stages support. Raises ConfigError if there is none."""
         each = super().get_supported_kv_cache_layouts()
         common = [layout for layout in each[0] if all(layout in layouts for layouts in each)]
         if not common:
@@ -577,10 +559,8 @@ class RingExecutor(Executor):
             raise self._process.ring.error
 
     def shutdown(self) -> None:
-        """Stops the ring, or fails it with the exception that is being handled.
-
-        vLLM's EngineCore also calls this last when an error ends it. The stages then wait for the next head, and the
-        clients are told why.
+        """Stops the ring. EngineCore also calls this when an error ends it: the ring then fails with that error, the
+        stages wait for the next head, and the clients are told why.
         """
         error = sys.exc_info()[1]
         exit_code = 0
