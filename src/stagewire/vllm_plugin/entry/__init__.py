@@ -1,1 +1,1 @@
-"""What vLLM's command line and Python see: the flags, the start-up of a stage, external mode's settings."""
+"""How a stage is started from vLLM's command line or Python: flags, start-up, and the settings of external mode."""

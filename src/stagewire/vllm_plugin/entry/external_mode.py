@@ -1,7 +1,7 @@
-"""From a stage's flags to vLLM's own arguments, and what external mode refuses.
+"""Turns a stage's flags into vLLM's own arguments, and refuses what external mode does not support.
 
-vLLM's `EngineArgs.from_cli_args` drops what is not one of its fields, so the translation happens right there: every
-entry point that parses our flags either obeys them or refuses them.
+vLLM's `EngineArgs.from_cli_args` drops what is not one of its fields. The flags are translated right there, so every
+entry point that parses them either obeys or refuses them. Opens no socket and reads no weights.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ logger = logging.getLogger("vllm.stagewire")
 
 __all__ = ["apply_external_mode", "set_process_environment"]
 
-# vLLM derives these from the card and the world size; one fixed value on every stage, or stages with the same flags
-# would disagree about buffer sizes. The single-process defaults of `vllm serve`: 128 sequences on CPU, 256 elsewhere.
+# vLLM derives these from the GPU and the world size, so stages with the same flags could differ in buffer sizes. Every
+# stage uses the single-process defaults of `vllm serve` instead.
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS_CPU = 128
 DEFAULT_MAX_NUM_SEQS = 256
@@ -81,7 +81,7 @@ REFUSED: dict[str, str] = {
 
 
 def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
-    """Turns stock arguments into those of one stage, in place.
+    """Turns stock arguments into those of one stage, in place. Also sets this process's environment.
 
     Args:
         engine_args: vLLM's EngineArgs or AsyncEngineArgs as the user gave them.
@@ -123,7 +123,11 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
 
 
 def set_process_environment() -> None:
-    """What external mode needs of every process: the V1 runner, and children that inherit no socket of the ring."""
+    """Sets what every process of a stage needs: the V1 runner, and spawned children, which inherit no socket.
+
+    Raises:
+        ConfigError: the environment asks for another runner or API server, or no folder can be written.
+    """
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         raise ConfigError("VLLM_USE_V2_MODEL_RUNNER=1: stages need the V1 model runner; unset it")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
@@ -139,7 +143,11 @@ def set_process_environment() -> None:
 
 
 def give_home() -> None:
-    """Also what this process starts inherits it."""
+    """Adds a missing home, user name or temporary folder to this process's environment, which its children inherit.
+
+    Raises:
+        ConfigError: no folder can be written.
+    """
     added = complete_environment(os.environ, own_home)
     if added:
         logger.warning(
@@ -153,7 +161,7 @@ def _refuse(engine_args: Any) -> None:
     defaults = {field.name: _default(field) for field in dataclasses.fields(engine_args)}
     for name, reason in REFUSED.items():
         if name not in defaults:
-            continue  # another minor version of vLLM
+            continue  # no field of this minor version of vLLM
         value = getattr(engine_args, name)
         # The command line leaves some booleans None where the dataclass has False.
         if value is not None and value is not False and value != defaults[name]:

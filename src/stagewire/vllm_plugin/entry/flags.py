@@ -1,6 +1,7 @@
 """The --pipeline flags on vLLM's command line: what they are, and what happens when they are used.
 
-`with_*` wrap three functions of vLLM (compat.py says which and why).
+`with_flags` and `with_translation` wrap two functions of vLLM; seams/command_line.py says which and why. The rules that
+the flags must keep are in stagewire.config.
 """
 
 from __future__ import annotations
@@ -139,7 +140,11 @@ def with_translation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parse_flags(args: argparse.Namespace) -> StageConfig:
-    """The flags, and for a pre-split stage's folder what its manifest says of the layers."""
+    """The stage's settings. The manifest of a pre-split stage's folder gives the layer range if no flag does.
+
+    Raises:
+        ConfigError: a flag is wrong, or the folder is of another stage.
+    """
     flags = vars(args)
     folder = Path(str(flags.get("model") or ""))
     manifest = read_manifest(folder) if folder.is_dir() else None

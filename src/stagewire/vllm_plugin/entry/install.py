@@ -1,4 +1,4 @@
-"""What Stagewire hooks into vLLM's command line."""
+"""Hooks Stagewire into vLLM's command line."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ __all__ = ["install_flag_patches"]
 
 
 def install_flag_patches() -> None:
-    """In every vLLM process with a command line. Never raises."""
+    """Called in every vLLM process; patches those with a command line. Never raises."""
     command_line.install(with_flags, with_translation, with_stages)

@@ -1,4 +1,4 @@
-"""Stage 0 without an API: `LLM(...)` in somebody's Python, and vllm's other commands."""
+"""A head without an API server: `LLM(...)` in a user's Python, or a `vllm` command other than serve."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OPTIONS = {
 def head_arguments(
     total_stages: int, layer_range: str, bind_port: int, prev_stage_addr: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """See `stagewire.head`."""
+    """See `stagewire.head`. Takes its own options out of ``options``."""
     from vllm.engine.arg_utils import EngineArgs
 
     from stagewire.vllm_plugin.entry.external_mode import apply_external_mode
@@ -47,7 +47,7 @@ def head_arguments(
         "pipeline_prev_stage_addr": prev_stage_addr,
     }
     flags |= {flag: options.pop(name) for name, flag in _OPTIONS.items() if name in options}
-    # The model plays no part here, but a name that is not a path would be looked up on the hub.
+    # Any model will do here. vLLM would look up a name that is not a path on the hub.
     given = EngineArgs(model=os.curdir, **options)
     before = dict(vars(given))
     apply_external_mode(given, parse_stage(flags))
@@ -56,7 +56,7 @@ def head_arguments(
 
 
 def prepare_engine() -> None:
-    """Before this process starts EngineCore as a ring's head: a user's Python, or a `vllm` command other than serve."""
+    """Installs what a head without an API server needs. Must be called before this process starts EngineCore."""
     engine_stop_grace.give_engine_time_to_stop()
     if not fits_sockets(os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()):
         os.environ["VLLM_RPC_BASE_PATH"] = short_base()
@@ -67,6 +67,6 @@ def prepare_engine() -> None:
 
 def _tell_of_dead_engine(process: BaseProcess) -> None:
     text = describe_engine_end(process)
-    if process.exitcode:  # else this process has told it to end
+    if process.exitcode:  # not when this process has told it to end
         sys.stderr.write(f"Stage 0: {text}\n")
         sys.stderr.flush()

@@ -1,4 +1,7 @@
-"""`vllm serve` of one stage, from its parsed flags to the process that serves: one start-up path for all stages."""
+"""`vllm serve` of one stage, from its parsed flags to the process that serves. All stages start this way.
+
+Owns the order of the checks. What is checked, and what serves, is in other modules.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from stagewire.vllm_plugin.seams import interfaces, versions
 
 __all__ = ["announce_load", "with_stages"]
 
-# On a worker's command line these are a mistake (it has no HTTP server); other API flags only do nothing there.
+# A worker stage has no HTTP server. It refuses these flags, and only mentions other flags of the API server.
 _ADDRESS_FLAGS = re.compile(r"--(host|port|uds|ssl-.*)")
 
 
@@ -58,7 +61,7 @@ def _die(stage: int | None, error: StagewireError) -> None:
 
 
 def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
-    """The start-up of a stage: what costs milliseconds comes before vLLM's imports, and those before any weights.
+    """Checks first what takes milliseconds, then imports vLLM and resolves its configuration, then loads weights.
 
     `original` starts the head's API server, which reads ``args`` again.
     """
@@ -81,7 +84,8 @@ def _serve(original: Callable[..., Any], args: argparse.Namespace) -> None:
     vllm_config = _resolve(args)
     _check_model(config, vllm_config)
     if vllm_config.model_config.runner_type == "pooling":
-        # Scoring in the API server: queries cached on the last stage would be lost with it.
+        # For the API server; `StageWorker` does the same. This scoring caches queries on the last stage, which would
+        # lose them in a restart.
         args.enable_flash_late_interaction = False
     _prepare_process(config, vllm_config)
     status.send(Phase.LOADING, announce_load(config, vllm_config.model_config.model, flags))
@@ -103,7 +107,10 @@ def _check_model(config: StageConfig, vllm_config: Any) -> None:
 
 
 def _prepare_process(config: StageConfig, vllm_config: Any) -> None:
-    """May run a worker stage's process again, with other libraries."""
+    """Sets the threads of a stage on CPU; says what is off on other devices.
+
+    May replace a worker stage's process by a new one that has vLLM's CPU libraries preloaded.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -117,7 +124,10 @@ def _prepare_process(config: StageConfig, vllm_config: Any) -> None:
 
 
 def _refuse_stage_alone(args: argparse.Namespace) -> None:
-    """A stage's folder without a stage's flags: vLLM would only find out that weights are missing, if at all."""
+    """Raises ConfigError for a pre-split stage's folder without stage flags.
+
+    vLLM would notice late that weights are missing, or never.
+    """
     folder = Path(str(getattr(args, "model_tag", None) or getattr(args, "model", None) or ""))
     if (folder / MANIFEST_NAME).is_file():
         raise ConfigError(
@@ -128,7 +138,10 @@ def _refuse_stage_alone(args: argparse.Namespace) -> None:
 
 
 def announce_load(config: StageConfig, model: str, flags: LoadFlags) -> str:
-    """Prints the stage's line (``Stage 0: Loading layers 0-7... (4.54 GB)``); returns its short form for progress."""
+    """Prints ``Stage 0: Loading layers 0-7... (4.54 GB)``. Returns ``layers 0-7 (4.54 GB)``, for progress.
+
+    Both lack the size where the checkpoint's tensors cannot be listed, as for a name on the hub.
+    """
     path = Path(model)
     is_read = path.is_dir() and flags.reads_whole_checkpoints
     checkpoint = read_checkpoint(path, flags, layers=config.layers) if is_read else None
@@ -145,7 +158,11 @@ def announce_load(config: StageConfig, model: str, flags: LoadFlags) -> str:
 
 
 def _check_checkpoint(config: StageConfig, args: argparse.Namespace, flags: LoadFlags) -> None:
-    """The range against the configuration, and a folder's index against its files, in a moment and before vLLM."""
+    """Compares the layer range with the model's configuration, and a folder's index with its files. Reads no weights.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
     path = Path(args.model)
     folder = path if path.is_dir() else _hub_folder(args.model, args.revision)
     if folder is not path and not (folder / CONFIG_NAME).is_file():
@@ -166,7 +183,7 @@ def _check_checkpoint(config: StageConfig, args: argparse.Namespace, flags: Load
 
 
 def _hub_folder(model: str, revision: str | None) -> Path:
-    """Where the cache has config.json of a name on a model hub."""
+    """The folder of the hub's cache with the model's configuration, downloaded if need be. Raises ConfigError."""
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError(f"there is no model folder {model}: give the path of a HuggingFace checkpoint, or a hub name")
     config = hub.find_file(model, revision, CONFIG_NAME) or hub.find_file(model, revision, PARAMS_NAME)
@@ -176,7 +193,7 @@ def _hub_folder(model: str, revision: str | None) -> Path:
 
 
 def _resolve(args: argparse.Namespace) -> Any:
-    """vLLM's whole configuration, so that everything a stage can know alone is refused before anything starts."""
+    """vLLM's whole configuration. Raises ConfigError for settings that vLLM refuses, before anything is started."""
     from vllm.usage.usage_lib import UsageContext
 
     from vllm import AsyncEngineArgs
@@ -191,7 +208,7 @@ def _resolve(args: argparse.Namespace) -> Any:
 
 
 def _first_reason(error: Exception) -> str:
-    """One line; pydantic's own text has several, with a link to its documentation."""
+    """One line. Pydantic's own text has several, and a link to its documentation."""
     from pydantic import ValidationError
 
     text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -202,7 +219,7 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
     for name in ("headless", "grpc"):
         if getattr(args, name, False):
             raise ConfigError(f"--{name} cannot be combined with --pipeline-stage-mode external")
-    if getattr(args, "config", None) is not None:  # vLLM takes the words from its command line once it has read it
+    if getattr(args, "config", None) is not None:  # vLLM removes a --config that it has read
         raise ConfigError(f"vLLM does not read --config={args.config} written like this: write --config {args.config}")
     if (getattr(args, "api_server_count", None) or 1) != 1:
         raise ConfigError("--api-server-count: the head has one API server")
@@ -218,7 +235,7 @@ def _check_entry_point(config: StageConfig, args: argparse.Namespace) -> None:
 
 
 def _api_of(args: argparse.Namespace) -> HeadApi:
-    """As vLLM's API server will read them; the first of several keys."""
+    """Where and how the head will answer HTTP, by vLLM's parsed arguments. Holds the first of several API keys."""
     keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
     return HeadApi(
         host=args.host or "",
@@ -236,7 +253,7 @@ def _mention_ignored(config: StageConfig, args: argparse.Namespace) -> None:
     ignored = []
     for field in dataclasses.fields(interfaces.frontend_args()):
         if field.name == "lora_modules":
-            continue  # they say where this stage reads adapters
+            continue  # a worker stage uses it: it says where adapters lie on this machine
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

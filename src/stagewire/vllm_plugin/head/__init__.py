@@ -1,1 +1,1 @@
-"""Stage 0: EngineCore's executor and scheduler over the ring, its API server, and what that says and how it ends."""
+"""Stage 0: EngineCore's executor and scheduler over the ring, and the API server, its answers and its end."""

@@ -1,17 +1,19 @@
 """What the head's HTTP port says about the ring: /live, /health, /ready, /pipeline/status, and 503 with the reason.
 
-    /live             200 once the process is up
-    /health           503 until the ring has answered once, 200 while it serves or a lost stage may come back, 503 past
-                      the recovery deadline and after this head failed
-    /ready            200 only while the whole ring answers
-    /pipeline/status  200 with all that is known of every stage, at any time
-    others            503 with Retry-After before the ring has answered, past the recovery deadline until the ring is
-                      whole again, and after this head failed; meanwhile they wait
+    path              starting  serving  recovering  past the recovery deadline  after this head failed
+    /live             200       200      200         200                         200
+    /health           503       200      200         503                         503
+    /ready            503       200      503         503                         503
+    /pipeline/status  200       200      200         200                         200
+    others            503       vLLM's   they wait   503                         503
 
-A stage without an API answers the first three on a port of its own, if it is given one: `StageHealth`.
+Each 503 has Retry-After. /ready is 503 also while EngineCore is silent. Past the recovery deadline requests are refused
+until the ring is whole again. A worker stage may answer the first three on a port of its own (`StageHealth` in
+member/probes.py).
 
-Before vLLM's own server listens, `EarlyServer` answers on the same socket; from then on `RingMiddleware` does, which
-also ends the requests that are open when the deadline passes or this head fails.
+Before vLLM's own server listens, `EarlyServer` (member/probes.py) answers on the same socket. From then on
+`RingMiddleware` answers, and ends the requests that are open when the recovery deadline passes or this head fails.
+`HeadHealth` decides on the answers; this module knows ASGI and no ring.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from stagewire.vllm_plugin.member.probes import RETRY_AFTER_S, body_of
 
 __all__ = ["RingMiddleware"]
 
-# For vLLM to end a request whose client has had its answer from us.
+# How long vLLM may take to end a request that this middleware has answered.
 ABORT_S = 5.0
 
 _Scope = MutableMapping[str, Any]
@@ -35,18 +37,12 @@ _Send = Callable[[_Message], Awaitable[None]]
 _Receive = Callable[[], Awaitable[_Message]]
 
 
-# ---- before vLLM listens -------------------------------------------------------------------------------------------
-
-
-# ---- while vLLM serves ---------------------------------------------------------------------------------------------
-
-
 class RingMiddleware:
     """Pure ASGI, added through vLLM's own --middleware.
 
     Args:
         app: the application inside.
-        health: for tests; by default this process's.
+        health: by default this process's; another one for tests.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], health: HeadHealth | None = None) -> None:
@@ -67,7 +63,7 @@ class RingMiddleware:
 
 
 class _Guarded:
-    """One request; when the ring fails for good it ends at once, with an error that names the stage."""
+    """One request. It ends at once when requests are refused, with the reason as its error."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], health: HeadHealth) -> None:
         self._app = app
@@ -82,18 +78,18 @@ class _Guarded:
         loop = asyncio.get_running_loop()
 
         def listener() -> None:
-            self._refusal = self._health.refusal or self._refusal  # it may be over before we are asked
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            self._refusal = self._health.refusal or self._refusal  # kept: it may be over when `_end` asks
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no client is left
                 loop.call_soon_threadsafe(refused.set)
 
         async def watched_send(message: _Message) -> None:
             if not self._finished and (refused.is_set() or self._health.refusal is not None):
-                return  # the error goes out instead
+                return  # `_end` sends the error instead
             self._note(message)
             await send(message)
 
         async def watched_receive() -> _Message:
-            """As if the client had hung up, once it is refused: vLLM then ends its request, wherever that is."""
+            """Tells vLLM of a refusal as of a client that has disconnected: it then ends the request everywhere."""
             return await _first(receive(), refused) or {"type": "http.disconnect"}
 
         self._health.on_refusal(listener)
@@ -107,7 +103,7 @@ class _Guarded:
             await self._end(send)
             await asyncio.wait({request}, timeout=ABORT_S)
             if request.done() and not request.cancelled():
-                request.exception()  # seen: the client has had its answer
+                request.exception()  # or asyncio would log it; the client has its answer
         finally:
             self._health.forget(listener)
             refusal.cancel()

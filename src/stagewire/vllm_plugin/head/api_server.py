@@ -1,7 +1,7 @@
-"""The head's API server process: what it answers before the ring has answered, and how it ends with it.
+"""The head's API server process: connects vLLM's server with the ring's health, and ends with our exit codes.
 
 EngineCore, a child of this process, owns the ring. It reports over Unix sockets (observe/status_events.py). From these
-reports this process knows whether to answer 503, with which reason and exit code, and what to say of every stage.
+reports this process knows whether to answer 503, with which reason and exit code, and how each stage is.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from stagewire.vllm_plugin.seams import early_answers, engine_stop_grace, engine
 
 __all__ = ["linger", "serve_head"]
 
-# How long the head of a broken ring goes on answering 503 with the reason before it exits.
+# How long a head that has failed goes on answering 503 with the reason before it exits.
 LINGER_S = 30.0
-# Under a launcher, which says why and starts the head again: long enough for open requests to hear the reason.
+# Under a launcher, which prints the reason and restarts the head. Long enough to send the reason to open requests.
 LINGER_WITH_LAUNCHER_S = 0.5
 MIDDLEWARE = "stagewire.vllm_plugin.head.api_app.RingMiddleware"
 
@@ -50,7 +50,17 @@ MIDDLEWARE = "stagewire.vllm_plugin.head.api_app.RingMiddleware"
 def serve_head(
     original: Callable[..., Any], args: argparse.Namespace, config: StageConfig, signals: SignalWatch
 ) -> None:
-    """Runs vLLM's own API server with our health, and ends with our exit codes; raises what is not of the ring."""
+    """Runs vLLM's own API server with our health, and ends the process with our exit codes.
+
+    Args:
+        original: vLLM's `serve`, called with ``args``.
+        args: the parsed command line; a middleware is added.
+        config: the head's place.
+        signals: directed to the head's own ways to end.
+
+    Raises:
+        BaseException: what vLLM raised, if the ring reports no failure of its own.
+    """
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     args.middleware = [*args.middleware, MIDDLEWARE]
     HEALTH.pipeline = PipelineStatus(config)
@@ -78,7 +88,7 @@ def serve_head(
 
 def _clean_up(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    remove_abandoned()  # a killed EngineCore's
+    remove_abandoned()  # the folder of a killed EngineCore
 
 
 def _start(work: Callable[..., None], *args: Any) -> None:
@@ -88,7 +98,7 @@ def _start(work: Callable[..., None], *args: Any) -> None:
 def _run(original: Callable[..., Any], args: argparse.Namespace, end: HeadEnd) -> None:
     try:
         original(args)
-    except BaseException:  # the top of this process: vLLM's own words are told where there are no better ones
+    except BaseException:  # the top of this process; the ring's reason is better than vLLM's, if there is one
         if HEALTH.wait_for_failure(1.0) is None:
             raise
         sys.stderr.write(f"Stage 0: {HEALTH.failure}\n")
@@ -97,7 +107,7 @@ def _run(original: Callable[..., Any], args: argparse.Namespace, end: HeadEnd) -
 
 
 def _patch_server(end: HeadEnd) -> None:
-    """vLLM binds its socket before the engine starts and listens after: in between we answer."""
+    """vLLM binds its socket before the engine starts, and listens after that. `EarlyServer` answers in between."""
     early: list[EarlyServer] = []
 
     def setup(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +156,7 @@ def _hear(news: DatagramReceiver, pipeline: PipelineStatus) -> None:
 
 
 def _mind_failure(end: HeadEnd) -> None:
-    """While serving: answers 503 for a while, then ends. While starting the main thread ends by itself."""
+    """After a failure: ends the process. A head that serves goes on answering 503 for a while first."""
     reason = HEALTH.wait_for_failure() or ""
     launcher = os.environ.get(LAUNCHER_SOCKET_ENV)
     if launcher is not None:
@@ -160,7 +170,10 @@ def _mind_failure(end: HeadEnd) -> None:
 
 
 def linger(seconds: float) -> None:
-    """Waits ``seconds``, or until the launcher is gone: a stage that saw it go first looks like a lost one here."""
+    """Waits ``seconds``, or until the launcher has ended.
+
+    When a launcher ends, its stages stop. One that stops before this head has noticed the end looks lost here.
+    """
     launcher = find_launcher()
     if launcher is None:
         threading.Event().wait(seconds)

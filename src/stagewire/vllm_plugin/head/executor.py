@@ -1,12 +1,12 @@
-"""The head's executor: to EngineCore it is one executor with the workers of all stages, one for each of their ranks.
+"""The head's executor. EngineCore sees one executor with the workers of all stages, one for each of their ranks.
 
-It runs the head's own layers in the EngineCore process and the rest over the ring. EngineCore's thread is the only
-one that touches the model; results are taken from the ring's inbox by whichever future that thread waits for, in the
+It runs the head's own layers in the EngineCore process and the other layers over the ring. EngineCore's main thread
+alone touches the model. While that thread waits for the future of a step, it takes results from the ring's inbox in the
 order in which they arrive.
 
-When the ring breaks, the steps in flight come back empty, and the scheduler (scheduler.py) asks this executor, as its
-`RingAccess`, whether the ring is whole again. It does not wait until it is; only start-up calls do, which nobody else
-could repeat.
+When the ring breaks, the steps in flight come back empty. The scheduler then asks this executor, as its `RingAccess`,
+whether the ring is whole again, and does not wait for it. Only start-up calls wait: EngineCore would not repeat them.
+It knows no socket and no bytes: those are the ring's and the codec's.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ from stagewire.wire.messages import Call, CallResult, Reply, Result, Sample, Sta
 __all__ = ["RingExecutor"]
 
 
-# For vLLM to abort what is open and leave its loop; it does not look while it waits for a step.
+# How long vLLM may take to abort open requests and leave its loop. It does not notice a stop while it waits for a step.
 STOP_GRACE_S = 1.0
-# A deadline passes in pieces, and none counts for more: a head that was held up has not waited.
+# A wait for a step is counted in pieces of this length at most. A pause of this process counts as one piece, however
+# long it was, so that no stage is blamed for it.
 PATIENCE_PIECE_S = 1.0
 
 
 class _RingBroken(RuntimeError):
-    """A call was lost with the ring: an error of that call only, as vLLM takes it."""
+    """A call was lost with the ring. vLLM reports it as the error of that call, and goes on."""
 
 
 class _StepFuture(Future[ModelRunnerOutput]):
-    """A step in flight; waiting for it works off the ring's inbox."""
+    """A step in flight. Whoever waits for it handles the messages in the ring's inbox meanwhile."""
 
     def __init__(self, pump: Callable[[Future[Any]], None]) -> None:
         super().__init__()
@@ -84,16 +85,16 @@ class _InFlight:
     req_ids: list[str]
     num_tokens: int
     waits_for_sample: bool
-    waited_s: float = 0.0  # since it was the next to come back
+    waited_s: float = 0.0  # for this step, since those before it came back
 
     @property
     def is_decode(self) -> bool:
-        """One token for each request, sampled at once: comparable with others."""
+        """Whether each request has one token, sampled at once. The times of such steps can be compared."""
         return self.num_tokens == len(self.req_ids) and not self.waits_for_sample
 
 
 class RingExecutor(Executor):
-    """See the module. Chosen by external mode; not meant to be constructed by hand."""
+    """See the module. External mode chooses it; vLLM constructs it."""
 
     supports_pp = True
 
@@ -104,7 +105,7 @@ class RingExecutor(Executor):
         self._replies: dict[int, Reply | None] = {}
         self._reply_payloads: dict[int, list[Any]] = {}
         self._next_step = 0
-        # Stages remember the calls that they have run, also those of the head before this one.
+        # Not from 0: stages remember the numbers of calls that they have run for an earlier head.
         self._next_call = secrets.randbelow(1 << 50)
         self.epoch = 0
         self.is_whole = False
@@ -112,16 +113,16 @@ class RingExecutor(Executor):
         self._is_started = False
         self._current: tuple[int, SchedulerOutput] | None = None  # the step whose sample_tokens is due
         self._is_pooling = self.vllm_config.model_config.runner_type == "pooling"
-        self._adapters: dict[int, LoRARequest] = {}  # that every stage knows
+        self._adapters: dict[int, LoRARequest] = {}  # by number, those that every stage knows
         self._step_log = StepLog.from_environment()
         self._deadlines = StepDeadlines(self._stage.step_timeout_s)
         self._last_result_at = 0.0
-        check_model(self._stage, self.vllm_config)  # of a head that is no `vllm serve`, nobody has yet
+        check_model(self._stage, self.vllm_config)  # `vllm serve` has checked it already, an `LLM` has not
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = Member(self._stage, self.vllm_config, self._ranks, self._status, secure_stage(self._stage))
-        if self._process.is_child:  # a user's own Python has its output and its signals for itself
+        if self._process.is_child:  # output and signals of an in-process `LLM` stay the user's
             keep_writing()
-            # A terminal's Ctrl-C is sent to this process too; its parent says what it means.
+            # SIGTERM only: a terminal's Ctrl-C reaches this process too, but its parent decides what it means.
             end = self._process.stop_at_once, self._process.end_at_once
             SignalWatch(self._go_on_for, *end, installs=False, numbers=[signal.SIGTERM])
         self._process.start()
@@ -133,7 +134,7 @@ class RingExecutor(Executor):
         self._process.mark_loaded(lambda: len(self._ranks.own.runner.requests))
         self._process.ring.wait_open(self._stage.start_timeout_s)
         self._await_whole(self._stage.start_timeout_s)
-        # EngineCore makes the scheduler next, out of this class, and hands it nothing of the executor.
+        # EngineCore constructs the scheduler next, from this class, and does not hand it the executor.
         self.vllm_config.scheduler_config.scheduler_cls = functools.partial(RingScheduler, ring=self)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
@@ -141,16 +142,16 @@ class RingExecutor(Executor):
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput | None] | None:
-        """Runs the head's layers and sends the step on.
+        """Runs the head's layers and sends the step to stage 1.
 
-        The result belongs to `sample_tokens`, as in stock vLLM; of a pooling model it is this call's own.
+        As in stock vLLM, `sample_tokens` returns the result. For a pooling model this call returns it.
         """
         if is_nothing(scheduler_output):
             self._current = None
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         try:
             self._introduce_adapters(scheduler_output)
-        except _RingBroken:  # the scheduler hears of that before it takes this step's output
+        except _RingBroken:  # the scheduler takes the loss before it takes this step's output
             self._current = None
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         step = self._next_step
@@ -165,7 +166,7 @@ class RingExecutor(Executor):
                 self._process.fail_from(error)
                 raise
             self._process.end_epoch(self.epoch, step, error)
-            if not scheduler_output.total_num_scheduled_tokens:  # vLLM takes this future for the whole step
+            if not scheduler_output.total_num_scheduled_tokens:  # vLLM takes this result and asks for no sample
                 self._current = None
                 return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
             return self._await_result(step, scheduler_output, waits_for_sample=False, non_block=non_block)
@@ -208,7 +209,11 @@ class RingExecutor(Executor):
     def sample_tokens(
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
-        """The future of the step that `execute_model` just sent; a grammar bitmask follows it to the tail."""
+        """The result of the step that `execute_model` has just sent. Sends the grammar bitmask after it, for the tail.
+
+        Raises:
+            InternalError: a bitmask for a step that waits for none.
+        """
         if self._current is None:
             return _resolved(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
         step, schedule = self._current
@@ -222,7 +227,7 @@ class RingExecutor(Executor):
         return future if non_block else future.result()
 
     def _pump(self, awaited: Future[Any]) -> None:
-        """Takes messages from the ring until ``awaited`` is done, or a deadline ends the epoch."""
+        """Takes messages from the ring until ``awaited`` is done. A step past its deadline ends the epoch."""
         while not awaited.done():
             oldest = next(iter(self._steps.values()), None)
             if oldest is None:
@@ -240,7 +245,7 @@ class RingExecutor(Executor):
             oldest.waited_s += min(time.monotonic() - began, piece_s)
 
     def _receive(self, timeout_s: float | None) -> None:
-        """Takes in one message or piece of news. Raises queue.Empty after ``timeout_s``."""
+        """Takes in one message, or news of the ring. Raises queue.Empty after ``timeout_s``; None waits for ever."""
         item = self._process.ring.receive(None if timeout_s is None else max(timeout_s, 0.0))
         match item:
             case None:
@@ -280,7 +285,7 @@ class RingExecutor(Executor):
     # ---- a broken ring ---------------------------------------------------------------------------------------------
 
     def _lose(self, epoch: int, error: StageLost) -> None:
-        """Every step in flight comes back empty, in order; the scheduler knows what to make of it."""
+        """Returns every step in flight empty, in order. The scheduler learns from the `Loss` which they were."""
         self.is_whole = False
         lost = list(self._steps.values())
         self._steps.clear()
@@ -296,7 +301,7 @@ class RingExecutor(Executor):
             while True:
                 self._receive(0 if self.is_whole else pause_s)
         if self._process.given_up is not None and not self._process.has_api:
-            raise self._process.given_up  # nobody else is there to refuse requests
+            raise self._process.given_up  # without an API server nobody refuses requests
 
     @property
     def is_draining(self) -> bool:
@@ -309,14 +314,14 @@ class RingExecutor(Executor):
         return losses
 
     def restore(self, requests: Sequence[Restored]) -> bool:
-        """`RingAccess`. Every stage builds at most ``max_num_seqs`` at a time: vLLM's batch has no more rows."""
+        """`RingAccess`. Sends at most ``max_num_seqs`` requests in one call: vLLM's batch has no more rows."""
         size = self.vllm_config.scheduler_config.max_num_seqs
         try:
             for begin in range(0, max(len(requests), 1), size):
                 part = requests[begin : begin + size]
                 schedule = SchedulerOutput.make_empty()
                 schedule.scheduled_new_reqs = [each.request for each in part]
-                self._introduce_adapters(schedule)  # one that was removed meanwhile, for good
+                self._introduce_adapters(schedule)  # a live request may use one that was removed meanwhile
                 rest = [each.output_token_ids for each in part], begin == 0
                 args = encode_schedule(schedule), *rest
                 self._call("restore_requests", args, self._stage.step_timeout_s, own_args=(schedule, *rest))
@@ -334,11 +339,11 @@ class RingExecutor(Executor):
                 raise PeerError(f"the ring was not whole within {timeout_s:g} s") from None
 
     def supports_draft_weight_updates(self) -> bool:
-        """No weights are updated while a ring runs. vLLM 0.30 asks in any case, and from another thread."""
+        """False: no weights are updated while a ring runs. vLLM 0.30 asks at every start, and from another thread."""
         return False
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """Nothing: asked for here, drafts would be of another step than the scheduler's. They come with the result."""
+        """None: drafts come with a step's result (`DraftingOutput`). Those asked for here would be of another step."""
         return None
 
     # ---- calls -----------------------------------------------------------------------------------------------------
@@ -351,11 +356,18 @@ class RingExecutor(Executor):
         kwargs: dict[str, Any] | None = None,
         non_block: bool = False,
     ) -> Any:
-        """One call once round the ring, after the steps that were sent before it: results in rank order.
+        """Sends one call round the ring, after the steps before it. Returns a result for each rank of each stage.
+
+        Args:
+            method: its name on the closed list.
+            timeout: in seconds; by default the call's own limit.
+            args, kwargs: by vLLM's names for them.
+            non_block: returns a future with the results.
 
         Raises:
-            NotImplementedError: not on the closed list; a callable never travels.
-            RuntimeError: it failed on a stage; the message names stage, type and text.
+            NotImplementedError: the call is not on the closed list. A callable never travels.
+            ConfigError: the arguments do not fit the list.
+            RuntimeError: it failed on a stage (the message names stage, type and text), or was lost with the ring.
         """
         if not isinstance(method, str) or method not in CALLS or CALLS[method].runs is Runs.HOST:
             raise NotImplementedError(
@@ -369,17 +381,14 @@ class RingExecutor(Executor):
             except _RingBroken:
                 if not CALLS[method].is_slow or self._is_started:
                     raise
-                self._await_whole(self._stage.start_timeout_s)  # then all have run what came before, and this again
+                self._await_whole(self._stage.start_timeout_s)  # all stages have caught up then
             else:
                 return _resolved(results) if non_block else results
 
     def _call(
         self, method: str, args: tuple[Any, ...], timeout: float | None, own_args: tuple[Any, ...] | None = None
     ) -> list[Any]:
-        """One round. ``own_args``: as `StageRanks.call` takes them.
-
-        Raises _RingBroken when it is lost with the ring.
-        """
+        """Sends the call once; raises _RingBroken if it is lost. ``own_args``: as `StageRanks.call` takes them."""
         self._finish_steps()
         self.poll()
         if not self.is_whole:
@@ -423,17 +432,17 @@ class RingExecutor(Executor):
             raise _RingBroken(f"{method}: {self._process.why_broken()}")
 
     def _finish_steps(self) -> None:
-        """A call is passed on before it is run, and so would overtake a step that a stage still computes.
+        """Waits for the steps in flight, because a call would overtake a step that a stage still computes.
 
-        Stages would then use adapters in other orders, and evict other ones. The step whose `sample_tokens` is due does
-        not end before that, and stays behind.
+        Stages would then use adapters in different orders, and evict different ones. The step whose `sample_tokens` is
+        due cannot end before that call, and is not waited for.
         """
         due = None if self._current is None else self._current[0]
         while any(step != due for step in self._steps):
             self._pump(next(iter(self._steps.values())).future)
 
     def _values(self, method: str, results: list[CallResult], payloads: list[Any]) -> list[Any]:
-        """One for each worker, in the order of stages and their ranks."""
+        """The decoded results, one for each worker, in the order of stages and their ranks."""
         workers = [
             (stage.stage, rank) for stage in self._process.ring.identities for rank in range(stage.tensor_parallel)
         ]
@@ -454,7 +463,8 @@ class RingExecutor(Executor):
     # ---- adapters and profiling: all stages or none ----------------------------------------------------------------
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Every stage first loads the adapter and drops it again. One that a stage cannot read changes nothing.
+        """Adds the adapter on all stages. Each first loads it and drops it again: one that a stage cannot read changes
+        nothing.
 
         Raises:
             RuntimeError: a stage cannot load it, or has other files of it; the message names the stage.
@@ -466,29 +476,29 @@ class RingExecutor(Executor):
             is_added = super().add_lora(lora_request)
         except RuntimeError:
             if lora_id not in loaded:
-                with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+                with contextlib.suppress(RuntimeError):  # the first error is reported
                     self.remove_lora(lora_id)
             raise
         self._adapters[lora_id] = lora_request
         return bool(is_added)
 
     def list_loras(self) -> set[int]:
-        """Those that every stage has in memory. A stage that came back has others: vLLM's own would raise."""
+        """The adapters that every stage has in memory. vLLM's own raises if stages differ, as after a restart."""
         return set.intersection(*self.collective_rpc("list_loras"))
 
     def remove_lora(self, lora_id: int) -> bool:
-        self._adapters.pop(lora_id, None)  # the journal has forgotten it too: who names it again adds it again
+        self._adapters.pop(lora_id, None)  # the journal forgets it too, so the next request for it must add it
         return bool(super().remove_lora(lora_id))
 
     def pin_lora(self, lora_id: int) -> bool:
         if lora_id not in self.list_loras():
             raise ValueError(
                 f"Pinning failed. LoRA {lora_id} is not registered."
-            )  # vLLM's words, before any stage pins
+            )  # vLLM's text; checked before any stage pins
         return bool(super().pin_lora(lora_id))
 
     def _introduce_adapters(self, schedule: SchedulerOutput) -> None:
-        """`LLM.generate` names an adapter that nobody has added: stock vLLM would load it in this very step."""
+        """Adds adapters that only new requests name, as with `LLM.generate`. Stock vLLM loads them in that step."""
         for request in schedule.scheduled_new_reqs:
             adapter = request.lora_request
             if adapter is None:
@@ -504,9 +514,9 @@ class RingExecutor(Executor):
                     raise
 
     def profile(self, is_start: bool = True, profile_prefix: str | None = None, **limits: Any) -> None:
-        """vLLM's own; when one stage cannot start (it has no --profiler-config), the others stop again.
+        """vLLM's own. If one stage cannot start (it has no --profiler-config), the others stop again.
 
-        ``limits``: how many iterations, which vLLM takes since 0.32.
+        ``limits``: numbers of iterations, since vLLM 0.32.
         """
         try:
             super().profile(is_start, profile_prefix, **limits)
@@ -519,7 +529,7 @@ class RingExecutor(Executor):
     # ---- start-up --------------------------------------------------------------------------------------------------
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        """The layouts that all stages support, for every worker: stages need not share a preference."""
+        """For every worker the layouts that all stages support. Raises ConfigError if there is none."""
         each = super().get_supported_kv_cache_layouts()
         common = [layout for layout in each[0] if all(layout in layouts for layouts in each)]
         if not common:
@@ -527,7 +537,7 @@ class RingExecutor(Executor):
         return [common for _ in each]
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
-        """vLLM's own, then one reorder threshold for all stages: each derives it from its own layers' backends."""
+        """vLLM's own. Then sets one reorder threshold for all stages: each derives it from its own layers' backends."""
         super().initialize_from_config(kv_cache_configs)
         given = [value for value in self.collective_rpc("get_reorder_batch_threshold") if value is not None]
         self.collective_rpc("set_reorder_batch_threshold", args=(min(given) if given else None,))
@@ -549,8 +559,8 @@ class RingExecutor(Executor):
             raise self._process.ring.error
 
     def shutdown(self) -> None:
-        """Also what vLLM's EngineCore does last, when it ends by an error of its own: the stages then wait for the next
-        head, and clients hear why.
+        """Stops the ring. EngineCore also calls this when an error ends it: the ring then fails with that error, the
+        stages wait for the next head, and the clients are told why.
         """
         error = sys.exc_info()[1]
         exit_code = 0
@@ -560,11 +570,11 @@ class RingExecutor(Executor):
         else:
             self._process.stop("stage 0 is stopping")
         self._ranks.shutdown()
-        if self._process.is_child:  # what vLLM would still do takes seconds, and nobody waits for it
+        if self._process.is_child:  # vLLM's own teardown takes seconds and is of no use
             self._process.end(exit_code)
 
     def _go_on_for(self, number: int) -> float:
-        """After a first signal, in seconds: vLLM's own handler takes it once this head serves, and not before."""
+        """How many seconds this process goes on after a first signal. Once it serves, vLLM's own handler stops it."""
         return self.vllm_config.shutdown_timeout + STOP_GRACE_S if self._is_started else 0.0
 
     @classmethod

@@ -1,4 +1,7 @@
-"""The ring as the head's API server knows it, and what that means for each path of its HTTP port."""
+"""The ring as the head's API server knows it, and what that means for each path of its HTTP port.
+
+Knows no socket and no ASGI. The table of answers is in head/api_app.py.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ __all__ = ["HEALTH", "HeadHealth"]
 
 
 class HeadHealth:
-    """The ring as the API server knows it. Thread-safe: single assignments, and events for who waits.
+    """The ring as the API server knows it. Thread-safe: a value changes in one assignment, and waiters have an event.
 
-    ``failure``: why this head is ending. ``outage``: which stage it waits for, None while the ring is whole;
-    ``refusal``: why requests are refused, None while they are not.
+    ``failure``: why this head is ending, None while it is not. ``outage``: which stage it waits for, None while the
+    ring is whole. ``refusal``: why requests are refused, None while they are not.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,7 +64,7 @@ class HeadHealth:
 
     @property
     def outage(self) -> str | None:
-        # Word that it is over is lost if this process was held up; news of the ring come all the time.
+        # If this process was held up, it may have missed the event that ends the outage. News come once a second.
         if self.pipeline is not None and self.pipeline.is_whole_after(self._outage_at):
             return None
         return self._outage
@@ -71,7 +74,7 @@ class HeadHealth:
         return self.failure or (self.outage if self._is_given_up else None)
 
     def fail(self, text: str, exit_code: int) -> None:
-        """This head is ending, as this process has seen by itself. Only the first reason counts."""
+        """This process itself has seen that the head must end. Only the first reason counts."""
         self.update(StatusEvent(0, Phase.FAILED, text, exit_code))
 
     def wait_for_failure(self, timeout_s: float | None = None) -> str | None:
@@ -85,7 +88,7 @@ class HeadHealth:
         self._listeners.discard(listener)
 
     def answer(self, path: str) -> tuple[int, str] | None:
-        """Status and text for this path; None: vLLM's own application answers."""
+        """HTTP status and text for this path; None: vLLM's own application answers."""
         if path == "/live":
             return 200, "alive"
         if self.refusal is not None:
@@ -102,7 +105,7 @@ class HeadHealth:
         return None
 
     def respond(self, path: str) -> tuple[int, bytes] | None:
-        """Status and body for this path; None: vLLM's own application answers."""
+        """HTTP status and body for this path; None: vLLM's own application answers."""
         if path == "/pipeline/status" and self.pipeline is not None:
             known = Health(self._where(), self.is_serving, self.failure, self.outage)
             return 200, json.dumps(self.pipeline.describe(known)).encode()

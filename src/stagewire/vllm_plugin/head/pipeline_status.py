@@ -1,8 +1,7 @@
-"""What /pipeline/status says: news of the ring, from EngineCore to the head's API server, and what becomes of them.
+"""What /pipeline/status says: the head's API server keeps the last news of the ring, and says how old they are.
 
-The ring's thread sends a datagram about the ring once a second, whatever its state, and one for every few stages when
-their reports come round. The API server keeps the last of each and says how old it is. Nothing else depends on it but
-/ready, which does not vouch for an EngineCore that has gone silent.
+EngineCore's ring thread sends the news (member/news.py). Two decisions of `HeadHealth` also depend on them: /ready does
+not vouch for an EngineCore that has gone silent, and news of a whole ring end an outage.
 """
 
 from __future__ import annotations
@@ -24,18 +23,23 @@ from stagewire.wire.messages import StageReport
 
 __all__ = ["Health", "PipelineStatus"]
 
-# They come through another socket than a stage's words, and are read by another thread.
+# News and status events come through two sockets, to two threads. News this long after a loss were sent after it.
 LATE_NEWS_S = 3.0
-# Reports come once a second; a peer that stops answering ends the ring after 4 s.
+# Reports come once a second. A stage whose ring thread is held up passes none on, while its heartbeats go on.
 LATE_REPORT_S = 3.0
-# Above the heartbeats' patience, because a forward pass may hold the interpreter for a while.
+# Longer than the heartbeat timeout: a forward pass may hold the interpreter, and with it the ring's thread.
 SILENCE_S = 10.0
 
 
 @dataclass(frozen=True)
 class Health:
-    """What the API server itself knows: the head's phase in words, whether it accepts requests, why it failed, and
-    which stage it waits for.
+    """What the API server itself knows.
+
+    Args:
+        news: the head's phase, in words.
+        is_serving: whether the API server has started to serve.
+        failure: why this head is ending, None while it is not.
+        outage: which stage the head waits for, None while the ring is whole.
     """
 
     news: str
@@ -66,7 +70,7 @@ class PipelineStatus:
         self._ring: RingNews | None = None
         self._ring_at = 0.0
         self._stages: dict[int, _Heard] = {}
-        self.task = ""  # what the model is for; empty until the API server knows
+        self.task = ""  # what the model is for, as `interfaces.main_task` names it; empty until the API serves
 
     def __repr__(self) -> str:
         phase = self._ring.phase if self._ring else None
@@ -86,10 +90,10 @@ class PipelineStatus:
                     self._stages[report.stage] = _Heard(report, times, now)
 
     def is_whole_after(self, moment: float) -> bool:
-        """Whether the news say that the ring is whole, and have for longer than they come late behind a loss.
+        """Whether news say that the ring is whole, and came so long after ``moment`` that they were sent after it.
 
         Args:
-            moment: when the last news of a loss came, by `clock`.
+            moment: when the last event of a loss came, in seconds of `clock`.
         """
         with self._lock:
             ring = self._ring
@@ -98,13 +102,13 @@ class PipelineStatus:
 
     @property
     def silence_s(self) -> float:
-        """How long EngineCore has been silent, beyond what is normal; 0 before its first word."""
+        """For how many seconds EngineCore has sent no news; 0 up to `SILENCE_S`, and before the first."""
         with self._lock:
             silent_s = self._clock() - self._ring_at
             return silent_s if self._ring is not None and silent_s > SILENCE_S else 0.0
 
     def describe(self, health: Health) -> dict[str, Any]:
-        """What docs/tools.md documents, as JSON's types."""
+        """The answer of /pipeline/status, as JSON's types. docs/tools.md describes the fields."""
         silence_s = self.silence_s
         with self._lock:
             ring, stages, now = self._ring, dict(self._stages), self._clock()

@@ -1,19 +1,20 @@
 """vLLM's scheduler with micro-batches of equal size, and drafts that arrive with a step's result.
 
-Stock vLLM schedules every request that can run, so with several steps in flight the first takes all of them and the
-others run empty or lopsided (14 and 50 of 64 was seen). This subclass holds the surplus back for one step through
-`Request.next_decode_eligible_step`, which vLLM's own loop honours: nothing is hidden from `running`, and preemption and
-prefix caching stay vLLM's. Prompts that wait together are shared out in the same way, by their tokens and uncut: the
-later stages then begin with the first of them while the head runs the next.
+Stock vLLM schedules every request that can run. With several steps in flight the first step takes all of them, and the
+others run empty or lopsided (14 and 50 of 64 requests were measured). This subclass holds the surplus back for one step
+through `Request.next_decode_eligible_step`, which vLLM's own loop honours. Nothing is hidden from `running`, and
+preemption and prefix caching stay vLLM's. Prompts that wait together are shared out in the same way, by their tokens
+and uncut, so that the later stages begin with the first prompts while the head runs the next.
 
-While the ring is not whole it schedules nothing, and hardly waits: aborts, calls and a stop go on working. After a
-loss it takes every request off its stages by vLLM's own forced preemption, lets the lost steps drain as stale, and once
-the ring is whole again has all stages forget and get the live requests anew. What they compute then is ordinary
-prefill.
+While the ring is not whole it schedules nothing and hardly waits, so that aborts, calls and a stop go on working. After
+a loss it preempts every request by vLLM's own forced preemption, and lets the lost steps drain as stale. Once the ring
+is whole again, all stages forget their requests and get the live ones anew. What they compute then is ordinary prefill.
 
-With LoRA it also keeps each step's adapters to ``max_loras``. vLLM admits a request when the step at hand has room for
-its adapter, and takes for granted that every step holds all running requests; with several steps in flight it does not,
-and vLLM's own assertion ends the engine as soon as too many meet.
+With LoRA it also limits each step to ``max_loras`` adapters. vLLM admits a request when the current step has room for
+its adapter, and assumes that every step holds all running requests. With several steps in flight that is not so, and an
+assertion of vLLM ends the engine when a later step gets too many adapters.
+
+It knows the ring through `RingAccess` only.
 """
 
 from __future__ import annotations
@@ -42,33 +43,33 @@ __all__ = ["RingScheduler"]
 
 logger = logging.getLogger("vllm.stagewire")
 
-# With requests that cannot run EngineCore asks again after a millisecond, and so takes half a core from a stage of this
-# host that is to come back.
+# While no request can run, EngineCore asks again after a millisecond. That takes half a core from a stage that restarts
+# on this host.
 _PAUSE_S = 0.02
-# A step of fewer tokens takes hardly less time: it reads the same weights. Prompts are not shared out below that.
+# A step of fewer tokens takes hardly less time, because it reads the same weights. Smaller shares would gain nothing.
 _LEAST_TOKENS_ON_CPU = 64
 _LEAST_TOKENS_ELSEWHERE = 512
-# What vLLM compares the number of running requests with before it admits one.
+# The attribute with which vLLM compares the number of running requests before it admits one.
 _ADMISSION_LIMIT = "max_num_active_reqs" if is_at_least(0, 31) else "max_num_running_reqs"
 
 
 class RingScheduler(Scheduler):
-    """See the module. One micro-batch in flight per stage."""
+    """See the module. One micro-batch for each stage is in flight."""
 
     waiting: RequestQueue
     finished_req_ids: set[str]
 
     def __init__(self, *args: Any, ring: RingAccess, **kwargs: Any) -> None:
-        """``ring``: of the executor, which is made before the scheduler; the rest is vLLM's."""
+        """``ring``: the executor, which exists before the scheduler. The other arguments are vLLM's."""
         super().__init__(*args, **kwargs)
         self._num_stages = self.vllm_config.parallel_config.pipeline_parallel_size
         self._least_tokens = _LEAST_TOKENS_ON_CPU if current_platform.is_cpu() else _LEAST_TOKENS_ELSEWHERE
-        self._last_steps: dict[str, int] = {}  # of each request, with LoRA
+        self._last_steps: dict[str, int] = {}  # request id to the last step with it; with LoRA only
         self._ring = ring
         self._restored_epoch = ring.epoch
         self._suspicion = Suspicion()
-        self._ended: list[Request] = []  # by a loss; their clients are to hear of it
-        ring.take_losses()  # of the start: nothing was scheduled
+        self._ended: list[Request] = []  # ended by a loss; their clients are still to be told
+        ring.take_losses()  # those before the first request do not count
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._ring.poll(_PAUSE_S)
@@ -99,11 +100,11 @@ class RingScheduler(Scheduler):
         return schedule
 
     def _active_with_share(self) -> int:
-        """Active requests after this step, if a fair share of the prompts' tokens is admitted, to the nearest prompt.
+        """How many requests are active after this step, if a fair share of the prompts' tokens is admitted.
 
-        Prompts in flight count, or each share would be smaller than the one before. What fills all stages' steps
-        anyway is left to vLLM. While a stage drains only those are admitted that the stages know already: it waits for
-        their end.
+        The share is rounded to whole prompts. Prompts in flight count, or each share would be smaller than the one
+        before. Prompts that fill the steps of all stages anyway need no sharing. While a stage drains, only requests
+        that the stages know already are admitted, because the stage waits for their end.
         """
         num_active: int = len(self.running) + self.num_waiting_for_streaming_input
         if self._ring.is_draining:
@@ -124,8 +125,9 @@ class RingScheduler(Scheduler):
         return num_active + max(admitted, 1)
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
-        """vLLM's own. When all are ended in a broken ring, its stages need not be told: they forget everything anyway.
-        A head that is told to stop would wait for it.
+        """vLLM's own. The stages are not told if all requests are ended while the ring is broken.
+
+        They forget all requests anyway, and a head that is told to stop would wait for a whole ring to tell them.
         """
         finished = super().finish_requests(request_ids, finished_status)
         if request_ids is None and not self._ring.is_whole:
@@ -133,9 +135,9 @@ class RingScheduler(Scheduler):
         return finished
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        """vLLM's own, then the drafts for the next step of the same requests.
+        """vLLM's own, then takes the drafts for the next step of the same requests.
 
-        Not those of a request that was preempted meanwhile: it computes from its beginning again.
+        Drops the drafts of a request that was preempted meanwhile: it computes from its beginning again.
         """
         followed = [
             req_id
@@ -157,18 +159,19 @@ class RingScheduler(Scheduler):
     # ---- after a loss ----------------------------------------------------------------------------------------------
 
     def _note_losses(self) -> None:
-        """Nothing that was computed on the stages counts any more, nor does the prefix cache: their blocks are gone."""
+        """Preempts all requests and resets the caches: the stages' KV blocks no longer count."""
         losses = self._ring.take_losses()
         if not losses:
             return
         for loss in losses:
-            # vLLM fails these alone, with the next output, as it does when a grammar cannot be compiled.
+            # vLLM fails the requests of this set with the next output, as when a grammar cannot be compiled.
             failed = self._suspicion.note(loss, self.requests)
             for req_id in failed:
                 logger.error("Stage 0: request %s is given up, stages fail of it: %s", req_id, loss.error)
-            # Since vLLM 0.33 a dict, with the error that the client is to see.
+            # Since vLLM 0.33 it is a dict, with the error for the client.
             self.grammar_compile_error_reqs.update(dict.fromkeys(failed) if is_at_least(0, 33) else failed)
-        # Sessions between two inputs hold blocks, whether the next input has come or not.
+        # Sessions between two inputs hold blocks, whether or not the next input has come. The reset does not preempt
+        # them.
         sessions = [
             r.request_id
             for r in self.requests.values()
@@ -177,20 +180,26 @@ class RingScheduler(Scheduler):
         self._ended += self.finish_requests(sessions, RequestStatus.FINISHED_ERROR)
         for request in self.requests.values():
             if request.num_stale_output_tokens > 0:
-                # Preempted before, with a step in flight whose output was still to be delivered: it will not come.
+                # It was preempted earlier with a step in flight, whose output will not come any more.
                 request.drop_stale_output = True
         self.reset_prefix_cache(reset_running_requests=True)
         self.reset_encoder_cache()
 
     def _make_room(self, suspect: Request) -> None:
-        """It did not fit beside those that are held back with their blocks, and vLLM preempts nobody for a prompt."""
+        """Preempts the other running requests, which are held back but keep their KV blocks.
+
+        vLLM itself preempts no request to admit a prompt.
+        """
         for request in reversed([each for each in self.running if each is not suspect]):
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
 
     @contextmanager
     def _only(self, suspect: Request) -> Iterator[None]:
-        """Nobody else is scheduled meanwhile. The others wait: since the loss none runs but who was a suspect too."""
+        """Inside this context vLLM can schedule ``suspect`` alone.
+
+        The loss has preempted all requests, so those in `running` are earlier suspects. The others are in `waiting`.
+        """
         for request in self.running:
             if request is not suspect:
                 request.next_decode_eligible_step = self._next_step
@@ -206,7 +215,7 @@ class RingScheduler(Scheduler):
             self.waiting = everybody
 
     def _is_restored(self) -> bool:
-        """Whether the ring is whole and its stages know what this scheduler knows."""
+        """Whether the ring is whole and its stages know the live requests. Restores them once in each epoch."""
         if self._ring.is_whole and self._ring.epoch != self._restored_epoch:
             epoch = self._ring.epoch
             groups = len(self.kv_cache_config.kv_cache_groups)
@@ -216,9 +225,9 @@ class RingScheduler(Scheduler):
         return self._ring.is_whole and self._ring.epoch == self._restored_epoch
 
     def _hold_back_adapters(self, max_loras: int) -> None:
-        """Lets the requests in that have waited longest and, of the others that are ready, those with their adapters.
+        """Chooses the ``max_loras`` adapters of the requests that have waited longest, and holds back all others.
 
-        By request, not by adapter: one adapter may have requests in several micro-batches.
+        It goes by requests and not by adapters, because one adapter may have requests in several micro-batches.
         """
         self._last_steps = {each: step for each, step in self._last_steps.items() if each in self.requests}
         ready = [request for request in self.running if self._is_ready(request) and _adapter(request)]
@@ -229,9 +238,9 @@ class RingScheduler(Scheduler):
                 request.next_decode_eligible_step = self._next_step
 
     def _hold_back_surplus(self) -> None:
-        """Lets at most a fair share of the decoding requests into this step; the rest is eligible for the next.
+        """Lets at most a fair share of the decoding requests into this step. The others are eligible for the next.
 
-        Only those that are ready count; vLLM skips the others by itself.
+        vLLM skips requests that are not ready by itself.
         """
         decoding = [request for request in self.running if not request.is_prefill_chunk]
         share = -(-len(decoding) // self._num_stages)
@@ -241,20 +250,19 @@ class RingScheduler(Scheduler):
 
     @property
     def _next_step(self) -> int:
-        """The one after the step that is about to be scheduled: `super().schedule()` counts up first."""
+        """The number of the step after the one to be scheduled now; `super().schedule()` counts up first."""
         return int(self.current_step) + 2
 
     def _is_ready(self, request: Request) -> bool:
-        """Not held back, and not in flight: then it has computed all its tokens."""
+        """Whether it is neither held back nor in flight. A request in flight has no token left to compute."""
         has_work: bool = request.num_tokens_with_spec > request.num_computed_tokens
         return has_work and request.next_decode_eligible_step < self._next_step
 
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
-        """Without copies of whole histories: V1 workers read them only under async scheduling, which is off. With
-        speculation, also the tokens that the last step accepted.
+        """vLLM's own without copies of whole histories, and with speculation the tokens that the last step accepted.
 
-        vLLM copies the tokens of every request that the previous step did not hold; with micro-batches that is all of
-        them, every step.
+        vLLM copies the tokens of every request that the previous step did not hold. With micro-batches these are all
+        requests in every step. V1 workers read the copies only under async scheduling, which is off.
         """
         scheduler: Any = self
         previous = scheduler.prev_step_scheduled_req_ids
@@ -267,15 +275,15 @@ class RingScheduler(Scheduler):
 
 
 def _is_session_with_input(request: Request) -> bool:
-    """A session whose next input has come; its earlier ones are computed."""
+    """Whether it is a session whose next input has come, and whose earlier inputs are computed."""
     return bool(request.status == RequestStatus.WAITING and request.num_computed_tokens)
 
 
 def _is_known(request: Request) -> bool:
-    """Whether the stages know this request, which waits."""
+    """Whether the stages know this waiting request."""
     return request.status == RequestStatus.PREEMPTED or _is_session_with_input(request)
 
 
 def _adapter(request: Request) -> int:
-    """Its number; 0 stands for the base model."""
+    """The number of its LoRA adapter; 0 for the base model."""
     return int(request.lora_request.lora_int_id) if request.lora_request else 0

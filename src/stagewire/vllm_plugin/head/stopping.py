@@ -1,11 +1,15 @@
-"""How a stage's own process ends: before its ring can end it, and how the head's API server does at any time.
+"""How a stage's process ends before its ring can end it, and how the head's API server ends at any time.
 
-    until the ring runs        a signal, or the launcher's end: at once
-    the head's engine starts   a signal: EngineCore is told, and has a moment; a second one: at once
-    the head serves            vLLM stops in order; a second signal, or too much time: at once
-    the head failed            503 with the reason for a while (head.py), then as above
+    phase                      first signal                          second signal
+    until the ring runs        ends at once
+    the head's engine starts   EngineCore has `ENGINE_END_S`, then   ends at once
+                               the process ends
+    the head serves            graceful shutdown by vLLM, ends at    ends at once
+                               once when it takes too long
+    the head failed            as above, while it still answers 503 with the reason (head/api_server.py)
 
-Nothing here asks whether somebody lives: `observe.processes` says when somebody ends.
+The launcher's end counts as a signal until the ring runs, and as a failure of the head after that. Nothing here polls
+whether a process lives: `observe.processes` says when one ends.
 """
 
 from __future__ import annotations
@@ -30,21 +34,24 @@ from stagewire.vllm_plugin.head.health import HeadHealth
 __all__ = ["LAUNCHER_ENDED", "HeadEnd", "begin", "describe_engine_end"]
 
 LAUNCHER_ENDED = "the launcher is gone"
-# For EngineCore to stop the ring in order, of the three seconds that a whole stop may take.
+# How long EngineCore may take to stop the ring in order. A whole graceful shutdown may take three seconds.
 ENGINE_END_S = 1.5
 ENGINE_END_AT_ONCE_S = 0.5
-# For vLLM's own way to stop, beside what open requests may take.
+# How long vLLM's own shutdown may take, besides the time for open requests.
 STOP_S = 2.3
-# For vLLM to give up a start after EngineCore has ended: it looks up from what it reads or compiles.
+# How long vLLM may take to give up a start after EngineCore has ended. It may be reading or compiling.
 GIVE_UP_S = 5.0
-# A killed EngineCore has ended when its memory is given back. Until then its folder has an owner and cannot be removed.
+# A killed EngineCore ends once its memory is given back. Until then it owns its folder, which cannot be removed.
 KILLED_S = 1.5
-# EngineCore's report of its failure may arrive after its process has ended.
+# EngineCore's report of its failure may arrive this long after its process has ended.
 ENGINE_REPORT_S = 0.3
 
 
 def begin(stage: int) -> SignalWatch:
-    """In the main thread, as early as a stage can: signals and the launcher's end count from here on."""
+    """From here on a signal or the launcher's end ends this process at once.
+
+    Called in the main thread, as early as a stage can. `SignalWatch.direct` gives the returned watch other ends later.
+    """
     told = partial(_end, f"Stage {stage}: stopped (stage {stage} was told to stop)", 0)
     begin_stage(partial(_end, f"Stage {stage}: stopped ({LAUNCHER_ENDED})", ORPHAN_EXIT_CODE))
     return SignalWatch(lambda _: 0.0, told, told)
@@ -59,18 +66,18 @@ def _end(text: str, exit_code: int) -> None:
 
 
 def describe_engine_end(process: BaseProcess) -> str:
-    """One sentence: which EngineCore, and how it ended, if its exit code can be had within a moment."""
+    """One sentence: which EngineCore ended, and how, if its exit code is there within `ENGINE_REPORT_S`."""
     process.join(ENGINE_REPORT_S)
     how = "has ended" if process.exitcode is None else describe_exit(process.exitcode)
     return f"stage 0's EngineCore (pid {process.pid}) {how}"
 
 
 class HeadEnd:
-    """The end of the head's API server, which must not leave an EngineCore.
+    """The end of the head's API server, which must leave no EngineCore behind.
 
     Args:
-        health: what the ring and this process know; told when EngineCore has ended.
-        clean_up: removes what this process has made, at an end that does not unwind.
+        health: told when EngineCore or the launcher has ended; gives the reason and the exit code.
+        clean_up: removes what this process has made, at an end that does not unwind the stack.
     """
 
     def __init__(self, health: HeadHealth, clean_up: Callable[[], None]) -> None:
@@ -79,7 +86,7 @@ class HeadEnd:
         self._engine: BaseProcess | None = None
         self._engine_watch: Watched | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.is_engine_to_end = False  # its end is no failure
+        self.is_engine_to_end = False  # EngineCore was told to end, so its end is no failure
         self._is_asked = False
         self._has_deadline = False
         self._lock = threading.Lock()
@@ -95,26 +102,26 @@ class HeadEnd:
     # ---- EngineCore ------------------------------------------------------------------------------------------------
 
     def meet_engine(self, process: BaseProcess) -> None:
-        """EngineCore has been started; multiprocessing asks for its exit code, and so knows it first or never."""
+        """Watches EngineCore, which has just been started. Its exit code is multiprocessing's alone to take."""
         assert process.pid is not None
         self._engine, self._engine_watch = process, Watched(process.pid)
         Guard(self._engine_watch, self._engine_ended)
 
     def _engine_ended(self) -> None:
-        """Also vLLM sees it, and begins to stop because of it: only what was told before it counts."""
+        """vLLM sees the end too, and its stop sets `is_engine_to_end`. So only the value from before that counts."""
         is_told, process = self.is_engine_to_end, self._engine
         if self._health.wait_for_failure(ENGINE_REPORT_S) is not None or is_told:
             return
         assert process is not None
         text = describe_engine_end(process)
-        if process.exitcode == 0 and self.is_engine_to_end:  # it was told by somebody else, as we have heard meanwhile
+        if process.exitcode == 0 and self.is_engine_to_end:  # somebody else told it; `ring_stopped` came meanwhile
             return
         self._health.fail(text, 1)
 
     def ring_stopped(self) -> None:
-        """EngineCore has ended the ring in order: as we told it, or somebody else did, or because the launcher ended.
+        """EngineCore has ended the ring in order: this process or somebody else told it to, or the launcher ended.
 
-        Unless we did, vLLM is told to stop as well. A second signal would leave EngineCore no time to stop the ring.
+        Tells vLLM to stop too, unless this process was asked before: a second signal would end EngineCore at once.
         """
         self.is_engine_to_end = True
         if not self._is_asked:
@@ -123,7 +130,10 @@ class HeadEnd:
     # ---- while the engine starts -----------------------------------------------------------------------------------
 
     def take_signals(self) -> None:
-        """In the main thread, after vLLM has set its own handlers: an event loop has the descriptor of signals now."""
+        """Installs handlers in the interpreter: an event loop has taken over the descriptor that `SignalWatch` reads.
+
+        Called in the main thread, after vLLM has set its handlers.
+        """
         for number in STOP_SIGNALS:
             signal.signal(number, self._interrupt)
 
@@ -132,14 +142,14 @@ class HeadEnd:
         self.end_now(ENGINE_END_S if is_first else ENGINE_END_AT_ONCE_S)
 
     def give_up_start(self) -> None:
-        """EngineCore has failed: the main thread ends by itself, or is ended."""
+        """EngineCore has failed while it started. Ends this process if the main thread has not in `GIVE_UP_S`."""
         threading.Event().wait(GIVE_UP_S)
         self.end_now()
 
     # ---- while it serves -------------------------------------------------------------------------------------------
 
     def serve_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        """vLLM takes signals in this loop, and passes over all but the first. Here a second one ends it at once."""
+        """vLLM takes signals in this loop, and ignores all but the first. From here on a second one ends it at once."""
         self._loop = loop
         add = loop.add_signal_handler
 
@@ -156,7 +166,7 @@ class HeadEnd:
             self.end_now()
 
     def begin_stop(self, drain_s: float) -> None:
-        """vLLM has begun to stop, in any thread: it has so much time for requests, and some for itself."""
+        """vLLM has begun to stop. It may take ``drain_s`` for open requests, and `STOP_S` besides. From any thread."""
         with self._lock:
             if self._loop is None or self._has_deadline:
                 return
@@ -166,7 +176,7 @@ class HeadEnd:
         timer.start()
 
     def leave(self) -> None:
-        """The end of an orderly stop: what is registered for it is done, and the seconds that follow it are saved."""
+        """Ends the process after a graceful shutdown. Runs its exit handlers, and skips the seconds of teardown."""
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -180,7 +190,7 @@ class HeadEnd:
     # ---- at once ---------------------------------------------------------------------------------------------------
 
     def end_now(self, engine_s: float = ENGINE_END_AT_ONCE_S) -> None:
-        """EngineCore has ``engine_s`` to tell the ring; then both are over."""
+        """Ends EngineCore and this process. EngineCore has ``engine_s`` seconds to tell the ring, then is killed."""
         self.is_engine_to_end = True
         self._end_engine(engine_s)
         if self._engine is not None:

@@ -1,4 +1,4 @@
-"""Which requests may be what stages fail of."""
+"""Which requests may be the cause of stages' failures. Knows neither the ring nor the scheduler's queues."""
 
 from __future__ import annotations
 
@@ -14,40 +14,47 @@ __all__ = ["Loss", "Suspicion"]
 
 @dataclass(frozen=True)
 class Loss:
-    """What the scheduler learns of a broken ring: the requests of the step that failed, and of all that were lost."""
+    """What the scheduler learns of a broken ring.
+
+    Args:
+        error: which stage was lost, or failed a step, and why.
+        failed: ids of the requests in the step that failed or is overdue; empty if none is.
+        in_flight: ids of the requests in all steps that were lost.
+    """
 
     error: StageLost
     failed: Sequence[str]
     in_flight: Sequence[str]
 
 
-# Of a request alone in the step that failed, or in flight when a stage died: a stage does not say what it died of, and
-# may have been killed by somebody else, who kills one and then another. The last death that counts here must come
-# before the one at which a launcher gives up (launch/supervisor.py): MAX_DEATHS_ALONE + SUSPICIOUS_DEATHS at most.
+# A request is failed when this many steps with it have failed, and it was alone in the last of them.
 MAX_FAILED_STEPS = 2
 
+# A request is failed when it was in flight at MAX_DEATHS deaths of stages, and alone at MAX_DEATHS_ALONE of one stage.
+# A dead stage does not say why it died: somebody may have killed it, and then another. A launcher must not give up
+# before that: MAX_DEATHS_ALONE + SUSPICIOUS_DEATHS is at most its DEFAULT_MAX_RESTARTS (launch/restarts.py).
 MAX_DEATHS = 5
 
 MAX_DEATHS_ALONE = 4
 
-# A stage may die for any reason; that a request was in flight twice, without a token in between, is suspicious.
+# A stage may die once for any reason. A request in flight at two deaths, without a token in between, is suspicious.
 SUSPICIOUS_DEATHS = 2
 
 
 @dataclass
 class _Record:
-    num_tokens: int  # that it had at the last loss
+    num_tokens: int  # output tokens that it had at the last loss
     failed: int = 0
     deaths: int = 0
-    deaths_alone: int = 0  # the last ones of those, of the same stage, with no other request in flight
-    stage: int = 0
+    deaths_alone: int = 0  # of those, with no other request in flight; begins again when another stage dies
+    stage: int = 0  # that died then
 
 
 @dataclass
 class Suspicion:
-    """Which requests may be what stages fail of. They run one by one, so that only the one that is to blame is failed.
+    """Which requests may be the cause of failures. They run one by one, so that only the cause itself is failed.
 
-    A suspect is cleared by its next token. Forgotten with the request.
+    The next token of a suspect clears it. A request that has ended is forgotten.
     """
 
     _records: dict[str, _Record] = field(default_factory=dict)
@@ -57,7 +64,10 @@ class Suspicion:
         return f"Suspicion({list(self._suspects)})"
 
     def note(self, loss: Loss, requests: Mapping[str, Request]) -> list[str]:
-        """The requests that must not run again because of this loss."""
+        """Records a loss. Returns the ids of the requests that must not run again because of it.
+
+        ``requests``: all of the scheduler, by id.
+        """
         self._forget(requests)
         present = [req_id for req_id in loss.failed or loss.in_flight if req_id in requests]
         condemned = []
@@ -81,7 +91,7 @@ class Suspicion:
         return condemned
 
     def next_suspect(self, requests: Mapping[str, Request]) -> str | None:
-        """The one that runs alone now; None: there is none, and all may run."""
+        """The id of the suspect that runs alone now. None: there is none, and all requests may run."""
         self._forget(requests)
         for req_id in list(self._suspects):
             if requests[req_id].num_output_tokens == self._records[req_id].num_tokens:

@@ -1,9 +1,10 @@
-"""A worker stage: `vllm serve ... --external-pp-worker`. No HTTP, no scheduler; it runs what the head decides.
+"""A worker stage: `vllm serve ... --external-pp-worker`. Without API and scheduler, it runs what the head decides.
 
-The main thread runs the model (OpenMP's threads belong to it); the ring's thread owns the sockets.
+The main thread runs the model, because OpenMP's threads belong to it. The ring's thread owns the sockets.
 
-A stage remembers which calls it has run, because the head that comes back, or comes back to it, does not: the journal
-(recovery.py) is replayed to all stages alike, and a new head begins as if its stages were new.
+A stage remembers which calls it has run, because the head does not keep track of it. The head replays its journal
+(member/journal.py) to all stages alike, and a stage skips the calls that it has run. A new head begins as if its stages
+were new, and a stage answers its start-up calls as it answered those of the old head.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ __all__ = ["serve_stage"]
 
 logger = logging.getLogger("vllm.stagewire")
 
-# Each rank refuses it; its refusal is the answer.
+# Stands in for a method that is not on the list. Each rank refuses it, and the refusal is the answer.
 _UNKNOWN = CallSpec({}, lambda _: False)
 
 
 def serve_stage(
     config: StageConfig, vllm_config: Any, secured: SecuredStage, status: StatusSender, signals: SignalWatch
 ) -> None:
-    """Loads the stage and serves the ring until the head stops it. Ends the process itself when the ring fails."""
+    """Loads the stage and serves the ring until it is stopped. Ends the process itself when the ring fails.
+
+    Args:
+        config: the stage's place.
+        vllm_config: resolved.
+        secured: how this stage's connections are protected.
+        status: who listens to this stage.
+        signals: directed to this stage's own ways to end.
+    """
     ranks = StageRanks(config, vllm_config)
     process = Member(config, vllm_config, ranks, status, secured)
     drain_s = vllm_config.shutdown_timeout
@@ -71,7 +80,7 @@ class _StageHost:
         self._failed_epoch = -1
         self._head = ""
         self._ran: set[int] = set()  # calls of this head that are kept in its journal
-        # What calls that no stage runs twice have answered: by method, the arguments and the results.
+        # Of calls that no stage runs twice (`CallSpec.is_once`), by method: arguments, results and values.
         self._answered: dict[str, tuple[bytes, list[CallResult], list[Frame]]] = {}
 
     def run(self) -> None:
@@ -79,7 +88,7 @@ class _StageHost:
             try:
                 item = self._ring.receive(60.0)
             except queue.Empty:
-                continue  # idle; a dead predecessor is the ring's business
+                continue  # idle; the ring's thread notices a dead predecessor
             match item:
                 case None:
                     self._ranks.shutdown()
@@ -91,7 +100,7 @@ class _StageHost:
                     self._handle(item)
 
     def _is_current(self, epoch: int) -> bool:
-        """Not of an epoch that is over, or in which a step has failed here."""
+        """Whether the epoch is the ring's current one, and no step of it has failed here."""
         return epoch == self._ring.state.epoch != self._failed_epoch
 
     def _handle(self, delivery: Delivery) -> None:
@@ -159,7 +168,7 @@ class _StageHost:
         self._ring.send(Result(step.epoch, step.step, [*step.timings, _sent(finished)]), [payload])
 
     def _fail_step(self, step: Step, error: Exception) -> None:
-        """The others hear of it, the epoch ends, and this stage goes on if it can."""
+        """Ends the epoch and tells the other stages why. Raises ``error`` if this stage cannot go on."""
         if not is_step_failure(self._ranks, error):
             raise error
         self._failed_epoch = step.epoch
@@ -168,7 +177,12 @@ class _StageHost:
     # ---- calls -----------------------------------------------------------------------------------------------------
 
     def _run_call(self, call: Call, args_bytes: Frame) -> None:
-        """The ring's thread has passed the call on already; a failure is a result, not the end of the stage."""
+        """Runs a call that the ring's thread has passed on already. A failure is a result.
+
+        Raises:
+            InternalError: a vital call failed, which ends the stage.
+            ConfigError: a call of the journal failed, which does so too.
+        """
         self._meet_head()
         if call.method == PREPARE:
             self._prepare(_read_journal(args_bytes))
@@ -176,7 +190,7 @@ class _StageHost:
         else:
             results, payloads = self._call(call.call_id, call.method, bytes(args_bytes))
         if results[0].error_type and CALLS.get(call.method, _UNKNOWN).is_vital:
-            # A fresh process may do better.
+            # A restart may help.
             raise InternalError(f"cannot take up its requests: {results[0].error_type}: {results[0].error_text}")
         if self._config.stage == 1:
             self._ring.send(Reply(call.epoch, call.call_id, results), payloads)
@@ -190,7 +204,7 @@ class _StageHost:
             if before == args_bytes:
                 self._ran.add(call_id)
                 return results, payloads
-            del self._answered[method]  # even if it fails: what was there before may be gone
+            del self._answered[method]  # also if the new call fails: it may have undone what the old one did
             for voided in spec.voids:
                 self._answered.pop(voided, None)
         first_rank = sum(earlier.tensor_parallel for earlier in self._ring.identities)
@@ -210,7 +224,10 @@ class _StageHost:
         return results, [encode_value(None) for _ in results]
 
     def _prepare(self, journal: list[Entry]) -> None:
-        """Runs what the other stages have run, and this one has not. A stage that cannot is of no use to them."""
+        """Runs the calls of the journal that this stage has not run.
+
+        Raises ConfigError or InternalError when one fails: the stage is then of no use to the others, and ends.
+        """
         for call_id, method, args_bytes in journal:
             if call_id in self._ran:
                 continue
@@ -222,7 +239,7 @@ class _StageHost:
                 raise kind(f"cannot catch up with the others: {method}: {failed.error_text}")
 
     def _meet_head(self) -> None:
-        """A new head knows nothing of what this stage has done for the one before it."""
+        """Forgets the old head's requests if the head is a new process, which does not know them."""
         head = self._ring.identities[0].incarnation
         if self._head and head != self._head:
             logger.info("Stage %d: stage 0 is a new process; the old one's requests are forgotten", self._config.stage)

@@ -1,1 +1,1 @@
-"""One process's end of the ring: what it tells the others, what it remembers for them, how it ends with them."""
+"""One process's end of the ring: its identity and reports, the journal, and how the process ends with the ring."""

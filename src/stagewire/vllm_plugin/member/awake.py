@@ -1,12 +1,12 @@
-"""Keeps the cores of a virtual machine from halting while steps go round.
+"""Keeps the cores of a virtual machine from halting while steps go round. Knows nothing about rings or vLLM.
 
-A stage waits most of the time when few requests run, and an idle core of a virtual machine halts: the hypervisor takes
-it away, and gives it back late and cold. Measured on two cores with one request: with halting off, the layers before
-the wait took 8 % less, those after it 3 %, and tokens came 5 % faster. Stock vLLM spins instead, which does the same
-and keeps other programs from the core.
+With few requests a stage waits most of the time, and an idle core of a virtual machine halts. The hypervisor takes the
+core away, and gives it back late and with cold caches. Measured on two cores with one request: without halts the layers
+before the wait took 8 % less time, those after it 3 %, and tokens came 5 % faster. Stock vLLM spins instead, which has
+the same effect and keeps other programs from the core.
 
-Linux has a file for it, `/dev/cpu_dma_latency` (PM quality of service): as long as somebody holds it open with 0
-written, idle cores poll for work. A process that ends lets go of it, however it ends. By default it is root's.
+Linux has the file `/dev/cpu_dma_latency` for this (PM quality of service). Idle cores poll for work while a process has
+it open with 0 written. The kernel closes it when the process ends. By default only root may write it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LINGER_S = 1.0
 
 
 class AwakeCores:
-    """Held from a step until `LINGER_S` after the last. Used by one thread.
+    """Keeps cores awake from a step until `LINGER_S` after the last one. Used by one thread.
 
     Args:
-        latency_file: None: cores halt as they like.
+        latency_file: None leaves the cores alone.
     """
 
     def __init__(self, latency_file: Path | None) -> None:
@@ -42,9 +42,9 @@ class AwakeCores:
 
     @classmethod
     def for_stage(cls, *, on_cpu: bool) -> AwakeCores:
-        """Does something for layers on a virtual machine's own cores, where the file may be written, and nothing else.
+        """Only acts for layers on the CPU of a virtual machine where this user may write the file.
 
-        A real machine's cores wake within microseconds, and may run slower when all of them are kept awake.
+        A real machine's cores wake within microseconds, and may run slower if all of them are kept awake.
         """
         is_wanted = on_cpu and not os.environ.get(LET_HALT_ENV) and _is_virtual()
         return cls(LATENCY_FILE if is_wanted and os.access(LATENCY_FILE, os.W_OK) else None)
@@ -58,14 +58,14 @@ class AwakeCores:
         return self._file is not None
 
     def hold(self, now_s: float) -> None:
-        """A step is here. ``now_s``: monotonic."""
+        """A step has arrived. ``now_s``: monotonic."""
         self._until = now_s + LINGER_S
         if self._latency_file is None or self.is_held:
             return
         try:
-            self._file = open(self._latency_file, "r+b", buffering=0)  # noqa: SIM115  closing it is what lets go
+            self._file = open(self._latency_file, "r+b", buffering=0)  # noqa: SIM115  it acts while it is open
             self._file.write(struct.pack("=i", 0))
-        except OSError:  # a container may show the device and not let anyone use it
+        except OSError:  # a container may show the device and forbid its use
             self._latency_file = None
 
     def release_when_idle(self, now_s: float) -> None:
@@ -75,7 +75,7 @@ class AwakeCores:
 
 
 def _is_virtual() -> bool:
-    """What the processor says of itself; a machine that says nothing counts as real."""
+    """Whether the processor has the hypervisor flag. A machine without /proc/cpuinfo counts as real."""
     try:
         lines = CPU_INFO_FILE.read_text().splitlines()
     except OSError:

@@ -1,7 +1,8 @@
 """What a stage tells the others about itself, and what must be equal on all of them.
 
-The values are vLLM's resolved ones, not the flags: two spellings of one setting agree, two defaults that differ do not.
-Table C5 of docs/vllm-seams.md has the reasons, and what may differ.
+The values are those that vLLM has resolved, and not the flags. So two spellings of one setting agree, and defaults that
+differ between stages do not. Table C5 of docs/vllm-seams.md has the reasons, and what may differ. The ring compares the
+values; this module only collects them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _CONFIG = "configuration of the model"
 def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
     """The identity of this process as one stage of the pipeline.
 
-    Raises ``ConfigError`` for a pre-split stage's folder that is damaged, or that is of another stage than ``config``.
+    Raises ``ConfigError`` for a pre-split stage's folder that is damaged, or that belongs to another stage than
+    ``config``.
     """
     return StageIdentity(
         stage=config.stage,
@@ -52,7 +54,7 @@ def make_identity(config: StageConfig, vllm_config: Any) -> StageIdentity:
 
 
 def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
-    """Setting to value; names are the flags where there is one, because they appear in refusals."""
+    """Setting to value. The names appear in refusals, so they are flags where there is one."""
     from vllm.version import __version__ as vllm_version
 
     model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
@@ -78,7 +80,7 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
         "--reasoning-config": vllm_config.reasoning_config,
         "--speculative-config": describe_speculation(vllm_config),
         "--enable-prompt-embeds": model.enable_prompt_embeds,
-        # Also by limits of 0. Before `drop_towers`, so of what was asked for.
+        # Also true if the limits of all kinds of items are 0. Read before `drop_towers` changes the settings.
         "--language-model-only": model.multimodal_config is not None and not model.supports_multimodal_inputs,
         "--runner": model.runner_type,
         "--convert": model.convert_type,
@@ -88,7 +90,7 @@ def _shared(config: StageConfig, vllm_config: Any) -> dict[str, Any]:
 
 
 def _fields(settings: Any, without: Set[str] = frozenset()) -> str:
-    """One of vLLM's dataclasses of settings as text, "off" without one."""
+    """One of vLLM's dataclasses of settings as text; "off" for None."""
     if settings is None:
         return "off"
     names = [field.name for field in dataclasses.fields(settings) if field.name not in without]
@@ -96,7 +98,7 @@ def _fields(settings: Any, without: Set[str] = frozenset()) -> str:
 
 
 def _by_name(value: Any) -> str:
-    """A callable override: the same function has the same name on every stage."""
+    """A callable override by its name, which is the same on every stage."""
     return f"{value.__module__}.{value.__qualname__}" if callable(value) else str(value)
 
 
@@ -107,14 +109,16 @@ def _load_flags(vllm_config: Any) -> LoadFlags:
 
 
 def identify_model(config: StageConfig, model: Any, flags: LoadFlags | None = None) -> dict[str, str]:
-    """Of the config, the headers and samples of the weights: stages may keep the checkpoint under different paths.
+    """Hashes of the model's configuration, of the weights' headers and of samples of their values.
 
-    A pre-split stage has its source's fingerprint and samples, and so may sit between stages that load from the full
-    checkpoint. What cannot be told is empty. Raises ``ConfigError`` as ``make_identity`` does.
+    Stages may keep the checkpoint under different paths. A pre-split stage has the hashes of its source, so it may join
+    stages that load the full checkpoint. A value that this stage cannot tell is empty.
+
+    Raises ``ConfigError`` as ``make_identity`` does.
     """
     path = Path(model.model)
     if not path.is_dir():
-        # The hub's cache has compared every file with the commit's hashes.
+        # The commit is enough: the hub's client has compared every file with the commit's hashes.
         return {MODEL_SETTING: _hub_commit(model), _CONFIG: "", WEIGHTS_SETTING: "", EXPORT_SETTING: ""}
     manifest, configuration = read_manifest(path), config_fingerprint(path, flags)
     files = checkpoint_files(path, flags.load_format if flags else "auto")
@@ -165,7 +169,7 @@ def _sample(stage: int, files: CheckpointFiles, index: CheckpointIndex | None) -
 
 
 def _hub_commit(model: Any) -> str:
-    """Name and commit; a branch may have moved between two stages' downloads."""
+    """Name and commit, because a branch may have moved between two stages' downloads."""
     names = (CONFIG_NAME, PARAMS_NAME)
     config = next(filter(None, (hub.find_file(model.model, model.revision, name) for name in names)), None)
     return f"{model.model}@{config.parent.name if config else model.revision}"

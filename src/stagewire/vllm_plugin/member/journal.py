@@ -1,8 +1,8 @@
 """The head's journal: the calls that a stage must have run to be like the others.
 
-A stage that comes back has its weights and nothing else. The head replays the journal to all stages from the ring's own
-thread, because it may take minutes. A stage skips the calls that it has run, so the journal goes to all alike. Which
-calls belong into it, and what takes them out, says the table of codec/calls.py.
+A restarted stage has its weights and nothing else. The head's ring thread replays the journal to all stages, because
+that may take minutes. All stages get the same journal, and each skips the calls that it has run. The table in
+codec/calls.py says which calls the journal keeps, and which calls take others out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Entry", "Journal", "adapter_of"]
 
 
 class Entry(NamedTuple):
-    """One call as it travels: its number, its method, and its arguments as bytes."""
+    """One call as it travels. ``args_bytes``: of `codec.values.encode_value`."""
 
     call_id: int
     method: str
@@ -31,11 +31,11 @@ class _Kept:
 
 
 class Journal:
-    """The entries, oldest first. Used by two threads."""
+    """The entries, oldest first. Used by the thread that runs the model and by the ring's thread."""
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
-        self._asleep: set[str] = set(MEMORY_PARTS)  # what may be, as far as this journal knows
+        self._asleep: set[str] = set(MEMORY_PARTS)  # the parts that may be asleep, as far as this journal knows
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -46,7 +46,7 @@ class Journal:
             return [kept.entry for kept in self._kept]
 
     def add(self, call_id: int, method: str, args: tuple[Any, ...], args_bytes: bytes) -> None:
-        """After it has succeeded on all stages."""
+        """Records a call that has succeeded on all stages. ``args``: in the order of `CALLS`."""
         spec, adapter = CALLS[method], adapter_of(method, args)
         with self._lock:
             if spec.sleeps:
@@ -65,13 +65,16 @@ class Journal:
             self._kept += [*followed, _Kept(Entry(call_id, method, args_bytes), adapter)]
 
     def _take(self, methods: tuple[str, ...], adapter: int | None) -> list[_Kept]:
-        """Takes out the entries of these methods; of one adapter, if the call is about one."""
+        """Takes out the entries of these methods that are about this adapter (None: about none), and returns them."""
         taken = [each for each in self._kept if each.entry.method in methods and each.adapter == adapter]
         self._kept = [each for each in self._kept if each not in taken]
         return taken
 
     def renumber_adapter(self, adapter: int, first_id: int) -> int:
-        """A call about this adapter was lost half-way: every stage runs its entries again. The next free number."""
+        """Gives the entries about this adapter new numbers from ``first_id`` on. Returns the next free number.
+
+        A call about the adapter was lost on its way, so stages may differ. By new numbers all run the entries again.
+        """
         with self._lock:
             for index, kept in enumerate(self._kept):
                 if kept.adapter == adapter:
@@ -81,6 +84,6 @@ class Journal:
 
 
 def adapter_of(method: str, args: tuple[Any, ...]) -> int | None:
-    """The number of the LoRA adapter that a call is about."""
+    """The number of the LoRA adapter that a call is about; None for calls about none."""
     find = CALLS[method].adapter
     return None if find is None else find(args)

@@ -1,7 +1,8 @@
 """What the head's EngineCore and a worker stage share: their end of the ring, and how the process ends with it.
 
-Owns the exit code of a stage whose ring failed. A refusal can come while the main thread is deep in loading weights,
-so it is the ring's thread that ends the process, after the reason has been printed and sent to everyone who listens.
+Owns the exit code of a stage whose ring failed. A refusal can come while the main thread loads weights, so the ring's
+thread ends the process, after it has printed the reason and sent it to all listeners. Does not know how steps and calls
+are run.
 """
 
 from __future__ import annotations
@@ -47,36 +48,42 @@ __all__ = ["Member", "as_stagewire_error", "max_frame_bytes", "report"]
 
 MIN_FRAME_LIMIT_BYTES = 16 << 20
 MAX_FRAME_LIMIT_BYTES = 4 << 30
-# Of the largest size in one message (a step has several tensors), and of what else may wait to be run: calls, bitmasks.
+# How many frames of the largest size one message may hold (a step has several tensors), and how many may wait to be run
+# besides the steps in flight (calls, bitmasks).
 MAX_LARGE_FRAMES = 4
-# Of this machine's memory: the most that a predecessor can make a stage keep, whatever would be right.
+# A predecessor can make a stage keep at most this share of the machine's memory, even if a model would need more.
 SHARE_FOR_PEERS = 0.25
-# A ring that was whole for less than this, and in vain, has not come back: the deadline of its recovery goes on.
+# A ring that breaks again within this time, before its stages got their requests back, has not recovered: the recovery
+# deadline keeps running.
 RELAPSE_S = 60.0
-# What the ring's thread has for looking once more who is left when a drain runs out, and for saying it.
+# When a drain runs out, the ring's thread has this long to count the requests that are left, and to report them.
 LEAVING_S = 1.0
 
 logger = logging.getLogger("vllm.stagewire")
 
 
 def as_stagewire_error(error: BaseException) -> StagewireError:
-    """Anything that is not ours is our bug until shown otherwise."""
+    """``error`` itself, or an InternalError in its place if it is none of ours."""
     if isinstance(error, StagewireError):
         return error
     return InternalError(f"{type(error).__name__}: {error}")
 
 
 def report(stage: int, error: StagewireError) -> str:
-    """The one line that a person reads."""
+    """The one line of log that a person reads."""
     return f"Stage {stage}: {error}"
 
 
 def max_frame_bytes(vllm_config: Any, *, is_head: bool) -> int:
-    """Above the largest frame that can be right, in bytes, from the predecessor.
+    """The limit of a frame from the predecessor, in bytes: above the largest that can be right.
 
-    Activations of a full batch; a schedule full of long prompts, and their blocks; a grammar's bitmask. At the head,
-    from the tail: log-probabilities (id, value: 8 bytes, and a rank) of whole prompts, which all arrive with a prompt's
-    last chunk; a pooling model's vectors of all tokens, which do too.
+    =============  ==========================================================================================
+    on             the largest of
+    =============  ==========================================================================================
+    other stages   activations of a full batch; a schedule full of long prompts, and their blocks; a bitmask
+    the head       log-probabilities of whole prompts (8 bytes for id and value, and a rank), or the vectors
+                   of all their tokens from a pooling model; they arrive with a prompt's last chunk
+    =============  ==========================================================================================
     """
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     prompt_tokens = scheduler.max_num_seqs * model.max_model_len
@@ -100,9 +107,12 @@ class Member(Observer):
     Args:
         config: the stage's place.
         vllm_config: resolved.
-        ranks: the stage's; watched, and ended with the ring.
-        status: who listens to this stage.
+        ranks: the stage's own. They are watched, and end with the ring.
+        status: sends to those who listen to this stage.
         secured: how this stage's connections are protected.
+
+    Raises:
+        ConfigError: as `make_identity` does.
     """
 
     def __init__(
@@ -112,35 +122,35 @@ class Member(Observer):
         self._ranks = ranks
         self._status = status
         self._exit_code: int | None = None
-        self._leaving: tuple[str, float] | None = None  # why, and until when at the latest
-        self.is_draining = False  # at the head: a stage is to leave, and has requests
+        self._leaving: tuple[str, float] | None = None  # why, and until when at the latest (monotonic)
+        self.is_draining = False  # at the head: whether a stage is to leave and has requests
         self._started_at = time.monotonic()
         self._state: StageState = "loading"
         self._address = ""
         self._kv_blocks = 0
         self._count_requests: Callable[[], int] = lambda: 0
-        # At the head: what a stage that comes back has missed, and what is being done about it.
+        # At the head: what a restarted stage has missed.
         self.journal = Journal()
-        self._prepare: tuple[int, int] | None = None  # epoch and number of the call that is on its way
+        self._prepare: tuple[int, int] | None = None  # epoch and number of the call that carries the journal now
         self._prepare_until = 0.0
         self._broken: StageLost | None = None
         self._broken_at = 0.0
         self._whole_at, self._is_recovered = 0.0, True
-        self.given_up: PeerError | None = None  # the ring did not come back in time, and has not since
+        self.given_up: PeerError | None = None  # while the ring is broken past the recovery deadline
         self._last_steps: dict[int, int] = {}
         self._news = NewsSender.from_environment() if config.is_head else None
         self.last_step = -1
         self.steps = StepStatistics()
         self._awake = AwakeCores.for_stage(on_cpu=current_platform.is_cpu())
         self._launcher = take_launcher()
-        # EngineCore is a child of the API server (or of the user's Python); a worker stage is nobody's child of ours.
+        # EngineCore is a child of the API server or of the user's Python. A worker stage has no such parent.
         self._parent = take_parent()
         self.is_child = self._parent is not None
         self._is_told_to_stop = False
         self._host = secured.host
         for warning in secured.warnings:
             self.on_log(f"Stage {config.stage}: {warning}", is_warning=True)
-        set_ulimit()  # a connection that never speaks holds a descriptor until its handshake's time is over
+        set_ulimit()  # a connection that never speaks holds a descriptor until its handshake times out
         frame_bytes = max_frame_bytes(vllm_config, is_head=config.is_head)
         most_bytes = int(machine.memory_bytes() * SHARE_FOR_PEERS)
         message_bytes = min(MAX_LARGE_FRAMES * frame_bytes, most_bytes)
@@ -148,7 +158,7 @@ class Member(Observer):
             self._host, frame_bytes, secured.security, message_bytes, functools.partial(hosts.bind_host, config)
         )
         identity = make_identity(config, vllm_config)
-        # A step for each stage is in flight at most, and they seldom are at the same one.
+        # At most one step for each stage is in flight. They seldom all wait at one stage.
         unread_bytes = min((config.num_stages + MAX_LARGE_FRAMES) * frame_bytes, most_bytes)
         self.ring = Ring(config, identity, transport, self, self._watch, unread_bytes)
 
@@ -159,14 +169,17 @@ class Member(Observer):
         self.ring.start()
 
     def stop(self, text: str) -> None:
-        """Ends the ring in order."""
+        """Ends the ring in order, and returns when that is done."""
         self.ring.stop(text)
 
     def leave(self, text: str, timeout_s: float) -> float:
-        """Ends the ring in order once this stage has no requests; by when in seconds it has ended whatever happens.
+        """Ends the ring in order once this stage has no requests, or after ``timeout_s``. From any thread.
 
-        From any thread. The head lets no more requests in, as soon as it has heard of it; the ring's thread looks when
-        the last one has ended.
+        The head admits no new requests once it has heard of this by a report. The ring's thread notices when the last
+        request has ended.
+
+        Returns:
+            For how many seconds the process may go on; 0 if it does not drain, but is to stop now.
         """
         if not timeout_s or self._state != "serving":
             return 0.0
@@ -176,12 +189,12 @@ class Member(Observer):
         return timeout_s + LEAVING_S
 
     def stop_at_once(self) -> None:
-        """From any thread: ends the ring in order, and with it the process."""
+        """Ends the ring in order, and the process with it. From any thread."""
         self._is_told_to_stop = True
         self.ring.request_stop(f"stage {self._config.stage} was told to stop")
 
     def end(self, exit_code: int = 0) -> None:
-        """From any thread: ends this process and its ranks, whatever they do."""
+        """Ends this process and its ranks at once. From any thread."""
         self._ranks.kill()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -189,20 +202,20 @@ class Member(Observer):
         os._exit(exit_code)
 
     def end_at_once(self) -> None:
-        """From any thread: the end of a process that was told twice to stop, or whose ring takes too long to end."""
-        if self._exit_code is None and not self._config.is_head:  # of the head, its API server says it
+        """Ends a process that was told twice to stop, or whose ring takes too long to end. From any thread."""
+        if self._exit_code is None and not self._config.is_head:  # the head's API server prints its own line
             stage = self._config.stage
             sys.stderr.write(f"Stage {stage}: stopped (stage {stage} was told to stop)\n")
         self.end(self._exit_code or 0)
 
     def mark_loaded(self, count_requests: Callable[[], int]) -> None:
-        """``count_requests``: how many the model's runner has in its cache; asked from the ring's thread."""
+        """All ranks have loaded. ``count_requests``: how many the model runner holds; the ring's thread calls it."""
         self._count_requests = count_requests
         self._state = "loaded"
         self._status.send(Phase.LOADED)
 
     def reach(self, state: StageState, num_kv_blocks: int | None = None) -> None:
-        """A start-up call has been run, after which this stage is at ``kv_cache`` or ``serving``."""
+        """A start-up call has brought this stage to ``kv_cache`` or ``serving``."""
         self._state = state
         if num_kv_blocks is not None:
             self._kv_blocks = num_kv_blocks
@@ -212,19 +225,22 @@ class Member(Observer):
             self._status.send(Phase.KV_CACHE, f"{self._kv_blocks} blocks")
 
     def mark_recovered(self, num_requests: int) -> None:
-        """At the head, from its model's thread: the stages know their requests again."""
+        """At the head, from the thread that runs the model: all stages know the live requests again."""
         self._is_recovered = True
         logger.info("Stage 0: all stages know the live requests again: %d", num_requests)
 
     def end_epoch(self, epoch: int, step: int, error: BaseException) -> None:
-        """A step failed in this stage's model, which can go on."""
+        """A step failed in this stage's model, but the stage can go on: ends the epoch for all."""
         stage = self._config.stage
         logger.error("Stage %d failed step %d", stage, step, exc_info=error)
         text = str(error) if isinstance(error, StagewireError) else f"{type(error).__name__}: {error}"
         self.ring.end_epoch(epoch, StageLost(stage, f"stage {stage} failed step {step}: {text}", step))
 
     def accuse(self, epoch: int, step: int, text: str) -> None:
-        """At the head: ``step``, or a call (-1), is overdue. The first stage that has not run it ends."""
+        """At the head: ``step``, or a call (-1), is overdue. Ends the epoch and blames a stage, which then ends.
+
+        That is the first stage whose last report does not include the step, or else the last stage.
+        """
         stages = range(1, self._config.num_stages)
         behind = [stage for stage in stages if self._last_steps.get(stage, -1) < step]
         stage = behind[0] if behind else self._config.num_stages - 1
@@ -232,21 +248,21 @@ class Member(Observer):
 
     @property
     def has_api(self) -> bool:
-        """Whether an API server listens to this head, and not somebody's Python."""
+        """Whether an API server listens to this head; none does in a user's Python."""
         return self._news is not None
 
     def describe_health(self) -> StageCondition:
-        """For `StageHealth`."""
+        """This stage's condition, for `StageHealth`."""
         state = self.ring.state
         failure = None if self.ring.error is None else str(self.ring.error)
         is_prepared = self._state in ("serving", "draining")
         return StageCondition(is_prepared, "" if state.is_open else state.waits_for(), failure)
 
     def open_health_port(self) -> EarlyServer | None:
-        """Where the stage listens for its successor, if it was given a port.
+        """Answers health probes on the address where the stage listens for its successor, if it was given a port.
 
         Raises:
-            ConfigError: the port is taken.
+            ConfigError: the port cannot be bound.
         """
         port = self._config.health_port
         if port is None:
@@ -263,7 +279,10 @@ class Member(Observer):
         return str(self._broken) if self._broken else "the ring is not whole"
 
     def fail_from(self, error: BaseException) -> None:
-        """The main thread hit ``error``: the other stages and the listeners learn it. Ends a stage's process."""
+        """The main thread hit ``error``. Tells the other stages and the listeners, and ends the process.
+
+        Only an in-process `LLM` goes on after it.
+        """
         if not isinstance(error, StagewireError):
             logger.error("Stage %d failed", self._config.stage, exc_info=error)
         self.ring.fail(as_stagewire_error(error))
@@ -282,7 +301,7 @@ class Member(Observer):
         if problem is not None:
             self.ring.request_fail(problem)
         if self._parent is not None and self._parent.has_ended():
-            # Not a stop: nobody told the API server to end, so the other stages wait for the next head.
+            # A failure and not a stop: nobody told the API server to end, so the other stages wait for the next head.
             self.ring.request_fail(PeerError("its API server is gone"))
         if self._prepare is not None and time.monotonic() >= self._prepare_until:
             epoch, _ = self._prepare
@@ -293,7 +312,7 @@ class Member(Observer):
     def _mind_leaving(self, text: str, until: float) -> None:
         num_left = self._count_requests()
         if num_left and self._broken is None and time.monotonic() < until:
-            return  # in a broken ring nobody can finish: they are computed again in any case
+            return  # in a broken ring no request can finish here: each is computed again in any case
         self._leaving = None
         left = f"; {num_left} requests wait for the next one" if num_left else ""
         self.ring.request_stop(f"{text}{left}")
@@ -314,7 +333,7 @@ class Member(Observer):
     def _tell(self, news: NewsSender, error: StagewireError | None = None) -> None:
         try:
             news.tell(self._describe_ring(error))
-        except Exception:  # status is for people: the ring does not end for it
+        except Exception:  # status is for people, and the ring must not end because of it
             news.skip()
             logger.debug("Stage 0: no status this time", exc_info=True)
 
@@ -368,7 +387,7 @@ class Member(Observer):
             ranges = ", ".join(f"{i.stage}: {i.layer_start}-{i.layer_end}" for i in identities)
             logger.info("Stage 0: the ring is whole (%s)", ranges)
         if self._news is not None:
-            self._tell(self._news)  # before the first reports, which come at once
+            self._tell(self._news)  # before the reports, which follow at once
         if self._broken is None:
             self._status.send(Phase.LINKED)
         if self._config.is_head:
@@ -377,7 +396,7 @@ class Member(Observer):
             self._broken = None
 
     def _begin(self, epoch: int) -> None:
-        """At the head: lets all stages catch up, then the model's thread go on."""
+        """At the head: lets all stages catch up. Then the thread that runs the model goes on."""
         entries = self.journal.entries()
         if not entries:
             self._set_whole(epoch)
@@ -399,7 +418,7 @@ class Member(Observer):
         return True
 
     def _set_whole(self, epoch: int) -> None:
-        self.is_draining = False  # not before: until the model's thread hears of the loss it admits nobody
+        self.is_draining = False  # not earlier: the model's thread may not know of the loss yet, and would admit
         self.ring.inbox.put(Whole(epoch))
         if self._broken is not None:
             logger.info("Stage 0: the ring is whole again after %.1f s", time.monotonic() - self._broken_at)
@@ -420,7 +439,7 @@ class Member(Observer):
         self._status.send(Phase.RECOVERING, str(error))
 
     def _is_relapse(self) -> bool:
-        """Whether the ring was whole for a moment only, in which no request got back to its stages."""
+        """Whether the ring was whole only briefly, and the stages did not get their requests back."""
         return not self._is_recovered and time.monotonic() - self._whole_at < RELAPSE_S
 
     def on_failed(self, error: StagewireError) -> None:
@@ -441,10 +460,10 @@ class Member(Observer):
         if self._reason_to_end() is not None:
             self._exit_code = ORPHAN_EXIT_CODE
         elif not self._config.is_head or self._is_told_to_stop:
-            self._exit_code = 0  # else a head that was asked to stop is ended by vLLM
+            self._exit_code = 0  # else vLLM has asked this head to stop, and ends it
 
     def on_ended(self) -> None:
-        """The sockets are closed. In a user's own Python (an in-process `LLM`) only the error is raised."""
+        """The sockets are closed: ends the ranks and the process, but not a user's own Python (an in-process `LLM`)."""
         self._ranks.kill()
         self._awake.release_when_idle(math.inf)
         if self._exit_code is not None and not (self._config.is_head and not self.is_child):

@@ -1,6 +1,8 @@
-"""News of the ring, from the process that has it to the head's API server: one datagram a second, and the reports.
+"""News of the ring, from EngineCore's ring thread to the head's API server, as datagrams.
 
-The ring's thread sends them, never waits, and lets fall what does not fit into the queue.
+The ring's thread sends one about the ring each second, whatever the ring's state. When reports have come round, it
+sends one for every few stages. It never waits: news that do not fit into the queue are lost. Owns the format and the
+sender; head/pipeline_status.py keeps what arrives.
 """
 
 from __future__ import annotations
@@ -21,14 +23,20 @@ __all__ = ["NewsSender", "RingNews", "StageNews", "decode_news", "resident_bytes
 
 NEWS_INTERVAL_S = 1.0
 
-# Of the longest reports that the wire allows: this many stay below MAX_DATAGRAM_BYTES.
+# So many of the longest reports that the wire allows stay below MAX_DATAGRAM_BYTES.
 STAGES_PER_DATAGRAM = 24
 
 
 class RingNews(msgspec.Struct, frozen=True, tag=True):
-    """The ring as a whole. ``phase`` is the ring's own (ring/rules/phases.py); ``waits_for`` is empty once it is open.
+    """The ring as a whole.
 
-    ``head`` is the head's report, fresh also while nothing goes round.
+    Args:
+        phase: of the ring's state machine.
+        waits_for: what the ring waits for, for people; empty while it is open or over.
+        lost_stage: the stage whose loss broke or ended the ring; None while it is whole.
+        linked: the stages that are linked.
+        head: the head's own report, which is new also while no reports go round.
+        steps: what the last steps took.
     """
 
     phase: str
@@ -41,7 +49,7 @@ class RingNews(msgspec.Struct, frozen=True, tag=True):
 
 
 class StageNews(msgspec.Struct, frozen=True, tag=True):
-    """Some stages' reports, and what the last steps took there, if there were any."""
+    """Some stages' reports, each with what the last steps took there; None before the first decode step."""
 
     stages: list[tuple[StageReport, StageTimes | None]]
 
@@ -52,13 +60,13 @@ _DECODER = msgspec.msgpack.Decoder(RingNews | StageNews)
 
 
 def decode_news(data: bytes) -> RingNews | StageNews:
-    """One datagram. Raises msgspec.MsgspecError for anything else."""
+    """The news in one datagram. Raises msgspec.MsgspecError for anything else."""
     news: RingNews | StageNews = _DECODER.decode(data)
     return news
 
 
 def resident_bytes(pids: Iterable[int] = ()) -> int:
-    """Of this process and of ``pids``, as the kernel counts it; one that is gone has none."""
+    """Resident memory of this process and of ``pids``, as the kernel counts it. A process that has ended counts 0."""
     num_pages = 0
     for name in ("self", *map(str, pids)):
         with contextlib.suppress(OSError):
@@ -67,7 +75,11 @@ def resident_bytes(pids: Iterable[int] = ()) -> int:
 
 
 class NewsSender:
-    """For the ring's thread: never waits, and what does not fit into the queue is lost."""
+    """For the ring's thread. Never waits: news that do not fit into the queue are lost.
+
+    Args:
+        path: the Unix socket of the API server's `DatagramReceiver`.
+    """
 
     def __init__(self, path: str) -> None:
         self._sender = DatagramSender([path])
@@ -75,7 +87,7 @@ class NewsSender:
 
     @classmethod
     def from_environment(cls) -> NewsSender | None:
-        """None without an API server that listens: an `LLM` in somebody's Python."""
+        """None if no API server listens, as in a user's Python."""
         path = os.environ.get(NEWS_SOCKET_ENV)
         return cls(path) if path else None
 
@@ -86,7 +98,7 @@ class NewsSender:
         return time.monotonic() >= self._next_at
 
     def skip(self) -> None:
-        """Nothing to tell: due again after the usual time."""
+        """Sends nothing. The next news are due after `NEWS_INTERVAL_S`."""
         self._next_at = time.monotonic() + NEWS_INTERVAL_S
 
     def tell(self, news: RingNews) -> None:
@@ -94,7 +106,7 @@ class NewsSender:
         self._sender.send(_ENCODER.encode(news), is_droppable=True)
 
     def tell_stages(self, reports: Sequence[StageReport], times: Sequence[StageTimes]) -> None:
-        """``times``: of every stage in order, or empty."""
+        """``times``: of every stage in order; empty before the first decode step."""
         pairs = [(report, times[report.stage] if report.stage < len(times) else None) for report in reports]
         for begin in range(0, len(pairs), STAGES_PER_DATAGRAM):
             part = StageNews(pairs[begin : begin + STAGES_PER_DATAGRAM])

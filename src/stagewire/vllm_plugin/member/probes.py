@@ -1,4 +1,7 @@
-"""Answers to health probes: of a stage without an API, and on any socket before vLLM's own server listens."""
+"""Answers to health probes: of a stage without an API, and on the API's socket before vLLM's own server listens.
+
+Owns the small HTTP server and the form of an answer. Knows no ring and no vLLM.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,12 @@ RETRY_AFTER_S = 5
 
 @dataclass(frozen=True)
 class StageCondition:
-    """What a stage knows of itself: whether its model can serve; what its ring waits for, empty in a whole one; why it
-    failed, or None.
+    """What a stage knows of itself.
+
+    Args:
+        is_prepared: whether its model can serve.
+        waits_for: what its ring waits for; empty while the ring is whole.
+        failure: why the stage failed, None if it has not.
     """
 
     is_prepared: bool
@@ -27,13 +34,17 @@ class StageCondition:
 
 
 class StageHealth:
-    """What a stage without an API says. Asked from the server's threads."""
+    """What a stage without an API answers. The server's threads call it.
+
+    Args:
+        describe: the stage's condition now.
+    """
 
     def __init__(self, describe: Callable[[], StageCondition]) -> None:
         self._describe = describe
 
     def respond(self, path: str) -> tuple[int, bytes]:
-        """Status and body for this path."""
+        """HTTP status and body for this path: 404 for all but /live, /health and /ready."""
         now = self._describe()
         if path == "/live":
             found = 200, "alive"
@@ -51,7 +62,7 @@ class StageHealth:
 
 
 def body_of(status: int, text: str) -> bytes:
-    """JSON, in the form of vLLM's own errors if it is one."""
+    """JSON; for any status but 200 in the form of vLLM's own errors."""
     if status == 200:
         return json.dumps({"status": text}).encode()
     error = {"message": text, "type": "ServiceUnavailable", "param": None, "code": status}
@@ -59,14 +70,19 @@ def body_of(status: int, text: str) -> bytes:
 
 
 class Health(Protocol):
-    """Who knows the answer to a probe."""
+    """Knows the answers to probes."""
 
     def respond(self, path: str) -> tuple[int, bytes] | None:
-        """Status and body for this path; None: not yet known."""
+        """HTTP status and body for this path; None: not known yet."""
 
 
 class EarlyServer:
-    """Answers on a socket until `close`: the API's, whose connections wait in its backlog after that, or a stage's."""
+    """Answers on a socket until `close`. Connections that come after that wait in the socket's backlog.
+
+    Args:
+        sock: bound; the API server's, or a stage's own health port.
+        health: gives the answers, in the server's threads. While it knows none, the answer is 503.
+    """
 
     def __init__(self, sock: socket.socket, health: Health) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):

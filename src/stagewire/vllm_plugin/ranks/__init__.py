@@ -1,1 +1,1 @@
-"""All tensor parallel ranks of a stage as one: a leader, its followers, and what they say to each other."""
+"""All tensor parallel ranks of a stage as one: a leader, its followers, and their messages."""

@@ -1,6 +1,6 @@
-"""A follower: the process of one tensor parallel rank above 0. It runs what its leader says, and ends with it.
+"""A follower: the process of one tensor parallel rank above 0. It runs what its leader sends, and ends with it.
 
-It has no ring, no HTTP and no say: stage_ranks.py is its leader, local_link.py what they say to each other.
+It has no ring and no HTTP, and decides nothing. Its leader is in stage_ranks.py, their messages are in local_link.py.
 """
 
 from __future__ import annotations
@@ -46,8 +46,18 @@ def run_follower(
     failures: Connection[Any, Any],
     block: Block,
 ) -> NoReturn:
-    """The whole process. Ends without teardown: there is nothing to save; and with its leader (`watch_spawned`)."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the leader, who ends us in order
+    """The whole process. It ends without teardown, because there is nothing to save, and with its leader
+    (`watch_spawned`).
+
+    Args:
+        config: the stage's place.
+        vllm_config: resolved.
+        place: this rank.
+        connection: requests from the leader, and answers to it.
+        failures: for the reason of an early end, as a `FollowerFailure`.
+        block: where the frames of requests lie.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the leader, which ends its followers in order
         signal.signal(number, signal.SIG_IGN)
     keep_writing()
     name = f"Stage{config.stage}_TP{place.rank}"

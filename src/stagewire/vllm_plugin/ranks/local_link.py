@@ -1,10 +1,11 @@
-"""Between the ranks of a tensor parallel stage: typed messages over one pipe to each follower, and who is gone.
+"""Between the ranks of a tensor parallel stage: typed messages over a pipe to each follower, and which one has ended.
 
-Rank 0, the leader, is the process that owns the ring. It tells every follower what to run, runs its own part, and
-takes one answer from each. What comes with a request (a schedule, tensors) lies in a block of memory that all of them
-map: written once, whatever the number of followers, and not again before all have answered. Owns the vocabulary, its
-bytes, and how a follower's death or silence is noticed; knows no torch and no vLLM. Nothing here leaves the machine,
-and still nothing is unpickled.
+Rank 0, the leader, is the process that owns the ring. It tells every follower what to run, runs its own part, and takes
+one answer from each. The frames of a request (a schedule, tensors) lie in a block of memory that all ranks map. The
+leader writes them once for all followers, and writes again only when all have answered.
+
+Owns the messages, their bytes, and how a follower's end or a deadline is noticed. Knows no torch and no vLLM. Nothing
+here leaves the machine, and yet no message is unpickled.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ __all__ = [
     "RunStep",
 ]
 
-# Between the end of a process's pipe and its exit code, and for a process that was told to end.
+# How long a process may take from the end of its pipe to its exit code, and to end once it was told to.
 END_S = 2.0
 MAX_FRAMES = 1 + MAX_TENSORS
 ALIGNMENT = 64
 MAX_TEXT = 2000
-# The values of calls: a few kilobytes for each layer of the model.
+# The largest answers are values of calls, with a few kilobytes for each layer of the model.
 MAX_ANSWER_BYTES = 64 << 20
 
 
@@ -54,31 +55,31 @@ class _Struct(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unk
 
 
 class RunStep(_Struct, frozen=True):
-    """Frames: the schedule as it travelled, then one per tensor. ``digest`` is of the head's rows; 0 on the head."""
+    """Run a step. Frames: the schedule's bytes, then one per tensor. ``digest``: of the head's rows; 0 on the head."""
 
     digest: int
     specs: list[TensorSpec]
 
 
 class RunSample(_Struct, frozen=True):
-    """Sample the step that was run last. Frames: the grammar bitmask, if any."""
+    """Sample from the last step. Frames: the grammar bitmask, if there is one."""
 
 
 class RunCall(_Struct, frozen=True):
-    """Frame: the arguments. ``first_rank``: how many workers the earlier stages have."""
+    """Run a call. Frame: its arguments. ``first_rank``: how many workers the earlier stages have."""
 
     method: str
     first_rank: int
 
 
 class Done(_Struct, frozen=True):
-    """Answer to RunStep (digest of the rows) and RunSample (of the tokens), and the first word: loaded."""
+    """Answer to RunStep (digest of the rows) and RunSample (of the tokens). The first one, with 0, says: loaded."""
 
     digest: int
 
 
 class CallDone(_Struct, frozen=True):
-    """Answer to RunCall; an error is its type and text, the value is of call_codec.encode_value."""
+    """Answer to RunCall: an error's type and text, empty without one, and a value by `codec.values.encode_value`."""
 
     error_type: str
     error_text: str
@@ -86,7 +87,7 @@ class CallDone(_Struct, frozen=True):
 
 
 class FollowerFailure(_Struct, frozen=True):
-    """Why a follower ends, on a pipe of its own: the leader's model thread may be stuck in a collective by then."""
+    """Why a follower ends. It has a pipe of its own, because the leader's model thread may be stuck in a collective."""
 
     exit_code: int
     text: str
@@ -96,7 +97,7 @@ Request = RunStep | RunSample | RunCall
 Answer = Done | CallDone
 
 _ENCODER = msgspec.msgpack.Encoder()
-# Where in the block its frames lie, as (offset, size), and the message.
+# The places of the frames in the block, as (offset, size), and the request.
 _REQUESTS = msgspec.msgpack.Decoder(tuple[list[tuple[int, int]], Request])
 _ANSWERS = msgspec.msgpack.Decoder(Answer)
 _FAILURES = msgspec.msgpack.Decoder(FollowerFailure)
@@ -107,15 +108,18 @@ def encode_failure(exit_code: int, text: str) -> bytes:
 
 
 class Block:
-    """Memory without a name that a leader and its followers map; it grows, and goes with the last of them.
+    """Unnamed memory that a leader and its followers map. It grows, and is freed with the last of these processes.
 
-    Travels to a process that is being spawned, and only there.
+    It is pickled only for a process that is being spawned.
+
+    Args:
+        descriptor: of existing memory; by default it is new.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._file = os.fdopen(os.memfd_create("stagewire-ranks") if descriptor is None else descriptor, "r+b", 0)
         self._map: mmap.mmap | None = None
-        self.grow(ALIGNMENT)  # never empty, or it could not be mapped
+        self.grow(ALIGNMENT)  # an empty file cannot be mapped
 
     def __reduce__(self) -> tuple[Callable[[Any], Block], tuple[Any]]:
         return _receive_block, (DupFd(self._file.fileno()),)
@@ -129,12 +133,12 @@ class Block:
             self._file.truncate(num_bytes)
 
     def view(self, offset: int, size: int) -> memoryview:
-        """Raises ProtocolError for what is not in the block."""
+        """The ``size`` bytes at ``offset``. Raises ProtocolError if they are not in the block."""
         if self._map is None or offset + size > len(self._map):
             total = self.num_bytes
             if offset + size > total:
                 raise ProtocolError(f"bytes {offset} to {offset + size} of a block of {total} bytes between ranks")
-            self._map = mmap.mmap(self._file.fileno(), total)  # the old one lives as long as a view of it
+            self._map = mmap.mmap(self._file.fileno(), total)  # views keep the old map alive
         return memoryview(self._map)[offset : offset + size]
 
 
@@ -144,17 +148,17 @@ def _receive_block(descriptor: Any) -> Block:
 
 @dataclass(frozen=True)
 class LeaderLink:
-    """A follower's end. ``connection`` for bytes only: its `send` and `recv` would pickle."""
+    """A follower's end. Only bytes go over ``connection``: its `send` and `recv` would pickle."""
 
     connection: Connection[Any, Any]
     block: Block
 
     def receive(self) -> tuple[Request, list[memoryview]]:
-        """The next request; its frames are valid, and may be written to, until it is answered.
+        """The next request and its frames. These are valid, and may be written to, until the request is answered.
 
         Raises:
             EOFError: the leader has closed its end.
-            ProtocolError: anything but a request.
+            ProtocolError: the message is not a request.
         """
         places, request = _decode(_REQUESTS, self.connection.recv_bytes(MAX_HEADER_BYTES))
         if len(places) > MAX_FRAMES or any(offset < 0 or size < 0 for offset, size in places):
@@ -173,7 +177,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
 
 
 class Process(Protocol):
-    """Of a multiprocessing process, what is needed here."""
+    """What is needed here of a process of multiprocessing."""
 
     @property
     def pid(self) -> int | None: ...
@@ -188,8 +192,13 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Follower:
-    """One other rank as the leader has it. ``connection`` is for requests and answers, bytes only. Its
-    FollowerFailure comes on ``failures``.
+    """A rank above 0 as its leader sees it.
+
+    Args:
+        rank: 1 and up.
+        process: its process.
+        connection: for requests and answers, as bytes only.
+        failures: where its FollowerFailure arrives.
     """
 
     rank: int
@@ -203,7 +212,7 @@ class Follower:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the ranks are at, since when by the followers' clock, and for how many seconds at most."""
+    """What the ranks do now. ``began_at``: by the clock of `Followers`. ``limit_s``: in seconds; None: no limit."""
 
     what: str
     began_at: float
@@ -211,16 +220,15 @@ class _Work:
 
 
 class Followers:
-    """All followers of a stage. `problem` is for the ring's thread, the rest for the one that runs the model.
+    """All followers of a stage. Any thread may call `problem` and `kill`, only the model's thread the other methods.
 
-    A forward pass of several ranks meets in collectives that wait for ever, or say only that a connection has ended, so
-    the model's thread cannot notice by itself which peer is gone and why. Whoever polls `problem` does, and ends the
-    stage.
+    In a forward pass of several ranks, collectives wait for ever, or report only that a connection has ended. So the
+    model's thread cannot tell which rank has ended and why. The ring's thread polls `problem` and ends the stage.
 
     Args:
-        followers: in the order of their ranks, 1 and up; none in a stage of one.
+        followers: in the order of their ranks, 1 and up; none in a stage of one rank.
         block: where frames are laid for them.
-        clock: monotonic, seconds.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -228,7 +236,7 @@ class Followers:
     ) -> None:
         self._followers = followers
         self._block = block
-        self.used_bytes = 0  # of the block, by requests that not everybody has answered
+        self.used_bytes = 0  # of the block, by requests that not all followers have answered
         self._clock = clock
         self._busy: _Work | None = None
         self._lock = threading.Lock()
@@ -249,12 +257,15 @@ class Followers:
 
     @contextlib.contextmanager
     def work(self, what: str, limit_s: float | None, *, counts_alone: bool = False) -> Iterator[None]:
-        """While the ranks work on ``what``; for longer than ``limit_s`` it is a problem. None: as long as it takes.
+        """Around what the ranks do together. It is a problem if it takes longer than ``limit_s``.
 
-        ``counts_alone``: without followers too.
+        Args:
+            what: names the work in an error.
+            limit_s: in seconds; None: no limit.
+            counts_alone: whether the limit also holds without followers.
 
         Raises:
-            RankError: in place of an error of the work, when a follower has ended: a collective's tells nothing of why.
+            RankError: a follower has ended. It replaces an error of the work, because a collective's does not say why.
         """
         if self._followers or counts_alone:
             self._busy = _Work(what, self._clock(), limit_s)
@@ -263,7 +274,7 @@ class Followers:
         except StagewireError:
             raise
         except Exception as error:
-            self._busy = None  # it has ended, so it cannot take too long any more
+            self._busy = None  # the work has ended: its limit must not become the problem while this waits
             problem = self._await_problem()
             if problem is None:
                 raise
@@ -279,7 +290,7 @@ class Followers:
             raise self._await_problem() or RankError("a tensor parallel rank closed its pipe") from error
 
     def send(self, message: Request, frames: Sequence[Frame] = ()) -> None:
-        """To every follower. Raises RankError when one is gone, as `settle` and `answers` do."""
+        """Sends a request to every follower. Raises RankError when one has ended, as `settle` and `answers` do."""
         if not self._followers:
             return
         header = _ENCODER.encode((self._lay(frames), message))
@@ -288,7 +299,7 @@ class Followers:
                 each.connection.send_bytes(header)
 
     def _lay(self, frames: Sequence[Frame]) -> list[tuple[int, int]]:
-        """Copies frames into the block; returns offset and size of each."""
+        """Copies frames into the block. Returns offset and size of each."""
         views = [memoryview(frame).cast("B") for frame in frames]
         places = []
         for view in views:
@@ -300,10 +311,14 @@ class Followers:
         return places
 
     def settle(self, *digests: int) -> None:
-        """Takes a Done for each of the requests since the last time, and compares it with rank 0's digest of it.
+        """Takes a Done from every follower for each request since the last time, and compares it with rank 0's digest.
+
+        Args:
+            digests: rank 0's own, one for each of these requests.
 
         Raises:
-            RankError: also when a rank has other rows than rank 0, or sampled other tokens: its answer would be wrong.
+            RankError: a rank has ended, or has other rows or tokens than rank 0, so that its answer would be wrong.
+            InternalError: a rank answered another kind of request.
         """
         for each in self._followers:
             for digest in digests:
@@ -315,7 +330,7 @@ class Followers:
         self.used_bytes = 0
 
     def answers(self) -> list[CallDone]:
-        """To a RunCall, in the order of ranks."""
+        """The followers' answers to a RunCall, in the order of ranks."""
         taken: list[CallDone] = []
         for each in self._followers:
             answer = self._receive(each)
@@ -332,7 +347,7 @@ class Followers:
         return answer
 
     def _await_problem(self) -> RankError | None:
-        """Something between the ranks has ended: a process says why, or its exit code will, in a moment."""
+        """After an error between the ranks: its cause, for which it waits up to `END_S`; None if there is none."""
         ends_at = time.monotonic() + END_S
         for each in self._followers:
             problem = self.problem()
@@ -344,7 +359,7 @@ class Followers:
     # ---- any thread ------------------------------------------------------------------------------------------------
 
     def problem(self) -> RankError | None:
-        """Why this stage cannot go on, once that is so: a follower has ended, or work takes too long."""
+        """Why this stage cannot go on: a follower has ended, or the work takes too long. None while it can."""
         with self._lock:
             if self._problem is None and not self._is_ending:
                 self._problem = self._find_problem()
@@ -352,7 +367,7 @@ class Followers:
 
     def _find_problem(self) -> RankError | None:
         for each in self._followers:
-            exit_code = each.process.exitcode  # before its failure, which it wrote before it ended
+            exit_code = each.process.exitcode  # read before the failure, which was written before the end
             if each.failures.poll(0):
                 with contextlib.suppress(EOFError, OSError, msgspec.MsgspecError):
                     failure = _FAILURES.decode(each.failures.recv_bytes(MAX_HEADER_BYTES))
@@ -374,14 +389,14 @@ class Followers:
         )
 
     def kill(self) -> None:
-        """At once; may be called again."""
+        """Ends all followers at once. May be called again."""
         self._is_ending = True
         for each in self._followers:
             with contextlib.suppress(OSError, ValueError):
                 each.process.kill()
 
     def close(self) -> None:
-        """In order: the end of its pipe tells a follower to finish."""
+        """Ends all followers in order, by closing their pipes. Kills those that have not ended after `END_S`."""
         self._is_ending = True
         for each in self._followers:
             each.connection.close()

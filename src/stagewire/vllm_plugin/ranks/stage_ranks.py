@@ -1,8 +1,8 @@
 """All ranks of one stage as one: this process's own worker (rank 0, the leader) and its followers' processes.
 
-Activations are complete at a stage's boundary, so a stage receives once, tells its followers what came in, and sends
-rank 0's tensors on; followers have no ring and no HTTP. Every rank runs every schedule and every call. A stage of one
-has no followers and is the same code.
+Every rank runs every schedule and every call. Activations are complete at a stage's boundary. So a stage receives once,
+tells its followers what came in, and sends rank 0's tensors on. Followers have no ring and no HTTP. A stage of one rank
+has no followers and runs the same code. Knows no socket, no epoch and no other stage.
 """
 
 from __future__ import annotations
@@ -38,21 +38,26 @@ from stagewire.wire.messages import CallResult, TensorSpec
 
 __all__ = ["StageRanks", "call_limit_s", "is_step_failure"]
 
-# A stage whose ranks hang says so before the head's own deadline for the step, which cannot know which stage it is.
+# A stage whose ranks hang reports that before the head's deadline for the step. The head could only guess the stage.
 SHARE_OF_TIMEOUT = 0.9
-# A stage of one rank is watched by the head, unless that has lost the step with the ring while the stage hangs in it.
+# The head watches a stage of one rank. This limit is for a stage that hangs in a step which the head has lost with the
+# ring.
 TIMES_TIMEOUT_ALONE = 2
 
 
 def call_limit_s(config: StageConfig, method: str) -> float:
-    """Compiling may take many minutes on a first start; nothing waits longer than an hour for it."""
+    """How many seconds a call may take: the step timeout, or for a slow call an hour or the longer start timeout.
+
+    Compiling may take many minutes on a first start.
+    """
     is_slow = method in CALLS and CALLS[method].is_slow
     return max(config.start_timeout_s, 3600.0) if is_slow else config.step_timeout_s
 
 
 def is_step_failure(ranks: StageRanks, error: Exception) -> bool:
-    """Whether only a step failed and the stage can go on: not with ranks that may be stuck in a collective, nor with a
-    device in an unknown state.
+    """Whether only a step failed, and the stage can go on.
+
+    It cannot with several ranks, which may be stuck in a collective, or with a device in an unknown state.
     """
     if isinstance(error, (ConfigError, InternalError, RankError)) or ranks.num_ranks > 1:
         return False
@@ -60,7 +65,7 @@ def is_step_failure(ranks: StageRanks, error: Exception) -> bool:
 
 
 def _device_answers() -> bool:
-    """A device that is in an unknown state fails whatever it is asked next."""
+    """Whether the device still works: one in an unknown state fails at the next synchronization."""
     if not torch.accelerator.is_available():
         return True
     try:
@@ -71,7 +76,7 @@ def _device_answers() -> bool:
 
 
 class StageRanks:
-    """Spawns the followers at once, so that they inherit no socket of the ring; `load` does the rest.
+    """Spawns the followers when it is made, so that they inherit no socket of the ring. `load` loads the model.
 
     Args:
         config: this stage's place.
@@ -88,15 +93,15 @@ class StageRanks:
         self._store = Path(self._folder.enter_context(private_folder())) / "store"
         self._is_pooling = vllm_config.model_config.runner_type == "pooling"
         self._unsettled: list[int] = []
-        # As the head's, of less: it is this stage that says so, and which rank.
+        # Like the head's deadlines, but a share of them: this stage reports first, and with the pids of its ranks.
         self._deadlines = StepDeadlines(config.step_timeout_s)
         self._last = 0, 0.0  # tokens of the last step, and how long it took
         block = Block()
         self.followers = Followers([self._spawn(rank, block) for rank in range(1, self.num_ranks)], block)
         share = SHARE_OF_TIMEOUT if self.followers else TIMES_TIMEOUT_ALONE
-        self._limit_s = config.step_timeout_s * share  # of the last step
+        self._limit_s = config.step_timeout_s * share  # for the last step
         if self.followers:
-            # multiprocessing waits for its children at exit, whatever ends this process; these must have ended by then.
+            # At exit multiprocessing waits for its children without a limit, so the followers must have ended by then.
             Finalize(self, self.followers.kill, exitpriority=100)
 
     def __repr__(self) -> str:
@@ -118,10 +123,10 @@ class StageRanks:
         return Follower(rank, process, connection, failures)
 
     def load(self) -> None:
-        """Returns when all ranks have loaded their part.
+        """Loads this rank's part, and returns when all ranks have loaded theirs.
 
         Raises:
-            RankError: a follower did not.
+            RankError: a follower has failed.
         """
         with self.followers.work("loading", None):
             self.own = StageWorker(self.config, self.vllm_config, RankPlace(0, self.num_ranks, self._store))
@@ -141,10 +146,10 @@ class StageRanks:
         """`StageWorker.execute` on all ranks; ``schedule_bytes`` is the schedule as it travels.
 
         Raises:
-            RankError: also when a rank is gone, or its rows differ from rank 0's.
+            RankError: a rank has ended, or its rows differ from rank 0's. Others as `StageWorker.execute`.
         """
         num_tokens = schedule.total_num_scheduled_tokens
-        # Images are computed before, on the head: nothing in the number of tokens says how long that takes.
+        # The head runs the encoder of images in the same step. The number of tokens does not say how long that takes.
         has_images = bool(schedule.scheduled_encoder_inputs)
         limit_s = self.config.step_timeout_s if has_images else self._deadlines.limit_s(num_tokens)
         if self.followers:
@@ -163,9 +168,12 @@ class StageRanks:
         return activations
 
     def answer(self, grammar: Frame | None) -> ModelRunnerOutput:
-        """On the tail, after `execute`: all ranks sample the same tokens, as in stock vLLM; rank 0's travel.
+        """On the tail, after `execute`: all ranks sample the same tokens, as in stock vLLM. Returns rank 0's.
 
-        A pooling model has no such step: every rank has pooled in `execute`, and rank 0's vectors travel.
+        With a pooling model every rank has pooled in `execute` already. Returns rank 0's vectors.
+
+        Raises:
+            RankError: a rank has ended, or has sampled other tokens than rank 0.
         """
         if self._is_pooling:
             return self.own.answer(None)
@@ -189,18 +197,18 @@ class StageRanks:
     def call(
         self, method: str, args_bytes: Frame, first_rank: int, own_args: tuple[Any, ...] | None = None
     ) -> tuple[list[CallResult], list[Frame]]:
-        """One call of the closed list on all ranks: a result and a value for each, in order.
+        """Runs one call of the closed list on all ranks. Returns a result and an encoded value for each, in order.
 
         Args:
             method: its name.
-            args_bytes: of codec.values.encode_value.
+            args_bytes: the arguments by `codec.values.encode_value`.
             first_rank: how many workers the earlier stages have.
-            own_args: rank 0's, where they hold more than what travels.
+            own_args: rank 0's arguments, if they hold more than what travels.
 
         Raises:
-            RankError: a rank is gone. A call that fails is a result.
+            RankError: a rank has ended. A call that fails is a result.
         """
-        if self._unsettled:  # a step that was lost before it was sampled
+        if self._unsettled:  # the last step was lost before it was sampled
             self._settle()
         limit_s = call_limit_s(self.config, method) * SHARE_OF_TIMEOUT
         with self.followers.work(f"the call {method}", limit_s, counts_alone=True):
@@ -213,7 +221,7 @@ class StageRanks:
         return results, [each.value for each in outcomes]
 
     def forget(self) -> None:
-        """Every rank forgets its requests, and the adapters that they named."""
+        """Makes every rank forget its requests and its adapters. Raises InternalError if one cannot."""
         results, _ = self.call(
             "restore_requests", encode_value((encode_schedule(SchedulerOutput.make_empty()), [], True)), 0
         )
@@ -228,11 +236,11 @@ class StageRanks:
     # ---- end -------------------------------------------------------------------------------------------------------
 
     def problem(self) -> RankError | None:
-        """For the ring's thread: why this stage cannot go on, once that is so."""
+        """`Followers.problem`, for the ring's thread."""
         return self.followers.problem()
 
     def kill(self) -> None:
-        """Ends the followers at once, from any thread; nothing of this stage is left behind."""
+        """Ends the followers at once and removes their folder. From any thread."""
         self.followers.kill()
         self._folder.close()
 
