@@ -82,7 +82,7 @@ class StageConfig:
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     recovery_timeout_s: float = DEFAULT_RECOVERY_TIMEOUT_S
     health_port: int | None = None  # of a stage without an API
-    stands_by: bool = False  # until the process that has this stage's port ends
+    stands_by: bool = False  # replaces the process that has this stage's port when that one ends
     lora_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
     key_file: str | None = None

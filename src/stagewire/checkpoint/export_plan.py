@@ -88,9 +88,9 @@ class TensorSums:
 
     checkpoint_bytes: int
     stage_bytes: tuple[int, ...]
-    twice: tuple[TensorInfo, ...]  # the embedding, when the head shares it: first and last stage
-    everywhere: tuple[TensorInfo, ...]  # of unknown role
-    nowhere: tuple[TensorInfo, ...] = ()  # layers that only draft, which no stage builds
+    twice: tuple[TensorInfo, ...]  # on the first and the last stage: the embedding, if it is also the head
+    everywhere: tuple[TensorInfo, ...]  # on every stage: tensors of unknown role
+    nowhere: tuple[TensorInfo, ...] = ()  # on no stage: layers that only draft
 
     def check(self) -> None:
         """Raises ``InternalError`` unless the stages' sums equal what the checkpoint and these tensors give."""
@@ -274,7 +274,7 @@ def _shard_names(stem: str, count: int) -> list[str]:
 
 
 def _index_of(by_source: Mapping[str, Sequence[TensorInfo]], names: Sequence[str]) -> bytes:
-    """As `save_pretrained` writes it."""
+    """The index of a stage's weights, as `save_pretrained` writes it."""
     total = sum(tensor.num_bytes for tensors in by_source.values() for tensor in tensors)
     weight_map = {
         tensor.name: name for name, tensors in zip(names, by_source.values(), strict=True) for tensor in tensors

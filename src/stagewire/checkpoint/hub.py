@@ -32,7 +32,7 @@ def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None 
         raise _not_to_be_had(repo, file, error) from error
     except EntryNotFoundError:
         return None
-    except HfHubHTTPError as error:  # among them: no such repository, no such revision, no right to read it
+    except HfHubHTTPError as error:  # such as no such repository, no such revision, no right to read it
         raise _not_to_be_had(repo, file, error) from error
 
 

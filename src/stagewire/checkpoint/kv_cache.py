@@ -36,7 +36,7 @@ __all__ = [
 
 
 class Kind(Flag):
-    """What a layer keeps. Zamba2's and Falcon-H1's layers keep both, an MLP layer of Nemotron-H nothing."""
+    """What a layer keeps. Layers of Zamba2 and Falcon-H1 keep both, MLP layers of Nemotron-H nothing."""
 
     NOTHING = 0
     ATTENTION = auto()

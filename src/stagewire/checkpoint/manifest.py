@@ -278,7 +278,7 @@ def _read_content(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ConfigError:  # a ValueError too
+    except ConfigError:  # also a ValueError, which is caught below
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error

@@ -155,7 +155,7 @@ if is_at_least(0, 33):
 
 _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
-# Table C1 of the seams page.
+# Table C1 of docs/vllm-seams.md.
 CALLS: dict[str, CallSpec] = {
     # start-up, in this order
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
@@ -176,7 +176,7 @@ CALLS: dict[str, CallSpec] = {
     "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, Runs.RANK, **_START),
     "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), Runs.RANK, reaches="serving", **_START),
     # after a loss
-    # Ours: the journal. A stage runs the calls in it that it has not run.
+    # Ours: carries the journal. A stage runs those of its calls that it has not run.
     PREPARE: CallSpec({"journal": _is_entries}, _is_nothing, Runs.HOST, is_slow=True),
     # Ours: stages get the live requests anew, as a schedule and the tokens that each has got. On the first of several
     # calls they forget their requests before. The head's own rank gets the schedule itself (`StageRanks.call`).

@@ -16,8 +16,8 @@ PATCH = Patch(
     "the grace is not for ROCm alone",
 )
 
-# Stopping the ring takes milliseconds. What follows is vLLM's own teardown. It spends seconds in the garbage collector,
-# and stock vLLM never waits for it.
+# Stopping the ring takes milliseconds. vLLM's own teardown after that spends seconds in the garbage collector, and
+# stock vLLM never waits for it.
 ENGINE_STOP_GRACE_S = 2.0
 
 

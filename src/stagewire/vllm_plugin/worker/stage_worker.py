@@ -188,7 +188,7 @@ class StageWorker:
         """
         output = self._pooled if self._is_pooling else self._wrapper.sample_tokens(grammar)
         if self._is_pooling and isinstance(output, AsyncModelRunnerOutput):
-            output = output.get_output()  # copied from the device meanwhile
+            output = output.get_output()  # waits for the copy from the device
         if not isinstance(output, ModelRunnerOutput):
             raise InternalError(f"the worker returned {type(output).__name__}: async scheduling must be off")
         return output
