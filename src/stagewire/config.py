@@ -1,4 +1,4 @@
-"""One stage's place in the pipeline, as typed by a person: parsed and checked without vLLM, a model or a socket.
+"""Parses and checks the flags that give a stage its place in the pipeline, without vLLM, a model or a socket.
 
 Owns the names of the flags and every rule that a stage can check alone. Does not know how vLLM stores arguments.
 """
@@ -35,7 +35,7 @@ ALLOW_INSECURE_FLAG = "--pipeline-allow-insecure"
 
 @dataclass(frozen=True)
 class Address:
-    """Host and port of a stage; the host may be a name, an IPv4 or an IPv6 address (without brackets)."""
+    """Host and port of a stage. The host is a name, an IPv4 address, or an IPv6 address without brackets."""
 
     host: str
     port: int
@@ -45,7 +45,7 @@ class Address:
         """Reads ``host:port`` or ``[v6]:port``.
 
         Raises:
-            ConfigError: not of that form; the message names ``flag``.
+            ConfigError: ``text`` does not have that form. The message names ``flag``.
         """
         expected = f"{flag} {text!r} is not an address: expected HOST:PORT, for instance 192.168.1.10:15550"
         if "://" in text:
@@ -69,7 +69,7 @@ class Address:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage's own settings. ``layers`` is half-open; times are in seconds."""
+    """The settings of one stage. ``layers`` is half-open; times are in seconds."""
 
     stage: int
     num_stages: int
@@ -82,7 +82,7 @@ class StageConfig:
     step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S
     recovery_timeout_s: float = DEFAULT_RECOVERY_TIMEOUT_S
     health_port: int | None = None  # of a stage without an API
-    stands_by: bool = False  # until the process that has this stage's port ends
+    stands_by: bool = False  # replaces the process that has this stage's port when that one ends
     lora_roots: tuple[str, ...] = ()
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, path)
     key_file: str | None = None
@@ -105,7 +105,7 @@ class StageConfig:
         return (self.stage + 1) % self.num_stages
 
 
-# Flags that mean nothing without --pipeline-stage-mode external; the keys are argparse destinations.
+# Flags that need --pipeline-stage-mode external. The keys are argparse destinations.
 _FLAGS = {
     "pipeline_stage_idx": "--pipeline-stage-idx",
     "pipeline_total_stages": "--pipeline-total-stages",
@@ -138,7 +138,7 @@ def is_external(flags: Mapping[str, Any]) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    """Stage 0 is given, and equal to False."""
+    """Whether a flag was given. ``is`` matters, because stage 0 equals False."""
     return value is not None and value is not False
 
 
@@ -146,10 +146,10 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
     """Reads the flags of one stage.
 
     Args:
-        flags: argparse destinations (``pipeline_stage_idx`` and so on) to values; a missing key counts as not given.
+        flags: argparse destinations (``pipeline_stage_idx`` and so on) to values. A missing key counts as not given.
 
     Raises:
-        ConfigError: the first thing that is wrong, naming the flag and the way out.
+        ConfigError: the first flag that is wrong. The message names it and what to do.
     """
     num_stages = _required_int(flags, "pipeline_total_stages", "how many stages there are")
     if num_stages < 2:
@@ -185,7 +185,7 @@ def parse_stage(flags: Mapping[str, Any]) -> StageConfig:
         health_port=_health_port(flags, stage),
         stands_by=bool(flags.get("pipeline_standby")),
         lora_roots=tuple(map(str, flags.get("pipeline_lora_root") or ())),
-        # vLLM's own flag, already parsed by it.
+        # A flag of vLLM, which has parsed it already.
         lora_modules=tuple((module.name, module.path) for module in flags.get("lora_modules") or ()),
         key_file=_key_file(flags),
         allow_insecure=bool(flags.get("pipeline_allow_insecure")),
@@ -211,7 +211,7 @@ def _check_worker_flag(stage: int, is_worker: bool) -> None:
 
 
 def _predecessor(flags: Mapping[str, Any], stage: int, num_stages: int) -> Address:
-    """Either flag is accepted on any stage; the quick start uses one on the head and the other elsewhere."""
+    """The predecessor's address. Either flag works on any stage; the quick start uses one of them only on the head."""
     given = {
         _FLAGS[key]: str(flags[key])
         for key in ("pipeline_prev_stage_addr", "pipeline_prev_stage_service_addr")

@@ -27,7 +27,7 @@ __all__ = [
 
 
 class StagewireError(Exception):
-    """Base of the tree. ``exit_code`` is what a process that dies of it returns."""
+    """Base of the tree. ``exit_code`` is the exit code of a process that ends with the error."""
 
     exit_code = 1
 
@@ -45,7 +45,10 @@ class PeerError(StagewireError):
 
 
 class StageLost(PeerError):
-    """A stage of the running pipeline is gone. ``stage`` is its index; ``step``: what failed there, -1 for no step."""
+    """A stage of the running pipeline is gone.
+
+    ``stage`` is its index. ``step`` is the step that failed there, -1 for none.
+    """
 
     def __init__(self, stage: int, message: str, step: int = -1) -> None:
         super().__init__(message)
@@ -54,17 +57,17 @@ class StageLost(PeerError):
 
 
 class ProtocolError(PeerError):
-    """Bytes from a peer that do not decode to a message we allow."""
+    """Bytes from a peer that do not decode to an allowed message."""
 
 
 class WireVersionError(ProtocolError):
-    """A Stagewire message of another wire version: a stage, but not one to talk with."""
+    """A Stagewire message of another wire version. The peer is a stage, but this one cannot talk to it."""
 
 
 class RankError(StagewireError):
-    """A tensor parallel rank of this stage cannot go on, and so the stage cannot.
+    """A tensor parallel rank of this stage cannot go on, so the stage cannot either.
 
-    ``exit_code``: of the error that the rank itself had; 1 when it died or hangs.
+    ``exit_code``: that of the rank's own error; 1 when the rank died or hangs.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -73,4 +76,4 @@ class RankError(StagewireError):
 
 
 class InternalError(StagewireError):
-    """A state that this code believes impossible."""
+    """A state that should be impossible: a bug in this code."""

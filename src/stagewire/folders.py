@@ -1,11 +1,11 @@
-"""Private folders for the sockets between processes of one run, with paths that are short enough for sockets.
+"""Makes private folders for the sockets between processes of one run, with paths that are short enough for sockets.
 
-A Unix socket's path has at most 107 bytes. TMPDIR may be longer than that alone, and vLLM adds a name of 36 characters.
-Every folder for sockets is made here.
+A Unix socket's path has at most 107 bytes. TMPDIR alone may be longer, and vLLM adds a name of 36 characters. Every
+folder for sockets is made here.
 
 A process that is killed leaves its folder behind, and the next process that makes a folder there removes it. A folder
-belongs to the process that holds the lock on the file `owner` in it. The kernel releases the lock with the last process
-that has the file open.
+belongs to the process that holds the lock on the file `owner` in it. The kernel releases the lock when the last process
+that has the file open ends.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from stagewire.errors import ConfigError
 
 __all__ = ["MAX_SOCKET_PATH_BYTES", "fits_sockets", "private_folder", "remove_abandoned", "short_base"]
 
-# What the kernel takes for a Unix socket's path (sun_path, without its closing zero).
+# The kernel's limit for a Unix socket's path (sun_path, without its closing zero).
 MAX_SOCKET_PATH_BYTES = 107
-# The longest name of a socket in a private folder: vLLM's, a uuid behind a slash.
+# The longest name of a socket in a private folder: vLLM's, which is a slash and a uuid.
 SOCKET_NAME_BYTES = 37
-# Of the private folder's own name, with room.
+# Room for the private folder's own name.
 FOLDER_NAME_BYTES = 32
 PREFIX = "stagewire-"
 OWNER = "owner"
 
 
 def fits_sockets(folder: str | Path) -> bool:
-    """Whether every socket of a run can be made right in this folder."""
+    """Whether every socket of a run can be made directly in this folder."""
     return len(os.fsencode(folder)) + SOCKET_NAME_BYTES <= MAX_SOCKET_PATH_BYTES
 
 
 def short_base(environ: Mapping[str, str] = os.environ) -> str:
-    """Where private folders are made: the temporary folder, or the first place that is short enough and writable.
+    """The folder in which private folders are made: the first place whose path is short and that is writable.
+
+    TMPDIR comes first.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such place.
     """
     places = _places(environ)
     for place in places:
@@ -62,7 +64,7 @@ def _places(environ: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder of this user only, removed at the end. Also removes those at the same place that nobody owns."""
+    """A folder for this user only, removed at the end. Also removes abandoned folders at the same place."""
     base = short_base()
     remove_abandoned(base)
     path, lock = _make_owned(base)
@@ -80,13 +82,13 @@ def _make_owned(base: str) -> tuple[str, int]:
         lock = os.open(f"{path}/{OWNER}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         if _lock(lock) is not False and os.fstat(lock).st_nlink:
             return path, lock
-        os.close(lock)  # another process has taken it for abandoned, and removes it
+        os.close(lock)  # another process took it for abandoned before it was locked, and removes it
 
 
 def remove_abandoned(base: str | None = None) -> None:
-    """Removes this user's private folders at this place whose owner has ended, as far as that is possible.
+    """Removes this user's private folders at this place whose owner has ended, as far as possible.
 
-    Never removes one without a lock file: it may not be ours.
+    Never removes a folder without a lock file, because it may not be ours.
     """
     base = short_base() if base is None else base
     for path in glob.iglob(f"{glob.escape(base)}/{PREFIX}*"):
@@ -100,7 +102,7 @@ def remove_abandoned(base: str | None = None) -> None:
 
 
 def _open_lock(path: str) -> int:
-    """Raises OSError unless this is a folder of this user alone, with a lock file of his."""
+    """Opens the lock file. Raises OSError unless folder and lock file belong to this user alone."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         lock = os.open(OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -114,7 +116,7 @@ def _open_lock(path: str) -> int:
 
 
 def _lock(lock: int) -> bool | None:
-    """Whether it is ours now; None on a file system without locks, where nobody can know."""
+    """Whether this process has the lock now; None on a file system without locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

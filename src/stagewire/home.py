@@ -1,7 +1,7 @@
-"""A home for a process that has none: containers run as users that no passwd knows, on read-only file systems.
+"""Completes the environment of a process that has no home it can write to.
 
-Without HOME, libraries make a folder called "~" in the current one. Where a home cannot be written, they fail at the
-first file. So this module puts into the environment what they will ask for.
+Containers run as users without an entry in passwd, on read-only file systems. Without HOME, libraries make a folder
+called "~" in the current one. If the home cannot be written, they fail at the first file.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stagewire.folders import short_base
 
 __all__ = ["complete_environment", "own_home"]
 
-# Libraries write there when a model runs. HF_HOME, where models are, stays: it may be meant to be read only.
+# Folders to which libraries write when a model runs. HF_HOME stays: it has the models and may be read-only on purpose.
 CACHES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_MODULES_CACHE", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
 _INSTEAD = "set HOME to a folder that can be written"
 _USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # as getpass asks for them
 
 
 def complete_environment(environ: Mapping[str, str], make_home: Callable[[], str]) -> dict[str, str]:
-    """What is missing of a user's name, a home and a temporary folder; empty where nothing is.
+    """The variables to add for a user's name, a home and a temporary folder; empty if nothing is missing.
 
-    ``make_home``: makes a folder of this user's own that can be written; called only when it is needed.
+    ``make_home``: makes a writable folder of this user's own. Called only if it is needed.
     """
     home, added = _home(environ), {}
     if home is None:
@@ -41,10 +41,10 @@ def complete_environment(environ: Mapping[str, str], make_home: Callable[[], str
 
 
 def own_home() -> str:
-    """A folder of this user's own that lasts from one start to the next, made if need be.
+    """A folder of this user's own that stays from one start to the next. It is made if it is not there.
 
     Raises:
-        ConfigError: nothing can be written, or somebody else has made a folder of that name.
+        ConfigError: no place is writable, or another user made a folder of that name.
     """
     path = f"{short_base()}/stagewire-home-{os.geteuid()}"
     try:
@@ -73,13 +73,13 @@ def _passwd_home() -> str | None:
 
 
 def _temporary_places(environ: Mapping[str, str]) -> list[str]:
-    """Where Python looks (tempfile)."""
+    """The places where Python's tempfile looks."""
     own = [environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
     return [place for place in (*own, "/tmp", "/var/tmp", "/usr/tmp", os.getcwd()) if place and os.path.isdir(place)]
 
 
 def _can_write(place: str) -> bool:
-    """Whether the folder can be written, or made."""
+    """Whether the folder is writable or can be made."""
     path = Path(place)
     nearest = next((each for each in (path, *path.parents) if each.exists()), path)
     return os.access(nearest, os.W_OK | os.X_OK)

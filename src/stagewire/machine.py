@@ -1,8 +1,8 @@
-"""What this process may use of the machine: memory and CPU time, by its control groups (containers) as well.
+"""How much memory and CPU time of the machine this process may use, with the limits of its control groups (containers).
 
-A container's limits are in the control group file system, which psutil and /proc/meminfo do not look at. They hold for
-every group on the way from the process's own one to the root of what is mounted, so the smallest counts. Both versions
-are read, wherever they are mounted. The parsing is pure: `Files` says what the machine's files hold.
+A container's limits are in the control group file system, which psutil and /proc/meminfo do not read. Each group from
+the process's own one up to the root of the mount may have limits, and the smallest counts. Both versions of control
+groups are read, wherever they are mounted. The parsing is pure: `Files` gives it the content of files.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ __all__ = [
     "whole_cpus",
 ]
 
-# Version 1 has no word for "no limit": it is the largest number of whole pages.
+# Version 1 writes "no limit" as the largest number of whole pages, which is above this.
 _NO_LIMIT_BYTES = 1 << 60
-# More groups than this are not searched for the one that holds this process.
+# How many groups are searched at most for the one that holds this process.
 _MAX_SEARCHED = 10_000
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the control groups; ``None`` without one.
+    """The limits of the control groups; ``None`` without a limit.
 
-    ``memory_bytes``: of all processes together. ``available_bytes``: what of it is left, with what the kernel would
-    give back of the page cache. ``cpus``: CPU time for each second, such as 1.5.
+    ``memory_bytes``: for all processes together. ``available_bytes``: the part that is free, or that the kernel would
+    free from the page cache. ``cpus``: seconds of CPU time per second, such as 1.5.
     """
 
     memory_bytes: int | None = None
@@ -52,15 +52,15 @@ class Files(Protocol):
     """The files that limits are read from."""
 
     def read(self, path: str) -> str:
-        """Its text; empty when it cannot be read."""
+        """The file's text; empty when it cannot be read."""
 
     def folders(self, path: str) -> list[str]:
-        """Names of the folders in it; none when it cannot be read."""
+        """The names of the folders in ``path``; none when it cannot be read."""
 
 
 @dataclass(frozen=True)
 class _Mount:
-    """A control group file system. ``root``: the group that is at ``point``, as this process's namespace spells it."""
+    """A mounted control group file system. ``root``: the group at ``point``, as named in this process's namespace."""
 
     root: str
     point: str
@@ -69,7 +69,7 @@ class _Mount:
 
 
 def read_limits(files: Files, pid: int) -> Limits:
-    """The limits of process ``pid``, which must be this one: /proc/self tells them."""
+    """The limits of process ``pid``, which must be this process, because /proc/self is read."""
     memory = [*_folders_of("memory", files, pid)]
     rooms = [room for folder in memory for room in _rooms(files, folder)]
     quotas = [quota for folder in _folders_of("cpu", files, pid) for quota in _quotas(files, folder)]
@@ -81,29 +81,32 @@ def read_limits(files: Files, pid: int) -> Limits:
 
 
 def memory_limit_bytes() -> int | None:
-    """Of the container that this process runs in; ``None`` when the machine's memory is the limit."""
+    """The memory limit of this process's container; ``None`` when the machine's memory is the limit."""
     limit = _own_limits().memory_bytes
     return limit if limit is not None and limit < psutil.virtual_memory().total else None
 
 
 def memory_bytes() -> int:
-    """Of this machine, swap included, or of the container that this process runs in."""
+    """The memory of this machine, swap included, or of this process's container if that is less."""
     total: int = psutil.virtual_memory().total + psutil.swap_memory().total
     return _smaller(total, memory_limit_bytes())
 
 
 def available_bytes() -> int:
-    """What a new allocation may have now, by the machine and by the container."""
+    """How much a new allocation may take now, on this machine and in this process's container."""
     return _smaller(psutil.virtual_memory().available, _own_limits().available_bytes)
 
 
 def num_cpus() -> int:
-    """How many threads this process can keep busy: cores that it may run on, whole ones of a container's share."""
+    """How many threads this process can keep busy: the cores that it may use, or the whole CPUs of its container."""
     return whole_cpus(len(os.sched_getaffinity(0)), _own_limits().cpus)
 
 
 def whole_cpus(num_cores: int, quota: float | None) -> int:
-    """A thread more than the quota has would make all threads of a step wait for the next period."""
+    """The smaller of both, in whole CPUs and at least 1.
+
+    With one thread more than the quota has CPUs, all threads of a step would wait for the next period.
+    """
     return num_cores if quota is None else min(num_cores, max(1, int(quota)))
 
 
@@ -131,7 +134,7 @@ def _own_limits() -> Limits:
 
 
 def _folders_of(controller: str, files: Files, pid: int) -> Iterator[str]:
-    """Each group that holds the process, from its own up to the one that is mounted."""
+    """The folder of each group that holds the process, from its own group up to the mount's."""
     paths = dict(_own_paths(files.read("/proc/self/cgroup")))
     for mount in _mounts(files.read("/proc/self/mountinfo")):
         path = paths.get("" if mount.is_v2 else controller)
@@ -143,7 +146,7 @@ def _folders_of(controller: str, files: Files, pid: int) -> Iterator[str]:
 
 
 def _own_paths(text: str) -> Iterator[tuple[str, str]]:
-    """Controller and group, of /proc/self/cgroup; version 2 has the controller ""."""
+    """Controller and group of each line of /proc/self/cgroup. Version 2 has the controller ""."""
     for line in text.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -152,7 +155,7 @@ def _own_paths(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(text: str) -> Iterator[_Mount]:
-    """Of /proc/self/mountinfo (proc(5)): "36 35 98:0 /root /point options - type source options"."""
+    """Reads /proc/self/mountinfo (proc(5)): "36 35 98:0 /root /point options - type source options"."""
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
         fields, (kind, *options) = left.split(), right.split() or [""]
@@ -162,17 +165,17 @@ def _mounts(text: str) -> Iterator[_Mount]:
 
 
 def _inner_path(mount: _Mount, path: str, files: Files, pid: int) -> PurePosixPath:
-    """Where group ``path`` is below the mount's point; "." for the point itself, also when it cannot be told."""
+    """Where group ``path`` is below the mount's point; "." for the point itself, and when the place is unknown."""
     own, root = PurePosixPath(path), PurePosixPath(mount.root)
     if ".." in own.parts:
-        return PurePosixPath()  # moved out of its namespace since
-    if ".." in root.parts:  # mounted outside of this process's namespace: the names between are hidden
+        return PurePosixPath()  # the process was moved out of its namespace
+    if ".." in root.parts:  # the mount is above this process's namespace, so the names between are hidden
         return _search(mount, root.parts.count(".."), own.relative_to("/"), files, pid)
     return own.relative_to(root) if own.is_relative_to(root) else PurePosixPath()
 
 
 def _search(mount: _Mount, depth: int, own: PurePosixPath, files: Files, pid: int) -> PurePosixPath:
-    """The group that lists ``pid``, of those with ``depth`` more names above ``own``."""
+    """The group that lists ``pid`` among those with ``depth`` unknown names before ``own``."""
     groups = [PurePosixPath()]
     for _ in range(depth):
         groups = [group / name for group in groups for name in files.folders(f"{mount.point}/{group}")][:_MAX_SEARCHED]
@@ -183,10 +186,10 @@ def _search(mount: _Mount, depth: int, own: PurePosixPath, files: Files, pid: in
 
 
 def _rooms(files: Files, folder: str) -> Iterator[tuple[int, int]]:
-    """Limit of one group, and what is left of it."""
+    """Each memory limit of one group, and how much of it is left."""
     limits = _numbers(files.read(f"{folder}/{name}") for name in ("memory.max", "memory.high", "memory.limit_in_bytes"))
     statistics = dict(line.split(" ", 1) for line in files.read(f"{folder}/memory.stat").splitlines() if " " in line)
-    # Of version 1, and of groups above the mount too.
+    # Version 1 has this limit, which includes groups above the mount.
     limits += _numbers([statistics.get("hierarchical_memory_limit", "")])
     used = max(
         _numbers(files.read(f"{folder}/{name}") for name in ("memory.current", "memory.usage_in_bytes")), default=0
@@ -199,7 +202,7 @@ def _rooms(files: Files, folder: str) -> Iterator[tuple[int, int]]:
 
 
 def _quotas(files: Files, folder: str) -> Iterator[float]:
-    """CPUs of one group."""
+    """The CPU quota of one group, in CPUs."""
     pairs = [files.read(f"{folder}/cpu.max").split()]
     pairs += [[files.read(f"{folder}/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]]
     for pair in pairs:
@@ -209,5 +212,5 @@ def _quotas(files: Files, folder: str) -> Iterator[float]:
 
 
 def _numbers(texts: Iterable[str]) -> list[int]:
-    """Those that are numbers: "max", "-1" and nothing are no limit."""
+    """The texts that are numbers. "max", "-1" and empty texts mean no limit."""
     return [int(text) for text in texts if text.strip().isdecimal()]

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, read without torch: the model's depth, its tensors, and which stage owns which of them.
+"""Reads a checkpoint on disk without torch: the model's depth, its tensors, and which stage owns which of them.
 
-Only smollm.py uses torch: it makes a small checkpoint for demonstrations.
+Only smollm.py uses torch, to make a small checkpoint for demonstrations.
 """

@@ -1,7 +1,7 @@
 """LoRA adapters as files: which folder a stage may read for a name, and whether two stages read the same bytes.
 
-A path comes from another stage, so it is a wish: only folders that this stage's own command line allows are read.
-Knows no vLLM and no torch.
+An adapter's path comes from another stage. A stage reads only folders that its own command line allows. Knows no vLLM
+and no torch.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ ROOT_FLAG = "--pipeline-lora-root"
 
 _CONFIG = "adapter_config.json"
 _SAFE_WEIGHTS = "adapter_model.safetensors"
-# vLLM reads them with torch.load; in this order, when there are no safetensors.
+# Without safetensors, vLLM reads the first of these with torch.load.
 _OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
 
 
 def check_roots(roots: Sequence[str]) -> None:
-    """Raises ConfigError for a root that is no folder: every adapter would be refused later."""
+    """Raises ConfigError for a root that is no folder. Otherwise the stage would refuse every adapter later."""
     for root in roots:
         if not Path(root).is_dir():
             raise ConfigError(f"{ROOT_FLAG} {root}: there is no such folder on this machine")
 
 
 def find_adapter(stage: int, name: str, path: str, roots: Sequence[str], named: Sequence[tuple[str, str]]) -> Path:
-    """The folder from which a worker stage reads adapter ``name``, that stage 0 reads from ``path``.
+    """The folder from which a worker stage reads adapter ``name``, which stage 0 reads from ``path``.
 
     Args:
-        roots: folders of this machine; ``path`` counts when it lies below one, symbolic links followed. A relative
-            ``path`` is looked for below each of them.
-        named: (name, path) of this stage's own ``--lora-modules``, for adapters that lie elsewhere on this machine.
+        stage: this stage's index, for messages.
+        name: the adapter's.
+        path: stage 0's. It is allowed below one of ``roots``, symbolic links followed. A relative path is looked up
+            below each root.
+        roots: folders of this machine.
+        named: (name, path) of this stage's own ``--lora-modules``, for adapters elsewhere on this machine.
 
     Raises:
-        ConfigError: not allowed, not there, or not in safetensors; the message names the flag.
+        ConfigError: the folder is not allowed, not there, or not in safetensors. The message names the flag.
     """
     folder = _below_a_root(path, roots) or next((Path(own) for each, own in named if each == name), None)
     if folder is None:
@@ -63,9 +66,9 @@ def find_adapter(stage: int, name: str, path: str, roots: Sequence[str], named: 
 
 
 def digest_adapter(folder: Path) -> str:
-    """Of the adapter's settings and weights, byte by byte: stages that read other bytes give wrong tokens.
+    """16 hexadecimal digits over all bytes of the adapter's settings and weights.
 
-    Raises OSError when a file is missing.
+    Stages compare it, because different bytes give wrong tokens. Raises OSError when a file is missing.
     """
     weights = next((each for each in (_SAFE_WEIGHTS, *_OTHER_WEIGHTS) if (folder / each).is_file()), _SAFE_WEIGHTS)
     digest = hashlib.sha256()
@@ -76,7 +79,7 @@ def digest_adapter(folder: Path) -> str:
 
 
 def _below_a_root(path: str, roots: Sequence[str]) -> Path | None:
-    """The first that is there; of none, the first that may be."""
+    """The first allowed folder that exists; if none exists, the first allowed one."""
     tops = [Path(root).resolve() for root in roots]
     folders = [(top, (top / path).resolve()) for top in tops]  # an absolute path stays itself
     allowed = [folder for top, folder in folders if folder.is_relative_to(top)]

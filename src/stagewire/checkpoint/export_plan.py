@@ -1,7 +1,7 @@
-"""What a pre-split export consists of: every file of every stage, byte for byte, before one is written.
+"""Plans a pre-split export: every file of every stage, byte for byte, before one is written.
 
-A file is some bytes of its own followed by pieces of the checkpoint's files, so its size is known beforehand, and
-writing it needs no more memory than one piece is read with. Reads headers, directories and samples; writes nothing.
+A file is a head of its own bytes followed by pieces of the checkpoint's files. So its size is known beforehand, and the
+writer needs memory for one buffer only. Reads headers, directories and samples; writes nothing.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = ["ExportPlan", "OutputFile", "Piece", "SourceFile", "TensorSums", "pla
 _HEADER_ALIGNMENT = 8
 # model.safetensors.index.json, pytorch_model.bin.index.json, model.safetensors.index.fp32.json
 _WEIGHT_INDEX = (".safetensors.index.", ".bin.index.")
-# Names by which vLLM knows the format again.
+# vLLM recognises the load format by these names.
 _HF_STEM = "model"
 _STEMS = {"mistral": "consolidated"}
-# Tokenizers have up to 40 MB. What is larger is no part of a model's folder that a stage needs, and is said.
+# Tokenizers have up to 40 MB. No stage needs larger files that are not weights: `ExportPlan.left_out` names them.
 _MAX_COPIED_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``num_bytes`` from ``offset`` on of the source's ``file`` (relative to the model's folder)."""
+    """``num_bytes`` bytes from ``offset`` on in ``file``, a name relative to the model's folder."""
 
     file: str
     offset: int
@@ -49,7 +49,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """``head``, then ``pieces``. ``name`` is relative to the stage's folder."""
+    """One file of a stage: ``head``, then ``pieces``. ``name`` is relative to the stage's folder."""
 
     stage: int
     name: str
@@ -67,7 +67,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file that is read, as it was when the plan was made."""
+    """One file of the checkpoint, as it was when the plan was made."""
 
     name: str
     num_bytes: int
@@ -84,16 +84,16 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class TensorSums:
-    """Tensor bytes of each stage, and why they are more than the checkpoint's."""
+    """Tensor bytes of each stage, and the tensors because of which their sum differs from the checkpoint's."""
 
     checkpoint_bytes: int
     stage_bytes: tuple[int, ...]
-    twice: tuple[TensorInfo, ...]  # the embedding, when the head shares it: first and last stage
-    everywhere: tuple[TensorInfo, ...]  # of unknown role
-    nowhere: tuple[TensorInfo, ...] = ()  # layers that only draft, which no stage builds
+    twice: tuple[TensorInfo, ...]  # on the first and the last stage: the embedding, if it is also the head
+    everywhere: tuple[TensorInfo, ...]  # on every stage: tensors of unknown role
+    nowhere: tuple[TensorInfo, ...] = ()  # on no stage: layers that only draft
 
     def check(self) -> None:
-        """Raises ``InternalError`` unless each tensor is where it has to be and nowhere else, by the sums."""
+        """Raises ``InternalError`` unless the stages' sums equal what the checkpoint and these tensors give."""
         again = sum(tensor.num_bytes for tensor in self.twice)
         again += sum(tensor.num_bytes for tensor in self.everywhere) * (len(self.stage_bytes) - 1)
         left_out = sum(tensor.num_bytes for tensor in self.nowhere)
@@ -106,10 +106,10 @@ class TensorSums:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """``files`` in the order of writing; ``left_out``: files of the source that are too large to be copied along.
+    """Everything that an export writes.
 
-    ``source_samples``, ``stage_samples``: as the manifests have them, the latter of each stage. ``warnings``: what is
-    odd about the checkpoint.
+    ``files`` are in the order of writing. ``left_out`` are files of the checkpoint that are too large to be copied.
+    ``source_samples`` and ``stage_samples`` (one per stage) go into the manifests. ``warnings`` are the checkpoint's.
     """
 
     model_dir: Path
@@ -129,7 +129,7 @@ class ExportPlan:
         return sum(file.num_bytes for file in self.files)
 
     def layout(self) -> str:
-        """A digest of names, heads and pieces: whether a half-written export goes on as it was begun."""
+        """A digest of names, heads and pieces. An unfinished export continues only with the same layout."""
         digest = hashlib.sha256()
         for file in self.files:
             pieces = [[piece.file, piece.offset, piece.num_bytes] for piece in file.pieces]
@@ -140,7 +140,7 @@ class ExportPlan:
 def plan_export(
     model_dir: Path, choose_ranges: Callable[[int], Sequence[LayerRange]], flags: LoadFlags | None = None
 ) -> ExportPlan:
-    """Reads the checkpoint's headers; ``choose_ranges`` is asked with the model's depth.
+    """Plans the export of a checkpoint. ``choose_ranges`` gets the model's depth and returns one range per stage.
 
     Raises ``ConfigError`` as ``read_checkpoint`` does, for a checkpoint without safetensors, for a folder that is a
     pre-split stage itself, and for ranges that do not cover the model over at least two stages or that vLLM cannot run
@@ -207,9 +207,10 @@ def _sum_up(checkpoint: Checkpoint, index: CheckpointIndex, stages: Sequence[Seq
 
 
 def _other_files(files: CheckpointFiles) -> tuple[dict[str, SourceFile], list[str]]:
-    """By name: tokenizer, templates, custom code, the projections of sentence-transformers; and what is too large.
+    """The files that are copied, by name, and the names of those that are too large.
 
-    Other weights are not among them, nor what is hidden or not downloaded to its end.
+    Copied are tokenizer, templates, custom code and the projections of sentence-transformers, but no other weights, no
+    hidden files and no unfinished downloads.
     """
     copied: dict[str, SourceFile] = {}
     left_out: list[str] = []
@@ -229,8 +230,9 @@ def _is_copied(name: str) -> bool:
 
 
 def _walk(model_dir: Path, modules: Sequence[str]) -> Iterator[str]:
-    """Files below the folder, links to files included (a hub's cache is made of them), links to folders not, unless
-    modules.json names them.
+    """Files below the folder. Links to files are included, because a hub's cache consists of them.
+
+    Links to folders are followed only if modules.json names them.
     """
     tops = [model_dir, *(model_dir / place for place in modules if (model_dir / place).is_symlink())]
     for folder, folders, names in (entry for top in tops for entry in os.walk(top)):
@@ -246,7 +248,7 @@ def _walk(model_dir: Path, modules: Sequence[str]) -> Iterator[str]:
 def _stage_files(
     source: CheckpointFiles, stage: int, tensors: Sequence[TensorInfo], copies: Sequence[tuple[str, Piece]]
 ) -> Iterator[OutputFile]:
-    """The small files first; of the weights one file for each of the source's that has some of this stage's."""
+    """The small files first. Then one file of weights for each of the checkpoint's that holds some of the stage's."""
     if not tensors:
         raise ConfigError(
             f"stage {stage} would own no tensor at all: are the layers named as config.json counts them? "
@@ -272,7 +274,7 @@ def _shard_names(stem: str, count: int) -> list[str]:
 
 
 def _index_of(by_source: Mapping[str, Sequence[TensorInfo]], names: Sequence[str]) -> bytes:
-    """As `save_pretrained` writes it."""
+    """The index of a stage's weights, as `save_pretrained` writes it."""
     total = sum(tensor.num_bytes for tensors in by_source.values() for tensor in tensors)
     weight_map = {
         tensor.name: name for name, tensors in zip(names, by_source.values(), strict=True) for tensor in tensors
@@ -284,8 +286,8 @@ def _index_of(by_source: Mapping[str, Sequence[TensorInfo]], names: Sequence[str
 def _shard(stage: int, name: str, metadata: Mapping[str, str], tensors: Sequence[TensorInfo]) -> OutputFile:
     """A safetensors file: 8 bytes length, JSON padded to 8 bytes, the data without gaps.
 
-    The widest types come first, as the library itself writes them, so that each tensor is aligned in a mapped file
-    whatever was left out before it; beyond that the source's order is kept.
+    The widest types come first, as the library writes them. So each tensor is aligned in a mapped file, whatever
+    tensors were left out before it. Within one width, the checkpoint's order stays.
     """
     ordered = sorted(tensors, key=lambda tensor: (-_element_bytes(tensor), tensor.offset))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -1,8 +1,8 @@
-"""Writes a pre-split export, so that a kill at any moment loses at most the file that was being written.
+"""Writes a pre-split export. A kill at any moment loses at most the file that was being written.
 
-Order of each file: data to ``NAME.partial``, fsync, a line in the journal with its hash, rename. A file with its final
-name and a line in the journal is finished. Manifests say "unfinished" from before the first file until after the last
-one of all stages, as the export's id is made of all hashes. docs/tools.md shows the result.
+Each file goes through four steps: data to ``NAME.partial``, fsync, a line with its hash in the journal, rename. A file
+with its final name and a line in the journal is finished. All manifests say "unfinished" until the last file of all
+stages is written, because the export's id is made of all hashes. docs/tools.md shows the result.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ JOURNAL_NAME = "stagewire_export.jsonl"
 _JOURNAL_VERSION = 1
 _PARTIAL = ".partial"
 _CHUNK_BYTES = 8 << 20
-# Manifests, the journal, and what a file system rounds up: per file, well over any block size in use.
+# A bound for manifests, the journal, and the rounding to whole blocks of a file system.
 _OVERHEAD_BYTES_PER_FILE = 16 << 10
 _WAYS_OUT = "give another --output-dir, or --overwrite to throw away what is there and export anew"
 
 
 class Disk:
-    """All that the export does to a disk. A test fails at any one of these to see what a kill there leaves."""
+    """Every operation of the export on a disk. Tests let one of them fail, to see what a kill there leaves."""
 
     def free_bytes(self, folder: Path) -> int:
         return shutil.disk_usage(folder).free
@@ -66,7 +66,7 @@ class Disk:
         os.fsync(stream.fileno())
 
     def rename(self, old: Path, new: Path) -> None:
-        """Lasting: the folder's entry is on the disk too."""
+        """Renames, and makes the folder's entry durable too."""
         old.replace(new)
         folder = os.open(new.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -89,18 +89,19 @@ def run_export(
     is_overwriting: bool = False,
     disk: Disk | None = None,
 ) -> list[Manifest]:
-    """Writes what is missing of the export; returns the manifests.
+    """Writes the files of the export that are missing, and returns the manifests.
 
     Args:
-        plan: all its files.
-        output_dir: takes ``stage_0``, ``stage_1``..., and the journal.
+        plan: all files of the export.
+        output_dir: gets ``stage_0``, ``stage_1``..., and the journal.
         say: gets a line of progress for each file of weights.
-        is_overwriting: whether an export that is already there, of whatever model, is thrown away.
+        is_overwriting: whether to remove an export that is already there, of whatever model.
+        disk: for tests.
 
     Raises:
-        ConfigError: a place or a disk that does not do, an export of something else in the folder, a source that
-            changes meanwhile.
-        OSError: of the disk; the same command goes on afterwards.
+        ConfigError: ``output_dir`` is inside the model's folder or no folder, the disk is too small, another export is
+            in ``output_dir`` or being written to it, or a source file changes meanwhile.
+        OSError: the disk failed. The same command continues the export afterwards.
     """
     disk = disk or Disk()
     _check_place(plan.model_dir, output_dir)
@@ -178,7 +179,7 @@ def _check_space(plan: ExportPlan, missing: Sequence[OutputFile], output_dir: Pa
 
 @contextmanager
 def _open_journal(output_dir: Path) -> Iterator[IO[bytes]]:
-    """Held open and locked: two exports into one folder would mix."""
+    """Opens and locks the journal, so that two exports cannot write to one folder."""
     with (output_dir / JOURNAL_NAME).open("a+b", buffering=0) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,7 +189,7 @@ def _open_journal(output_dir: Path) -> Iterator[IO[bytes]]:
 
 
 def _begin(plan: ExportPlan, output_dir: Path, stream: IO[bytes], disk: Disk) -> dict[str, FileRecord]:
-    """The journal's records; a new journal is begun with what is going to be exported."""
+    """The journal's records. A new journal gets a header that describes the export."""
     lines = _read_journal(stream, output_dir)
     if not lines:
         _refuse_strangers(output_dir)
@@ -211,7 +212,7 @@ def _header(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _read_journal(stream: IO[bytes], output_dir: Path) -> list[dict[str, Any]]:
-    """Its lines; what a kill left of the last one is cut off."""
+    """The journal's lines. An incomplete last line, which a kill left, is cut off."""
     stream.seek(0)
     whole = stream.read()
     end = whole.rfind(b"\n") + 1
@@ -236,10 +237,10 @@ def _append(stream: IO[bytes], line: Mapping[str, Any], disk: Disk) -> None:
 
 
 def _check_same(plan: ExportPlan, begun: Mapping[str, Any], output_dir: Path) -> None:
-    """The journal's header against the plan's, the most telling difference first."""
+    """Compares the journal's header with the plan. Raises ``ConfigError`` with the most telling difference."""
     now = _header(plan)
     if begun == {**now, "source": begun.get("source")}:
-        return  # wherever the source lies today
+        return  # the checkpoint's folder may have moved
     if begun.get("ranges") != now["ranges"]:
         reason = f"with layers {' '.join(begun.get('ranges', ()))}, now it would be {' '.join(now['ranges'])}"
     elif begun.get("source_fingerprint") != now["source_fingerprint"]:
@@ -268,12 +269,12 @@ def _source_difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str 
 
 
 def _stage_folders(output_dir: Path) -> list[Path]:
-    """Those of any export, also of one with more stages."""
+    """The stage folders of any export, also of one with more stages."""
     return sorted(path for path in output_dir.glob("stage_*") if path.name.removeprefix("stage_").isdecimal())
 
 
 def _is_empty(folder: Path) -> bool:
-    """Also when a kill came before the very first manifest was whole."""
+    """A folder that holds nothing, or only the unfinished first manifest that a kill left."""
     first = _partial_path(folder / MANIFEST_NAME)
     return folder.is_dir() and all(path == first for path in folder.iterdir())
 
@@ -287,7 +288,7 @@ def _refuse_strangers(output_dir: Path) -> None:
 
 
 def _discard(output_dir: Path, stream: IO[bytes], disk: Disk) -> None:
-    """Every stage folder, then the journal: until the end it is known what was being thrown away.
+    """Removes every stage folder, then empties the journal, so that a kill in between leaves the journal in place.
 
     Raises ``ConfigError``, before anything is removed, for a folder that no export has made.
     """
@@ -307,7 +308,7 @@ def _discard(output_dir: Path, stream: IO[bytes], disk: Disk) -> None:
 
 
 def _remove_content(folder: Path, disk: Disk) -> None:
-    """The manifest last: without it the folder would be a stranger's."""
+    """Removes the manifest last, because a folder without one does not count as an export's."""
     manifest = folder / MANIFEST_NAME
     for parent, folders, names in os.walk(folder, topdown=False):
         for path in (Path(parent) / name for name in (*names, *folders)):
@@ -351,7 +352,7 @@ def _write_files(
         records[file.key] = _write_file(plan, file, output_dir / file.key, stream, disk)
         written += file.num_bytes
         so_far = f"{number} of {len(missing)} files, {describe_bytes(written)} of {describe_bytes(total)}"
-        if file.name.endswith(".safetensors"):  # the others are many, and written in no time
+        if file.name.endswith(".safetensors"):  # the other files are many and small
             say(f"{file.key}: {describe_bytes(file.num_bytes)} ({so_far})")
 
 
@@ -373,7 +374,7 @@ def _write_file(plan: ExportPlan, file: OutputFile, path: Path, stream: IO[bytes
 
 
 def _read_pieces(model_dir: Path, pieces: Sequence[Piece]) -> Iterator[memoryview]:
-    """In chunks, each valid until the next; the pieces of one output come from one file."""
+    """Reads the pieces in chunks, each valid until the next one. The pieces of one output come from one file."""
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, max((piece.num_bytes for piece in pieces), default=0))))
     for name in {piece.file: None for piece in pieces}:
         with (model_dir / name).open("rb", buffering=0) as source:
@@ -408,7 +409,7 @@ def _check_unchanged(plan: ExportPlan, name: str) -> None:
 def _write_manifests(
     plan: ExportPlan, output_dir: Path, records: Mapping[str, FileRecord], disk: Disk
 ) -> list[Manifest]:
-    """One for each stage, where it is not there already."""
+    """Writes the manifest of each stage that does not have it already, and returns all."""
     own = {file.key: records[file.key] for file in plan.files}
     export_id = derive_export_id(plan.source_fingerprint, plan.ranges, own)
     manifests = []
@@ -466,7 +467,7 @@ def _find_differences(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_id(manifests: Sequence[Manifest]) -> list[str]:
-    """Whether the id that the manifests agree on is the one of their content."""
+    """The problem, if the id in the manifests is not the one that follows from their content."""
     files = {f"stage_{each.stage}/{name}": record for each in manifests for name, record in each.files.items()}
     found = derive_export_id(manifests[0].source_fingerprint, [each.layers for each in manifests], files)
     expected = manifests[0].export_id

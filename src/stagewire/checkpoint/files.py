@@ -1,8 +1,8 @@
-"""Which files of a folder are the checkpoint, as vLLM 0.32 decides it for the same arguments. Everybody asks here.
+"""Decides which files of a folder are the checkpoint, as vLLM 0.32 does for the same arguments.
 
-The table is in docs/tools.md; the rule is vLLM's (``DefaultModelLoader._prepare_weights``, default_loader.py, and
-``filter_duplicate_safetensors_files``, weight_utils.py). Reads names and the index, never a weight. Standard library
-only: the tools run from a bare clone.
+Loader, tools and export all ask this module. The rule is vLLM's (``DefaultModelLoader._prepare_weights``,
+default_loader.py, and ``filter_duplicate_safetensors_files``, weight_utils.py); docs/tools.md has it as a table. Reads
+names and the index, never a weight. Standard library only, because the tools run from a bare clone.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ INDEX_NAME = "model.safetensors.index.json"
 CONSOLIDATED_INDEX_NAME = "consolidated.safetensors.index.json"
 MODULES_NAME = "modules.json"
 _CONSOLIDATED = "consolidated*.safetensors"
-# Weights in whatever format.
+# Of weights in any format.
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".npz", ".msgpack", ".h5"),
     *(".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel"),
 )
-# What huggingface_hub, browsers and download tools call a file that is not whole yet, and their locks.
+# Unfinished downloads of huggingface_hub, browsers and download tools, and their locks.
 _PARTIAL_SUFFIXES = (".incomplete", ".partial", ".part", ".crdownload", ".download", ".aria2", ".tmp", ".lock")
 # vLLM's filter_files_not_needed_for_inference.
 _TRAINING_FILES = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-# What vLLM reads of a projection layer of sentence-transformers, in its order (_load_dense_weights, adapters.py).
+# vLLM reads the first of these for a projection layer of sentence-transformers (_load_dense_weights, adapters.py).
 _MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DENSE = "Dense"
 _TRANSFORMER = "Transformer"
@@ -54,7 +54,7 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class _Format:
-    """``patterns`` are tried in order; the first that any file matches is taken, and no other."""
+    """A load format. ``patterns`` are tried in order; the first one that matches a file is the only one used."""
 
     patterns: tuple[str, ...]
     index_name: str = INDEX_NAME
@@ -70,7 +70,7 @@ _FORMATS = {
     "pt": _Format(("*.pt",)),
     "npcache": _Format(("*.bin", "*.pt")),
 }
-# "auto" is "mistral" or "hf", by the names of the files.
+# "auto" means "mistral" or "hf", by the names of the files.
 LOAD_FORMATS = ("auto", *_FORMATS)
 
 
@@ -80,17 +80,17 @@ class CheckpointFiles:
 
     Attributes:
         folder: the model's.
-        load_format: what ``auto`` came to: one of ``LOAD_FORMATS`` without it.
-        weights: what vLLM reads the model's tensors from, those in ``missing`` included, in vLLM's order
-            (numbers by value). Empty when the folder holds none.
-        is_safetensors: whether ``weights`` are.
-        index_name: the index that ``weights`` were chosen by, ``None`` without one.
-        weight_map: tensor name to file, as that index says; empty without one.
-        missing: of ``weights``, what cannot be read, with the reason in words that fit behind a path.
+        load_format: one of ``LOAD_FORMATS``, with ``auto`` resolved.
+        weights: the files from which vLLM reads the model's tensors, in vLLM's order (numbers by value). Those in
+            ``missing`` are included. Empty when the folder holds none.
+        is_safetensors: whether ``weights`` are safetensors.
+        index_name: the index by which ``weights`` were chosen, ``None`` without one.
+        weight_map: tensor name to file, from that index; empty without one.
+        missing: the files of ``weights`` that cannot be read, with the reason in words that fit behind a path.
         modules: sub-folders that modules.json of sentence-transformers names.
-        module_weights: of ``modules``, the files of weights.
-        warnings: what is odd without being wrong, a sentence each.
-        ignored: files in ``folder`` that look like weights and are none of this checkpoint, with the reason.
+        module_weights: the files of weights in ``modules``.
+        warnings: what is unusual but not wrong, one sentence each.
+        ignored: files in ``folder`` that look like weights but are not part of the checkpoint, with the reason.
     """
 
     folder: Path
@@ -110,19 +110,19 @@ class CheckpointFiles:
         return tuple(file for file in self.weights if file not in self.missing)
 
     def describe_nothing(self) -> str:
-        """Why ``weights`` has no safetensors, in words that fit behind the folder."""
+        """Says why ``weights`` has no safetensors, in words that fit behind the folder."""
         found = self.weights[:1] or tuple(self.ignored)[:1]
         reason = self.ignored.get(found[0], "") if found else ""
         example = f" ({found[0]}{f': {reason}' if reason else ''})" if found else ""
         return f"holds no safetensors weights that vLLM reads in load format {self.load_format}{example}"
 
     def check_complete(self) -> None:
-        """Raises ``ConfigError`` naming the first of ``missing``, and what it would hold."""
+        """Raises ``ConfigError`` if a file is missing. It names the first one and a tensor that belongs in it."""
         for file in self.missing:
             raise self.absence(file)
 
     def absence(self, file: str, tensor: str | None = None, *, needed_by: str = "") -> ConfigError:
-        """The error for one of ``missing``: where it is, which tensors are placed there, what to do."""
+        """The error for one of ``missing``: its path, the tensors that the index places there, what to do."""
         names = sorted(name for name, each in self.weight_map.items() if each == file)
         first = tensor or (names[0] if names else None)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -141,12 +141,12 @@ def checkpoint_files(folder: Path, load_format: str = "auto") -> CheckpointFiles
 
     Args:
         folder: a local model folder.
-        load_format: vLLM's ``--load-format``. One that reads no whole checkpoints (``dummy``, ``sharded_state``)
+        load_format: vLLM's ``--load-format``. A format that reads no whole checkpoints (``dummy``, ``sharded_state``)
             counts as ``auto``.
 
     Raises:
-        ConfigError: an index or a modules.json that is malformed or points outside of the folder, a checkpoint that
-            vLLM would take for another format than its files have.
+        ConfigError: an index or modules.json is malformed or points outside of the folder, or vLLM would take the
+            checkpoint for another format than its files have.
     """
     chosen = _resolve_format(folder, load_format)
     names = _root_names(folder)
@@ -180,12 +180,12 @@ def checkpoint_files(folder: Path, load_format: str = "auto") -> CheckpointFiles
 
 
 def is_mistral(folder: Path) -> bool:
-    """Whether vLLM takes the folder for one in Mistral's own format: by a file's name, in whatever sub-folder."""
+    """Whether vLLM takes the folder for Mistral's own format: a file in it or in a sub-folder has that name."""
     return next(_consolidated_files(folder), None) is not None
 
 
 def is_weight(name: str) -> bool:
-    """Whether a file's name is that of weights, in whatever format."""
+    """Whether a file has the name of weights, in any format."""
     return name.endswith(_WEIGHT_SUFFIXES)
 
 
@@ -200,7 +200,7 @@ def natural_key(file: str) -> tuple[list[str | int], str]:
 
 
 def describe_absence(path: Path) -> str:
-    """Why a file cannot be read, in words that fit behind its path; empty when it can."""
+    """Says why a file cannot be read, in words that fit behind its path; empty when it can be read."""
     if path.is_symlink() and not path.exists():
         return f"is a link to {os.readlink(path)}, which does not exist (blob missing: the download is incomplete)"
     if not path.exists():
@@ -213,7 +213,7 @@ def describe_absence(path: Path) -> str:
 
 
 def read_modules(folder: Path) -> dict[str, str]:
-    """Sub-folder to type of each module that modules.json of sentence-transformers names, the model itself left out.
+    """The modules that modules.json of sentence-transformers names: sub-folder to type, without the model itself.
 
     Raises ``ConfigError`` for a modules.json that is no list of modules, or that points outside of the folder.
     """
@@ -251,7 +251,7 @@ def _resolve_format(folder: Path, load_format: str) -> str:
 
 
 def _consolidated_files(folder: Path) -> Iterator[str]:
-    """As vLLM looks for them: below the whole folder, hidden sub-folders included, links that lead nowhere not."""
+    """vLLM's search: the whole tree with hidden sub-folders, but without broken links."""
     paths = (path for path in sorted(folder.rglob(_CONSOLIDATED)) if path.is_file())
     return (path.relative_to(folder).as_posix() for path in paths)
 
@@ -267,7 +267,7 @@ def _refuse_consolidated_elsewhere(folder: Path, chosen: str, load_format: str) 
 
 
 def _root_names(folder: Path) -> list[str]:
-    """What is directly in the folder and not hidden, links that lead nowhere included: what glob would find."""
+    """What glob would find directly in the folder: no hidden names, but broken links too."""
     try:
         return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=natural_key)
     except OSError:
@@ -368,7 +368,7 @@ def _is_inside(place: str) -> bool:
 
 
 def _module_weights(folder: Path, modules: Mapping[str, str]) -> Iterator[str]:
-    """The first of each module's files that is there, as vLLM looks for it. Another Transformer is another model."""
+    """The files of weights of each module. A second Transformer is another model, so it is left out."""
     for place, kind in modules.items():
         if kind.rpartition(".")[2] != _TRANSFORMER:
             names = (f"{place}/{name}" for name in _MODULE_WEIGHTS)

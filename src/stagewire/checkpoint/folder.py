@@ -1,6 +1,6 @@
-"""A model's folder as vLLM would serve it: configuration, files, tensors, and what is odd about them, read once.
+"""Reads a model's folder once, as vLLM would serve it: configuration, files, tensors, and warnings about them.
 
-`stagewire plan`, the validator, the export and a stage's start ask here, so that they have one opinion.
+`stagewire plan`, the validator, the export and a stage's start all use this module, so they agree on a folder.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from stagewire.plan.ranges import LayerRange
 __all__ = ["Checkpoint", "read_checkpoint"]
 
 _MAX_NAMED = 3
-# Of AWQ and GPTQ, from before config.json had the like. vLLM looks for them when it is told the method.
+# Older AWQ and GPTQ checkpoints have these instead of quantization_config. vLLM reads them only with --quantization.
 _OLD_QUANTIZATION = ("quant_config.json", "quantize_config.json")
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``index`` is ``None`` without safetensors. ``quantization_file``: one of the older kind, beside config.json.
+    """One model's folder. ``index`` is ``None`` without safetensors.
 
-    ``warnings``: a sentence each, for people.
+    ``quantization_file``: one of ``_OLD_QUANTIZATION``, if config.json describes no quantization. ``warnings``: one
+    sentence each.
     """
 
     folder: Path
@@ -43,7 +44,7 @@ class Checkpoint:
 
     @property
     def unbuilt(self) -> tuple[TensorInfo, ...]:
-        """What vLLM's model of this depth does not have, and so nobody reads: layers that only draft."""
+        """The tensors that vLLM's model of this depth does not have (layers that only draft). No stage reads them."""
         tensors = self.index.tensors.values() if self.index else ()
         return tuple(tensor for tensor in tensors if not is_built(tensor.name, self.shape.num_layers))
 
@@ -53,12 +54,12 @@ def read_checkpoint(folder: Path, flags: LoadFlags | None = None, *, layers: Lay
 
     Args:
         folder: a local model folder.
-        flags: what vLLM is told about reading it.
-        layers: of one stage, for which only the files with tensors of its own have to be there.
+        flags: vLLM's arguments about reading it.
+        layers: of one stage. Then only the files with tensors of this stage have to be there.
 
     Raises:
         ConfigError: as ``read_config``, ``checkpoint_files`` and ``read_index`` do, and for an index that places
-            tensors, without which there is no such model, in files that do not hold them.
+            tensors that the model needs in files that do not hold them (``check_absent``).
     """
     flags = flags or LoadFlags()
     config, path = read_config(folder, flags), config_path(folder, flags)
@@ -102,7 +103,7 @@ def _describe_odd(
         )
     yield from _describe_format(files)
     yield from _describe_copies(files, index)
-    if not files.missing and not (files.folder / MANIFEST_NAME).is_file():  # a part of a model has part of a head
+    if not files.missing and not (files.folder / MANIFEST_NAME).is_file():  # a part of a model may have no head
         yield from _describe_head(files, shape, index)
 
 
@@ -116,7 +117,7 @@ def _describe_format(files: CheckpointFiles) -> Iterator[str]:
 
 
 def _describe_copies(files: CheckpointFiles, index: CheckpointIndex) -> Iterator[str]:
-    """Of a copy that does not count vLLM's own loader would read the last."""
+    """Warns of tensors in several files. vLLM's own loader would read the last copy."""
     odd = [(name, copies) for name, copies in index.copies.items() if name not in files.weight_map]
     stale = [(name, copies) for name, copies in index.copies.items() if name in files.weight_map]
     for found, why in ((odd, "vLLM's order of files"), (stale, str(files.index_name))):

@@ -1,4 +1,4 @@
-"""What a stage takes of its machine: weights in memory and KV cache per token. From headers and config.json; pure."""
+"""The memory that a stage needs: weights, and KV cache per token. Computed from headers and config.json; pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 _ITEM_BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "fp8": 1}
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-# Those of vLLM's CacheDType whose size is one number per element. The others add scales to each head or token.
+# The names in vLLM's CacheDType with one fixed size per element. The others add scales to each head or token.
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _CAST_WITH_THE_MODEL = frozenset(("F64", "F32", "F16", "BF16"))
@@ -36,7 +36,7 @@ _CAST_WITH_THE_MODEL = frozenset(("F64", "F32", "F16", "BF16"))
 
 @dataclass(frozen=True)
 class Dtype:
-    """``name`` is for people."""
+    """A type of numbers and its bytes per element. ``name`` is for display only."""
 
     name: str
     item_bytes: int
@@ -44,11 +44,11 @@ class Dtype:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Sums over any range of layers in constant time, as the optimiser asks for thousands of them.
+    """Sums over any range of layers in constant time, because the optimiser needs thousands of them.
 
-    ``weights``, ``kv``, ``states`` are running sums over the layers: bytes, bytes per token, layers with constant
-    state. ``every``, ``first``, ``last`` are bytes of tensors outside the layers, ``both`` those among ``first`` and
-    ``last`` which a stage that is both has once.
+    ``weights``, ``kv`` and ``states`` are running sums over the layers: bytes, bytes per token, layers with constant
+    state. ``every``, ``first`` and ``last`` are bytes of the tensors outside the layers that every stage, the first
+    stage and the last stage own. ``both`` are the bytes that ``first`` and ``last`` share.
     """
 
     weights: Sequence[int]
@@ -60,7 +60,7 @@ class Footprint:
     both: int
 
     def weight_bytes(self, start: int, end: int) -> int:
-        """Of the stage with layers start to end - 1, ends of the model included, in memory."""
+        """Bytes in memory of a stage with layers ``start`` to ``end - 1``, with the tensors outside the layers."""
         is_first, is_last = start == 0, end == len(self.weights) - 1
         ends = self.first * is_first + self.last * is_last - self.both * (is_first and is_last)
         return self.every + ends + self.weights[end] - self.weights[start]
@@ -73,8 +73,10 @@ class Footprint:
 
 
 def served_dtype(shape: ModelShape, option: str) -> Dtype:
-    """What vLLM computes in. Under ``auto`` a float32 checkpoint is served in 16 bits, in bfloat16 where the device
-    has it (``_resolve_auto_dtype``, vllm/config/model.py), and so is one that does not name its dtype.
+    """The type in which vLLM computes, for ``--dtype`` ``option``.
+
+    Under ``auto``, vLLM serves a float32 checkpoint, and one that does not name its dtype, in 16 bits: in bfloat16
+    where the device has it (``_resolve_auto_dtype``, vllm/config/model.py).
     """
     if option != "auto":
         return Dtype(option, _ITEM_BYTES[option])
@@ -84,9 +86,11 @@ def served_dtype(shape: ModelShape, option: str) -> Dtype:
 
 
 def kv_cache_dtype(config: Mapping[str, Any], served: Dtype, option: str) -> Dtype:
-    """What vLLM stores keys and values in. ``auto`` is the served dtype, unless the checkpoint was quantized with a
-    KV cache of its own (``get_kv_cache_quant_algo_string``, vllm/utils/torch_utils.py; attention.py for
-    compressed-tensors). Raises ``ConfigError`` for such a one that is not fp8.
+    """The type in which vLLM stores keys and values, for ``--kv-cache-dtype`` ``option``.
+
+    ``auto`` is the served dtype, unless the checkpoint's quantization names a type for the KV cache
+    (``get_kv_cache_quant_algo_string``, vllm/utils/torch_utils.py; attention.py for compressed-tensors).
+    Raises ``ConfigError`` if the checkpoint names another type than fp8.
     """
     if option != "auto":
         return Dtype(option, 1 if option.startswith("fp8") else _ITEM_BYTES[option])
@@ -102,9 +106,10 @@ def kv_cache_dtype(config: Mapping[str, Any], served: Dtype, option: str) -> Dty
 
 
 def measure(index: CheckpointIndex, shape: ModelShape, layout: KvLayout, dtype: Dtype | None, kv: Dtype) -> Footprint:
-    """``dtype``: what the weights are cast to; ``None`` for a quantized checkpoint, whose tensors stay what they are.
+    """The footprint of a checkpoint.
 
-    ``kv`` counts are 0 throughout when the layout does not know its sizes.
+    ``dtype``: the type to which the weights are cast; ``None`` for a quantized checkpoint, whose tensors keep theirs.
+    ``kv``: the type of the KV cache. If the layout does not know the sizes of its caches, they count as 0 bytes.
     """
     shared = shares_embedding(index, shape)
     layers, ends = [0] * shape.num_layers, {"every": 0, "first": 0, "last": 0, "both": 0}
@@ -128,7 +133,7 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
 
 
 def _owners(name: str, shared_embedding: bool) -> tuple[str, ...]:
-    """Of a tensor outside the decoder's layers, by asking for the first, a middle and the last stage of three."""
+    """The owners of a tensor outside the decoder's layers, found with a pipeline of three stages."""
     first, middle, last = (owns(name, LayerRange(i, i + 1), 3, shared_embedding=shared_embedding) for i in range(3))
     if middle:
         return ("every",)
@@ -142,7 +147,7 @@ def _bytes_in_memory(tensor: TensorInfo, dtype: Dtype | None) -> int:
 
 
 def _own_kv_algorithm(config: Mapping[str, Any]) -> str | None:
-    """``fp8`` or another name; ``None`` when the checkpoint has no say in it."""
+    """The type that the checkpoint names for the KV cache, such as ``fp8``; ``None`` if it names none."""
     quantization = _quantization(config)
     if quantization is None:
         return None
@@ -157,7 +162,7 @@ def _own_kv_algorithm(config: Mapping[str, Any]) -> str | None:
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """At the top level or, of a multimodal model, in its language model (``get_quantization_config`` in vLLM)."""
+    """The quantization settings, at the top level or in the language model's (``get_quantization_config`` in vLLM)."""
     found = (section.get(key) for section in (config, language_settings(config)) for key in _QUANTIZATION_KEYS)
     return next((value for value in found if isinstance(value, dict) and value), None)
 

@@ -1,6 +1,6 @@
-"""A sharded checkpoint on a model hub: of its weight files, only those that hold tensors of one stage.
+"""Downloads from a sharded checkpoint on a model hub only the weight files that hold tensors of one stage.
 
-Only names matter: the hub's index says which file holds which tensor. Imports huggingface_hub when it is used.
+The hub's index says which file holds which tensor. Imports huggingface_hub only inside its functions.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["download_own", "find_file", "with_config_folder"]
 
 
 def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None = None) -> Path | None:
-    """Path of one small file in the local cache, downloaded if need be; ``None`` when the repository has none.
+    """The path of one small file in the local cache, downloaded if needed; ``None`` when the repository has none.
 
-    Its folder's name is the commit. Raises ``ConfigError`` when the hub does not know or does not give it, or cannot be
-    reached and the cache has no copy.
+    The name of its folder is the commit. Raises ``ConfigError`` when the hub does not know the repository or the
+    revision, refuses access, or cannot be reached while the cache has no copy.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -32,12 +32,15 @@ def find_file(repo: str, revision: str | None, file: str, cache_dir: str | None 
         raise _not_to_be_had(repo, file, error) from error
     except EntryNotFoundError:
         return None
-    except HfHubHTTPError as error:  # among them: no such repository, no such revision, no right to read it
+    except HfHubHTTPError as error:  # such as no such repository, no such revision, no right to read it
         raise _not_to_be_had(repo, file, error) from error
 
 
 def with_config_folder(flags: LoadFlags, revision: str | None) -> LoadFlags:
-    """``flags`` with a folder as ``hf_config_path``, where that is a name on a hub. Raises as ``find_file``."""
+    """``flags`` with a local folder as ``hf_config_path``, if that names a repository on a hub.
+
+    Raises ``ConfigError`` as ``find_file`` does, and when the repository has no configuration.
+    """
     repo = flags.hf_config_path
     if repo is None or Path(repo).expanduser().is_dir():
         return flags
@@ -63,9 +66,10 @@ def download_own(
     choose: Callable[[Sequence[str]], Iterable[str]],
     index_name: str = INDEX_NAME,
 ) -> tuple[Path, dict[str, str]] | None:
-    """The folder with the files that hold the tensors that ``choose`` picks from all names; each one's file in it.
+    """Downloads the files that hold the tensors that ``choose`` picks from all names.
 
-    ``None`` when the repository has no safetensors index: there is nothing to choose from.
+    Returns the folder, and each chosen tensor's file in it; ``None`` when the repository has no safetensors index.
+    Raises ``ConfigError`` as ``find_file`` does.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint, from its safetensors headers: names, types, sizes, files. Never a byte of a weight.
+"""Reads the tensors of a checkpoint from its safetensors headers: names, types, sizes, files. Reads no weights.
 
-Sizes are checked before memory is taken, and every header against its file's length, so that a download that was cut
-short is refused here, before any stage starts to load.
+Sizes are checked before memory is taken. Every header is checked against its file's length, so that an incomplete
+download is refused before any stage starts to load.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-# Who saved it, with what, from where. The dtype is among them because the tensors carry their own, the key was renamed
-# in transformers 5, and the handshake compares the dtype that is served.
+# Fields of config.json that do not change the model: who saved it, with what, from where. The dtype is among them,
+# because each tensor has its own, transformers 5 renamed the key, and the handshake compares the served dtype.
 _SAVED_BY = ("_name_or_path", "_model_name_or_path", "_commit_hash", "_attn_implementation_autoset")
 _BOOKKEEPING = frozenset((*_SAVED_BY, "transformers_version", "use_cache", "dtype", "torch_dtype"))
-# Here a dtype is part of the format.
+# In this section a dtype is part of the format, so it is hashed whole.
 _KEPT_WHOLE = "quantization_config"
 _FINGERPRINT_DIGITS = 16
 
 
-class TensorInfo(NamedTuple):  # 50,000 of these are nothing unusual, and made in a third of a dataclass's time
+class TensorInfo(NamedTuple):  # made in a third of a dataclass's time; a checkpoint may have 50,000 tensors
     """One tensor. ``dtype`` is safetensors' name ("BF16"); ``file`` is relative to the model's folder.
 
     Its bytes are ``offset`` to ``offset + num_bytes`` of that file.
@@ -70,12 +70,12 @@ class TensorInfo(NamedTuple):  # 50,000 of these are nothing unusual, and made i
 class CheckpointIndex:
     """Every tensor of a checkpoint by name, in the order of the files and of their data.
 
-    ``total_bytes`` is of the weights alone, ``header_bytes`` what was read of the files to know that. ``absent``: what
-    the index places in a file that does not hold it, which vLLM minds only when the model needs it. ``copies``: of a
-    tensor that several files hold, the files, the one that counts first.
+    ``total_bytes`` is the size of the weights, ``header_bytes`` that of the headers that were read. ``absent``: tensors
+    that the index places in a file that does not hold them; vLLM fails only if the model needs them. ``copies``: for
+    each tensor in several files, those files, with the one that counts first.
 
-    ``beside``: names of tensors in the folder's other *.safetensors, hidden ones too; ``unreadable``: those of them
-    without a readable header. No weights come from there, but vLLM looks there too for a head of its own.
+    ``beside``: names of tensors in the folder's other *.safetensors, hidden ones included. ``unreadable``: those of
+    these files that have no readable header. vLLM reads no weights from them, but looks there for a ``lm_head.weight``.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -90,14 +90,14 @@ class CheckpointIndex:
 def read_index(model_dir: Path, load_format: str = "auto") -> CheckpointIndex | None:
     """The tensors of the checkpoint's files (``files.checkpoint_files``), each from the file that counts.
 
-    ``None`` when the folder holds no safetensors at all. Raises ``ConfigError``, naming file and tensor, for a shard
-    that is missing, malformed or cut short, and for a tensor that two files hold in two shapes.
+    ``None`` when the checkpoint is not in safetensors. Raises ``ConfigError``, naming file and tensor, for a shard that
+    is missing, malformed or cut short, and for a tensor that two files hold in two shapes without an index.
     """
     return read_tensors(checkpoint_files(model_dir, load_format))
 
 
 def read_tensors(files: CheckpointFiles, *, is_part: bool = False) -> CheckpointIndex | None:
-    """As ``read_index``, of files that are known already. ``is_part``: of those that are there, if any is missing."""
+    """As ``read_index``, for files that are known already. With ``is_part``, missing files are left out."""
     if not files.weights or not files.is_safetensors:
         return None
     if not is_part:
@@ -111,38 +111,38 @@ def read_tensors(files: CheckpointFiles, *, is_part: bool = False) -> Checkpoint
 def read_files(folder: Path, files: Sequence[str], weight_map: Mapping[str, str] | None = None) -> CheckpointIndex:
     """The tensors of these safetensors files (names relative to ``folder``).
 
-    Of a tensor in several files the one counts that ``weight_map`` names; where it names none, the last in vLLM's
-    order, which vLLM reads after the others. Raises ``ConfigError`` as ``read_index`` does.
+    If several files hold a tensor, the file that ``weight_map`` names counts. If it names none, the last file in vLLM's
+    order counts, because vLLM reads it after the others. Raises ``ConfigError`` as ``read_index`` does.
     """
     return _read_shards(folder, sorted(files, key=natural_key), weight_map or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself (``{"format": "pt"}``), empty if nothing. Raises as ``read_index``."""
+    """The metadata of a safetensors file (``{"format": "pt"}``); empty without any. Raises as ``read_index`` does."""
     metadata = _read_header(path)[0].get("__metadata__")
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def fingerprint(model_dir: Path, flags: LoadFlags | None = None) -> str:
-    """`fingerprint_of` the checkpoint in a folder. Raises as ``read_model_shape`` and ``read_index``."""
+    """`fingerprint_of` the checkpoint in a folder. Raises ``ConfigError`` as ``read_config`` and ``read_index`` do."""
     files = checkpoint_files(model_dir, flags.load_format if flags else "auto")
     return fingerprint_of(files, read_tensors(files), flags)
 
 
 def fingerprint_of(files: CheckpointFiles, index: CheckpointIndex | None, flags: LoadFlags | None = None) -> str:
-    """16 hexadecimal digits that are equal exactly when two folders hold the same model, as far as headers tell.
+    """16 hexadecimal digits, equal exactly when configuration and headers of two folders describe the same model.
 
-    Hashed are config.json without the fields that do not change the model, and the sorted (name, dtype, shape) of
-    every tensor: not the files they are in, so that a copy with other shards matches. Without safetensors (no
-    ``index``), the sorted names and sizes of the weight files instead. Nothing of the weights themselves is read: a
-    fine-tuned copy has its base model's fingerprint, and other samples (``checkpoint/samples.py``).
+    Hashed are config.json without the fields that do not change the model, and the sorted (name, dtype, shape) of every
+    tensor. Without safetensors (no ``index``), the names and sizes of the weight files are hashed instead. Which file
+    holds a tensor is not hashed, so a copy with other shards matches. Weights are not read: a fine-tuned copy has its
+    base model's fingerprint, but other samples (``checkpoint/samples.py``).
     """
     weights = _list_files(files) if index is None else _list_tensors(index)
     return _digest({"config": _without_bookkeeping(read_config(files.folder, flags)), "weights": weights})
 
 
 def config_fingerprint(model_dir: Path, flags: LoadFlags | None = None) -> str:
-    """As ``fingerprint``, of the configuration alone: what a folder with a part of the weights can tell too."""
+    """As ``fingerprint``, but of the configuration alone. A folder with a part of the weights has the same."""
     return _digest(_without_bookkeeping(read_config(model_dir, flags)))
 
 
@@ -177,7 +177,7 @@ def _read_beside(files: CheckpointFiles) -> tuple[frozenset[str], tuple[str, ...
 
 
 def _read_shard(model_dir: Path, file: str) -> tuple[list[TensorInfo], int]:
-    """The tensors of one file by their place in it, and where its data begins."""
+    """The tensors of one file in the order of their data, and where the data begins."""
     path = model_dir / file
     header, begins_at, file_bytes = _read_header(path)
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
@@ -195,7 +195,7 @@ def _read_shard(model_dir: Path, file: str) -> tuple[list[TensorInfo], int]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The JSON header, where the data begins, the file's size. Layout: 8 bytes length (little-endian), JSON, data."""
     try:
-        # Unbuffered, and without the system's reading ahead, which would fetch weights that nobody asked for.
+        # Neither a buffer nor the system's read-ahead may fetch weights that no stage asked for.
         with path.open("rb", buffering=0) as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -204,7 +204,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             header = json.loads(_read_exactly(stream, length))
     except FileNotFoundError as error:
         raise ConfigError(f"shard {path} is missing; is the download complete?") from error
-    except ConfigError:  # it is a ValueError too, as which it would be caught below
+    except ConfigError:  # also a ValueError, which is caught below
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} has no readable safetensors header ({error}); download it again") from error
@@ -214,7 +214,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _read_exactly(stream: IO[bytes], length: int) -> bytes:
-    """An unbuffered read may return less than was asked for."""
+    """Reads until ``length`` bytes have come, because an unbuffered read may return less."""
     parts = []
     while length:
         part = stream.read(length)
@@ -239,7 +239,7 @@ def _check_header_length(path: Path, length: int, file_bytes: int) -> None:
 
 
 def _read_tensor(path: Path, file: str, name: str, entry: Any, begins_at: int) -> TensorInfo:
-    """``begins_at``: where the file's data begins, which the header's offsets count from."""
+    """``begins_at``: where the file's data begins. The header's offsets count from there."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -259,7 +259,7 @@ def _are_sizes(numbers: object) -> bool:
 def _merge_shards(
     shards: Sequence[Sequence[TensorInfo]], weight_map: Mapping[str, str]
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, ...]]]:
-    """Each tensor by name, in the order of the files, and the files of those that are in several."""
+    """Each tensor by name, in the order of the files, and the files of tensors that are in several."""
     everything = [tensor for shard in shards for tensor in shard]
     tensors = {tensor.name: tensor for tensor in everything}
     if len(tensors) == len(everything):

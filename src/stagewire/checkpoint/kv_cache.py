@@ -1,10 +1,12 @@
-"""What each layer keeps of a request: KV cache, constant state, or a neighbour's cache. From config.json alone; pure.
+"""What each layer keeps of a request (KV cache, constant state, another layer's cache), and which splits that allows.
 
-Four rules for a split follow, and all are stock vLLM's. A stage needs a layer of every kind that the model has: block
-size, layout and order of rows come from the kinds that a process holds, and the stages must agree on them. Layers that
-share a cache need one process: vLLM looks the target's up by name in its own. And so do layers between which a model
-skips by a variable of its own (Solar): what it keeps does not travel. Last, some models with experts refuse to be built
-without any, so that a stage may not have dense layers alone.
+Computed from config.json alone; pure. Stock vLLM forces four rules on a split:
+
+- A stage needs a layer of every kind that the model has. A process derives block size, layout and order of rows from
+  the kinds of its layers, and the stages must agree on them.
+- Layers that share a cache must be in one process, because vLLM looks the cache up by the layer's name.
+- The ends of a skip connection (Solar) must be in one process, because the model keeps it in a variable of its own.
+- Some models with experts cannot be built from dense layers alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = [
 
 
 class Kind(Flag):
-    """What a layer keeps. Zamba2's and Falcon-H1's layers keep both, an MLP layer of Nemotron-H nothing."""
+    """What a layer keeps. Layers of Zamba2 and Falcon-H1 keep both, MLP layers of Nemotron-H nothing."""
 
     NOTHING = 0
     ATTENTION = auto()
@@ -44,8 +46,9 @@ class Kind(Flag):
 _BOTH = Kind.ATTENTION | Kind.STATE
 _KIND_NAMES = {Kind.ATTENTION: "KV cache", Kind.STATE: "Mamba, linear attention or convolution"}
 
-# As layer_types, layers_block_type and hybrid_override_pattern spell them: transformers' ALLOWED_ATTN_LAYER_TYPES with
-# the legacy names it translates (configuration_utils.py), and vLLM's _ATTENTION_LAYER_TYPES (vllm/config/model.py).
+# The words in layer_types, layers_block_type and hybrid_override_pattern: transformers' ALLOWED_ATTN_LAYER_TYPES with
+# the legacy names that it translates (configuration_utils.py), and vLLM's _ATTENTION_LAYER_TYPES
+# (vllm/config/model.py).
 _WORDS_OF_KIND = {
     Kind.ATTENTION: """attention full_attention sliding_attention chunked_attention indexed_attention
         deepseek_sparse_attention qwen_sparse_attention compressed_sparse_attention heavily_compressed_attention
@@ -61,22 +64,22 @@ _MODEL_TYPES = {
         glm5_next_text olmo_hybrid""",
     # One KV head unless config.json says otherwise.
     "multi-query": "falcon RefinedWeb RefinedWebModel gpt_bigcode",
-    # vLLM's is_deepseek_mla (model_arch_config_convertor.py) without the drafters: one latent vector per token.
+    # One latent vector per token: vLLM's is_deepseek_mla (model_arch_config_convertor.py) without the drafters.
     "MLA": """axk1 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 deepseek_v41 dots3_note glm5_next glm5_next_text
         glm_moe_dsa glm4_moe_lite kimi_k2 kimi_linear longcat_flash pangu_ultra_moe bailing_hybrid hy_v4""",
-    # Their classes in vLLM raise when the layers of a process have no experts.
+    # vLLM's classes of these raise when the layers of a process have no experts.
     "experts": """afmoe glm4_moe glm4_moe_lite hy_v3 pangu_ultra_moe PanguProMoE param2moe qwen3_moe qwen3_next
         sarvam_mla step3p5""",
 }
 _STATE_ONLY_TYPES, _EVERY_FOURTH, _MULTI_QUERY_TYPES, _MLA_TYPES, _EXPERT_TYPES = (
     frozenset(types.split()) for types in _MODEL_TYPES.values()
 )
-# Caches of other shapes than one formula gives: sparse attention's index, compressed or per-kind heads.
+# Keys of models whose caches the formula does not fit: an index for sparse attention, compressed or per-kind heads.
 _OTHER_SHAPES = (
     *("index_topk", "indexer_n_heads", "compress_ratios", "sparse_attention_config", "swa_head_dim"),
     *("swa_num_key_value_heads", "local_layer_ids", "is_encoder_decoder"),
 )
-# vLLM's get_total_num_kv_heads, in its order; without any, as many as attention heads.
+# The order is that of vLLM's get_total_num_kv_heads. Without any of them, there are as many as attention heads.
 _KV_HEADS_KEYS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups")
 _HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
@@ -85,8 +88,10 @@ _HEAD_DIM_KEYS = ("head_dim", "hidden_size_per_head", "attention_head_dim")
 
 @dataclass(frozen=True)
 class KvLayer:
-    """``shares``: the earlier layer whose cache this one uses. ``elements_per_token``: numbers that it caches of each
-    token, keys and values together, 0 for a sharer and a layer without attention; ``None`` when not known.
+    """What one layer keeps. ``shares``: the earlier layer whose cache it uses.
+
+    ``elements_per_token``: how many numbers it caches per token, keys and values together; 0 for a layer that shares or
+    has no attention; ``None`` when not known.
     """
 
     kind: Kind
@@ -96,10 +101,10 @@ class KvLayer:
 
 @dataclass(frozen=True)
 class KvLayout:
-    """Every layer of a model. ``unknown``: why the size of its KV cache is not known, ``None`` when it is.
+    """Every layer of a model. ``unknown``: why the size of its KV cache is not known, ``None`` when it is known.
 
-    ``skips``: pairs of layers; what the hidden states are before the first is used again before the second.
-    ``experts``: the layers that have some, where every stage needs one; else ``None``.
+    ``skips``: pairs of layers; the model keeps the hidden states before the first and uses them before the second.
+    ``experts``: the layers with experts, if every stage needs one; else ``None``.
     """
 
     layers: tuple[KvLayer, ...]
@@ -116,14 +121,14 @@ class KvLayout:
         return [i for i, layer in enumerate(self.layers) if kind in layer.kind]
 
     def cut_sharers(self, boundary: int) -> list[int]:
-        """The layers from ``boundary`` on whose cache belongs to a layer before it."""
+        """The layers from ``boundary`` on that use the cache of a layer before it."""
         return [i for i, layer in enumerate(self.layers) if layer.shares is not None and layer.shares < boundary <= i]
 
     def cut_skips(self, boundary: int) -> list[tuple[int, int]]:
         return [skip for skip in self.skips if skip[0] < boundary <= skip[1]]
 
     def rule(self) -> Callable[[int, int], bool]:
-        """Whether one stage may own layers start to end - 1, as fast as the optimiser asks."""
+        """A function that says in constant time whether one stage may own layers ``start`` to ``end - 1``."""
         counts = [_running([kind in layer.kind for layer in self.layers]) for kind in self.kinds]
         boundaries = range(len(self.layers) + 1)
         can_cut = [not self.cut_sharers(boundary) and not self.cut_skips(boundary) for boundary in boundaries]
@@ -138,7 +143,7 @@ class KvLayout:
 
 
 def read_layout(config: Mapping[str, Any]) -> KvLayout:
-    """The layers that a parsed config.json describes. Raises ``ConfigError`` when it names no depth."""
+    """The layers that a parsed config.json describes. Raises ``ConfigError`` when it does not name the depth."""
     model = _read_model(config)
     kinds = _read_kinds(model)
     targets = _read_targets(model)
@@ -147,7 +152,7 @@ def read_layout(config: Mapping[str, Any]) -> KvLayout:
     if unknown is None and None in counts:
         unknown = "config.json does not name heads and head size as other models do"
     layers = tuple(
-        # An unknown word is no reason to refuse a split: then every layer counts as everything.
+        # An unknown word is no reason to refuse a split. Then every layer counts as both kinds.
         KvLayer(_BOTH if kind is None or None in kinds else kind, targets.get(i), None if unknown else counts[i])
         for i, kind in enumerate(kinds)
     )
@@ -155,22 +160,24 @@ def read_layout(config: Mapping[str, Any]) -> KvLayout:
 
 
 def check_own_kv(config: Mapping[str, Any], layers: LayerRange) -> list[str]:
-    """What is wrong with one stage's range, as far as that stage can tell; an empty list when nothing is."""
+    """The problems of one stage's range, as far as that stage can tell; empty when there are none."""
     layout = read_layout(config)
     own = {_describe(layers): layers}
     return [*_missing_kinds(layout, own), *_missing_experts(layout, own), *_cuts(layout, own)]
 
 
 def find_kv_problems(layout: KvLayout, ranges: Sequence[LayerRange]) -> list[str]:
-    """Every stage without a kind of layer, every boundary that cuts layers which share a cache."""
+    """The problems of a split: stages without a kind of layer or without experts, and boundaries that cut layers apart
+    that share a cache or are ends of a skip connection.
+    """
     stages = {f"stage {stage} with {_describe(layers)}": layers for stage, layers in enumerate(ranges)}
     return [*_missing_kinds(layout, stages), *_missing_experts(layout, stages), *_cuts(layout, stages)]
 
 
 def fitting_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...]] | None:
-    """The valid split into as many stages that keeps most of ``ranges``, and what was kept.
+    """The valid split into as many stages that keeps most of ``ranges``, after words for what was kept.
 
-    ``None`` when the model cannot be split into so many.
+    ``None`` when the model cannot be split into so many stages.
     """
     valid = list(repairs(ranges, len(layout.layers)))
     for kept, split in valid[:-1]:  # the last is the even one
@@ -180,7 +187,7 @@ def fitting_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, 
 
 
 def _repair_kv(layout: KvLayout, split: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...]] | None:
-    """Boundaries that somebody chose are moved as little as possible; an even split has none to keep."""
+    """Moves chosen boundaries as little as possible. For an even split, returns the most even split that works."""
     num_layers, count = len(layout.layers), len(split)
     if tuple(split) == split_evenly(num_layers, count):
         found = most_even_split(layout, count)
@@ -191,12 +198,15 @@ def _repair_kv(layout: KvLayout, split: Sequence[LayerRange]) -> tuple[str, tupl
 
 
 def most_even_split(layout: KvLayout, num_stages: int) -> tuple[LayerRange, ...] | None:
-    """vLLM's own split if the layout allows it, else the one with the smallest largest stage."""
+    """vLLM's own split if the layout allows it, else the allowed one whose largest stage is smallest.
+
+    ``None`` when the layout allows no split into so many stages.
+    """
     return best_split(len(layout.layers), num_stages, lambda stage, start, end: end - start, layout.rule())
 
 
 def check_kv(layout: KvLayout, ranges: Sequence[LayerRange]) -> None:
-    """Raises ``ConfigError`` with all of ``find_kv_problems``, and a split that works if there is one."""
+    """Raises ``ConfigError`` with all of ``find_kv_problems`` and, if there is one, a split that works."""
     problems = find_kv_problems(layout, ranges)
     if not problems:
         return
@@ -208,7 +218,8 @@ def check_kv(layout: KvLayout, ranges: Sequence[LayerRange]) -> None:
 def advise_split(layout: KvLayout, ranges: Sequence[LayerRange]) -> tuple[str, tuple[LayerRange, ...] | None]:
     """What to give instead of ``ranges``: a line with ranges to paste, and those ranges.
 
-    When the model cannot have so many stages the line says how many it can, with ranges for them, and that is all.
+    When so many stages are not possible, the line names the largest possible number with its ranges, and the second
+    value is ``None``.
     """
     found = fitting_split(layout, ranges)
     if found is not None:
@@ -252,7 +263,10 @@ def _missing_experts(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iter
 
 
 def _cuts(layout: KvLayout, stages: Mapping[str, LayerRange]) -> Iterator[str]:
-    """One problem for each boundary, named by the stage that starts there, else by the one that ends there."""
+    """One problem for each group of layers that a boundary cuts apart.
+
+    The message names the stage that starts at the boundary, or else the stage that ends there.
+    """
     ends = {layers.end: f"{name}: the end {layers.end}" for name, layers in stages.items()}
     starts = {layers.start: f"{name}: the start {layers.start}" for name, layers in stages.items()}
     for boundary, name in sorted((ends | starts).items()):
@@ -290,7 +304,7 @@ def _running(flags: Sequence[bool]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Model:
-    """``words``: one for the kind of each layer, where config.json has them. ``types``: of all its sections."""
+    """``words``: one for the kind of each layer, if config.json has them. ``types``: model_type of each section."""
 
     settings: Mapping[str, Any]
     types: frozenset[str]
@@ -307,7 +321,7 @@ class _Model:
         return any(name.startswith("gemma4") for name in self.types)
 
     def count(self, *keys: str, default: int | None = None) -> int | None:
-        """The first of these settings that is there; ``default`` when none is, or it is no positive whole number."""
+        """The first of these settings that is set, else ``default``. ``None`` if that is no positive whole number."""
         return _first_count(self.settings, keys, default)
 
 
@@ -320,7 +334,7 @@ def _read_model(config: Mapping[str, Any]) -> _Model:
 
 
 def _layer_words(settings: Mapping[str, Any], num_layers: int) -> tuple[str, ...] | None:
-    """Longer lists (Step-3.5) go on with drafting layers."""
+    """The word of each layer. A longer list (Step-3.5) ends with drafting layers, which are left out."""
     for key in ("layers_block_type", "layer_types", "hybrid_override_pattern"):
         words = settings.get(key)
         if isinstance(words, list | str) and len(words) >= num_layers:
@@ -329,7 +343,7 @@ def _layer_words(settings: Mapping[str, Any], num_layers: int) -> tuple[str, ...
 
 
 def _read_kinds(model: _Model) -> list[Kind | None]:
-    """Of each layer; ``None`` for a word that is not known."""
+    """The kind of each layer; ``None`` for a word that is not known."""
     if model.types & _STATE_ONLY_TYPES:
         return [Kind.STATE] * model.num_layers
     if "falcon_h1" in model.types:
@@ -343,7 +357,7 @@ def _read_kinds(model: _Model) -> list[Kind | None]:
 
 
 def _attention_rule(model: _Model) -> Callable[[int], bool]:
-    """Which layers have attention, where config.json gives a rule or the class of its model has one by default.
+    """Whether a layer has attention, by the rule in config.json or the default of the model's class.
 
     Sources: each model's config class in transformers; bailing_moe_linear.py and bailing_moe_v3.py in vLLM.
     """
@@ -372,7 +386,7 @@ def _attention_rule(model: _Model) -> Callable[[int], bool]:
 
 
 def _searched_blocks(model: _Model) -> list[Any] | None:
-    """Nemotron-NAS: an architecture search chose each layer's attention, or none."""
+    """The blocks of Nemotron-NAS, where an architecture search chose each layer's attention; ``None`` elsewhere."""
     blocks = model.settings.get("block_configs")
     if not isinstance(blocks, list) or len(blocks) < model.num_layers:
         return None
@@ -385,7 +399,7 @@ def _skips_attention(block: Mapping[str, Any]) -> bool:
 
 
 def _read_targets(model: _Model) -> dict[int, int]:
-    """Of each layer that uses another's cache, that layer: gemma3n.py and gemma4.py in vLLM's models."""
+    """For each layer that uses another layer's cache, that layer (gemma3n.py and gemma4.py in vLLM's models)."""
     if not (model.is_gemma3n or model.is_gemma4):
         return {}
     first = model.num_layers - (model.count("num_kv_shared_layers", default=15 if model.is_gemma3n else None) or 0)
@@ -400,8 +414,10 @@ def _read_targets(model: _Model) -> dict[int, int]:
 
 
 def _read_skips(model: _Model) -> tuple[tuple[int, int], ...]:
-    """Solar's block skip connections (solar.py in vLLM's models): kept before the layers of bskcn_1, used before those
-    of bskcn_3; another pair of lists likewise.
+    """Solar's block skip connections (solar.py in vLLM's models).
+
+    The model keeps the hidden states before the layers of bskcn_1 and uses them before those of bskcn_3, likewise for
+    bskcn_2 and bskcn_4.
     """
     pairs = []
     for kept_key, used_key in (("bskcn_1", "bskcn_3"), ("bskcn_2", "bskcn_4")):
@@ -413,7 +429,7 @@ def _read_skips(model: _Model) -> tuple[tuple[int, int], ...]:
 
 
 def _read_experts(model: _Model) -> frozenset[int] | None:
-    """As the models in vLLM read it; ``None`` where a stage may do without."""
+    """The layers with experts, as vLLM's models read it; ``None`` if a stage needs none."""
     if not model.types & _EXPERT_TYPES:
         return None
     settings, layers = model.settings, range(model.num_layers)
@@ -429,7 +445,10 @@ def _read_experts(model: _Model) -> frozenset[int] | None:
 
 
 def _gemma_words(model: _Model) -> tuple[str, ...]:
-    """As their config classes complete them; Gemma4's last layer has full attention, whatever was written."""
+    """The word of each layer, with the defaults of Gemma's config classes.
+
+    Gemma 4's last layer has full attention, whatever config.json says.
+    """
     period = 5 if model.is_gemma3n else 6
     defaults = ("sliding_attention" if (i + 1) % period else "full_attention" for i in range(model.num_layers))
     words = model.words or tuple(defaults)
@@ -452,7 +471,7 @@ def _why_unknown(model: _Model, kinds: Sequence[Kind | None]) -> str | None:
 
 
 def _count_elements(model: _Model, kind: Kind | None, layer: int) -> int | None:
-    """2 * KV heads * head size, or MLA's one latent vector. Sliding layers count as full ones."""
+    """2 * KV heads * head size, or the size of MLA's latent vector. Sliding layers count as full ones."""
     if kind is None or Kind.ATTENTION not in kind:
         return 0
     if model.types & _MLA_TYPES and (rank := model.count("kv_lora_rank")) is not None:
@@ -464,8 +483,10 @@ def _count_elements(model: _Model, kind: Kind | None, layer: int) -> int | None:
 
 
 def _layer_overrides(model: _Model, layer: int) -> Mapping[str, Any]:
-    """What config.json says of one layer alone. transformers 5 writes it as per_layer_config ("05": {...}); the
-    Gemma4 checkpoints before have global_head_dim, for the layers with full attention.
+    """The settings that config.json has for one layer alone.
+
+    transformers 5 writes them as per_layer_config ("05": {...}). Older Gemma 4 checkpoints have global_head_dim, for
+    the layers with full attention.
     """
     written = model.settings.get("per_layer_config")
     if isinstance(written, dict):

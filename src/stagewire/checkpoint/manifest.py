@@ -1,7 +1,8 @@
-"""A stage's own folder, cut out of a checkpoint beforehand: what its ``stagewire.json`` says, and whether that holds.
+"""The manifest ``stagewire.json`` of a pre-split stage's folder: what it says, and whether the folder agrees with it.
 
-Reads and judges; ``checkpoint/export_writer.py`` writes. Standard library only. A manifest has a checksum of itself, so
-that a layer range that was edited by hand is noticed; an unfinished one says so, and nothing else.
+Encodes, reads and checks manifests; ``checkpoint/export_writer.py`` writes them. Standard library only. A manifest has
+a checksum of itself, so that a layer range that was edited by hand is noticed. The manifest of an unfinished export
+says that, and has no files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _CHECKSUM = "checksum"
 _MAX_MANIFEST_BYTES = 16_000_000
 _ID_DIGITS = 16
 _CHUNK_BYTES = 1 << 20
-# Small, and what the numbers of the model hang on: hashed whenever the folder is used, not only by --verify.
+# A small file on which the model's numbers depend, so it is hashed at every start and not only by --verify.
 _HASHED_AT_START = ("config.json",)
 
 
@@ -53,12 +54,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage folder is a part of. ``files``: name relative to the folder (``/``), without itself.
+    """A finished stage's folder and its place in the export.
 
-    ``source_fingerprint`` is ``index.fingerprint`` of the whole checkpoint: the folder's own would differ, as it has a
-    part of the tensors. ``export_id`` is equal on all stages of one export, and follows from the content.
-    ``source_samples`` and ``own_samples`` are `samples.sample_tensors`' digests of the source's weights and of this
-    stage's; empty in exports made before there were any.
+    ``files``: by name relative to the folder (``/``), without the manifest. ``source_fingerprint`` is
+    ``index.fingerprint`` of the whole checkpoint; the folder's own differs, because it has a part of the tensors.
+    ``export_id`` follows from the content and is equal on all stages of one export. ``source_samples`` and
+    ``own_samples`` are the digests of `samples.sample_weights` for the checkpoint and of `samples.sample_tensors` for
+    this stage; both are empty in older exports.
     """
 
     stage: int
@@ -77,7 +79,10 @@ def stage_folder(output_dir: Path, stage: int) -> Path:
 
 
 def derive_export_id(source_fingerprint: str, ranges: Sequence[LayerRange], files: Mapping[str, FileRecord]) -> str:
-    """16 hexadecimal digits over everything that was exported. ``files``: of all stages, ``stage_0/config.json``."""
+    """16 hexadecimal digits over everything that was exported.
+
+    ``files``: of all stages, with names such as ``stage_0/config.json``.
+    """
     hashes = [[name, record.num_bytes, record.sha256] for name, record in sorted(files.items())]
     content = [source_fingerprint, [str(layers) for layers in ranges], hashes]
     return hashlib.sha256(_canonical(content)).hexdigest()[:_ID_DIGITS]
@@ -104,7 +109,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def encode_unfinished(stage: int, num_stages: int) -> bytes:
-    """Written before a folder's first file, replaced after the last file of all stages."""
+    """The manifest of an unfinished export. It is written before a folder's first file, and replaced after the last
+    file of all stages.
+    """
     return _encode(
         {"format_version": FORMAT_VERSION, "complete": False, "stage": stage, "num_stages": num_stages, "files": {}}
     )
@@ -131,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def read_manifest_if_finished(folder: Path) -> Manifest | None:
-    """For those who are about to write it anew: nothing is refused."""
+    """`read_manifest` for the writer, which replaces whatever is there: ``None`` instead of an error."""
     try:
         return read_manifest(folder)
     except ConfigError:
@@ -139,7 +146,7 @@ def read_manifest_if_finished(folder: Path) -> Manifest | None:
 
 
 def read_export(output_dir: Path) -> list[Manifest]:
-    """The manifests of ``stage_0`` to the last in ``output_dir``, in order: one export, whole.
+    """The manifests of all stages of one whole export in ``output_dir``, in order.
 
     Raises ``ConfigError`` with every stage that is missing, unfinished, damaged, or of another export.
     """
@@ -169,11 +176,11 @@ def read_export(output_dir: Path) -> list[Manifest]:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Every file is there with its size, no other weights beside them, config.json unchanged. Reads no weights.
+    """Checks that every file is there with its size, config.json is unchanged, and no other weights are beside them.
 
-    Raises ``ConfigError`` naming the first file that differs, and both values.
+    Reads no weights. Raises ``ConfigError`` naming the first file that differs, with both values.
     """
-    for path in sorted(folder.glob("*.safetensors")):  # vLLM loads whatever it finds when there is no index
+    for path in sorted(folder.glob("*.safetensors")):  # without an index, vLLM loads all of them
         if path.name not in manifest.files and not path.name.startswith("."):
             raise ConfigError(
                 f"{path} is not part of this pre-split stage ({MANIFEST_NAME} does not list it): remove it"
@@ -197,7 +204,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 def check_place(
     manifest: Manifest, folder: Path, stage: int | None, num_stages: int | None, layers: LayerRange | None
 ) -> None:
-    """What a stage was told of its place, ``None`` where nothing.
+    """Compares the manifest with the flags of a stage; ``None`` for a flag that was not given.
 
     Raises ``ConfigError``, with both values, for an index, a total or a range that the manifest contradicts.
     """
@@ -216,7 +223,7 @@ def check_place(
 
 
 def check_samples(folder: Path, manifest: Manifest, found: str) -> None:
-    """``found``: `samples.sample_tensors`' digest of the folder. Raises ``ConfigError`` when the weights changed."""
+    """Raises ``ConfigError`` when the weights changed. ``found``: the folder's digest of `samples.sample_tensors`."""
     if manifest.own_samples not in ("", found):
         raise ConfigError(
             f"{folder} does not hold the weights that were exported (a sample of their values gives {found}, "
@@ -225,7 +232,7 @@ def check_samples(folder: Path, manifest: Manifest, found: str) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 in hexadecimal, a piece at a time."""
+    """The file's SHA-256 in hexadecimal, read in small pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -264,14 +271,14 @@ def _canonical(content: object) -> bytes:
 
 
 def _read_content(path: Path) -> dict[str, Any] | None:
-    """The JSON object, its version and checksum checked; ``None`` when there is no such file."""
+    """The JSON object, after its version and checksum were checked; ``None`` when there is no such file."""
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise _damaged(path, f"{path.stat().st_size} bytes, more than {_MAX_MANIFEST_BYTES}")
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ConfigError:  # a ValueError too
+    except ConfigError:  # also a ValueError, which is caught below
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
@@ -296,7 +303,10 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
-    """Raises KeyError, TypeError or ValueError: with a right checksum only another program's manifest can do that."""
+    """Raises KeyError, TypeError, ValueError or AttributeError for a manifest that another program made.
+
+    The checksum is right by now, so it is not damage.
+    """
     stage, num_stages, num_layers = content["stage"], content["num_stages"], content["num_layers"]
     if not all(type(number) is int for number in (stage, num_stages, num_layers)) or not 0 <= stage < num_stages:
         raise ValueError(f"stage {stage!r} of {num_stages!r}, {num_layers!r} layers")

@@ -1,7 +1,7 @@
-"""params.json of Mistral's own format in the words of config.json, as far as a plan needs them. Pure.
+"""Translates params.json of Mistral's own format to the keys of config.json, as far as a plan needs them. Pure.
 
-Follows ``adapt_config_dict`` of vLLM 0.32 (transformers_utils/configs/mistral.py). What only the computation needs,
-such as the parts of a vision tower, keeps its own name.
+Follows ``adapt_config_dict`` of vLLM 0.32 (transformers_utils/configs/mistral.py). Keys that only the computation
+needs, such as those of a vision tower, keep their names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _RENAMED_EXPERTS = {"num_experts": "n_routed_experts", "expert_hidden_dim": "moe
 
 
 def from_params(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``params``: of params.json; ``defaults``: of a config.json beside it, for what params.json does not say."""
+    """The configuration of ``params`` (params.json). ``defaults`` (a config.json beside it) fill in missing keys."""
     config = {**_DEFAULTS, **{_RENAMED.get(key, key): value for key, value in params.items()}}
     windows = config.get("sliding_window")
     if isinstance(windows, list) and windows:

@@ -1,6 +1,7 @@
-"""What Stagewire needs to know of a model before vLLM is asked: its depth and its ends. Reads the configuration only.
+"""Reads from a model's configuration what Stagewire needs before vLLM is imported: depth, ties, dtype, architectures.
 
-Must not import transformers: the validator runs on machines without it, and a custom config class is remote code.
+Must not import transformers, because the validator runs on machines without it, and a custom config class is remote
+code.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ __all__ = [
 
 CONFIG_NAME = "config.json"
 PARAMS_NAME = "params.json"
-# Of ModelOpt before 0.31, where config.json has no quantization_config.
+# ModelOpt before 0.31 writes this file, and no quantization_config into config.json.
 _QUANTIZATION_NAME = "hf_quant_config.json"
 
-# Where multimodal models keep the language model's settings: text_config, decoder and generator are transformers'
-# get_text_config(), llm_config is vLLM's own alias for it, the others are the models' own (DeepSeek-VL2, Qwen-Omni).
+# The sections in which multimodal models keep the language model's settings. text_config, decoder and generator are of
+# transformers' get_text_config(), llm_config is vLLM's alias, the others are of DeepSeek-VL2 and Qwen-Omni.
 _TEXT_CONFIG_KEYS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator")
-# transformers' own name first, then those its attribute_map translates for decoders (GPT-2, MPT and DBRX, GPT-Neo).
+# transformers' own name, then those that its attribute_map translates for decoders (GPT-2, MPT and DBRX, GPT-Neo).
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # LongCat's num_hidden_layers counts attention sublayers, two per decoder layer (vLLM's model_arch_config_convertor.py).
 _DEPTH_KEYS_OF_TYPE = {"longcat_flash": ("num_layers",), "longcat_flash_ngram": ("num_layers",)}
-# Nemotron-H has one layer per entry of its pattern, and transformers ignores num_hidden_layers beside it; since 5 it
-# leaves that number out of config.json and writes the pattern as a list (configuration_nemotron_h.py).
+# Nemotron-H has one layer per entry of its pattern, and transformers ignores num_hidden_layers beside it. transformers
+# 5 leaves that number out of config.json and writes the pattern as a list (configuration_nemotron_h.py).
 _PATTERN_KEYS_OF_TYPE = {"nemotron_h": ("layers_block_type", "hybrid_override_pattern")}
 _MAX_NESTING = 3
 
@@ -50,12 +51,13 @@ _MAX_NESTING = 3
 class ModelShape:
     """``num_layers``: decoder layers, as vLLM's ``get_total_num_hidden_layers`` counts them.
 
-    ``tie_word_embeddings`` is config.json's setting, not the fact: vLLM ignores it when the checkpoint holds a head of
-    its own (``ownership.shares_embedding``). Where config.json is silent it is True. Transformers before 5 left the
-    setting out when it was True; since 5 the default differs by class, and True is the safe guess: of an untied model
-    the head is in the checkpoint. Only the top level counts: for multimodal models vLLM overwrites the nested value
-    with it (``VllmConfig.with_hf_config``), so a nested False next to no top-level value proves nothing.
-    ``torch_dtype`` is config.json's spelling ("bfloat16"), ``None`` when absent. ``is_untied``: it says so itself.
+    ``tie_word_embeddings`` is config.json's setting. vLLM ignores it when the checkpoint holds a head of its own
+    (``ownership.shares_embedding``). Without the setting it is True: transformers before 5 left it out when it was
+    True, and since 5 the default differs by class. True is the safe guess, because the checkpoint of an untied model
+    holds the head. Only the top level counts, because vLLM overwrites a nested value of a multimodal model with it
+    (``VllmConfig.with_hf_config``). ``is_untied``: config.json sets False.
+
+    ``torch_dtype`` is config.json's spelling ("bfloat16"), ``None`` when absent.
     """
 
     num_layers: int
@@ -67,7 +69,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class LoadFlags:
-    """What vLLM was told about reading a checkpoint; the fields are its flags, with their defaults."""
+    """vLLM's flags about reading a checkpoint, with their defaults."""
 
     load_format: str = "auto"
     config_format: str = "auto"
@@ -76,12 +78,12 @@ class LoadFlags:
 
     @property
     def reads_whole_checkpoints(self) -> bool:
-        """Not so of formats like ``dummy`` and ``sharded_state``, of whose files we know nothing."""
+        """False for formats like ``dummy`` and ``sharded_state``, whose files this package does not know."""
         return self.load_format.lower() in LOAD_FORMATS
 
     @classmethod
     def of(cls, arguments: object) -> LoadFlags:
-        """From vLLM's arguments, or its model configuration. A function as override is not called here."""
+        """The flags in vLLM's arguments or its model configuration. An override that is a function is left out."""
         overrides = getattr(arguments, "hf_overrides", None)
         return cls(
             str(getattr(arguments, "load_format", None) or "auto"),
@@ -92,12 +94,18 @@ class LoadFlags:
 
 
 def read_model_shape(model_dir: Path, flags: LoadFlags | None = None) -> ModelShape:
-    """Raises ``ConfigError`` when the folder or its configuration is missing or malformed, or names no depth."""
+    """The shape of the model in a folder.
+
+    Raises ``ConfigError`` when the folder or its configuration is missing or malformed, or does not name the depth.
+    """
     return shape_of(read_config(model_dir, flags), config_path(model_dir, flags))
 
 
 def shape_of(config: Mapping[str, Any], path: Path | str = CONFIG_NAME) -> ModelShape:
-    """The shape that a parsed config.json describes; ``path`` is for messages. Raises ``ConfigError`` for no depth."""
+    """The shape that a parsed config.json describes; ``path`` is for messages.
+
+    Raises ``ConfigError`` when it does not name the depth.
+    """
     sections = [config, *_text_sections(config)]
     tied, architectures = config.get("tie_word_embeddings"), config.get("architectures")
     return ModelShape(
@@ -110,10 +118,10 @@ def shape_of(config: Mapping[str, Any], path: Path | str = CONFIG_NAME) -> Model
 
 
 def read_config(model_dir: Path, flags: LoadFlags | None = None) -> dict[str, Any]:
-    """The model's configuration as vLLM resolves it: config.json, or params.json of Mistral's format, with a
-    quantization that a file of its own describes, and with ``--hf-overrides``.
+    """The model's configuration as vLLM resolves it, from config.json or from params.json of Mistral's format.
 
-    Raises ``ConfigError`` when there is none, or it is not a JSON object.
+    A quantization that hf_quant_config.json describes and ``--hf-overrides`` are included. Raises ``ConfigError`` when
+    there is no configuration, or it is not a JSON object.
     """
     flags = flags or LoadFlags()
     path = config_path(model_dir, flags)
@@ -153,7 +161,7 @@ def config_path(model_dir: Path, flags: LoadFlags | None = None) -> Path:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """``--hf-overrides`` as it is typed. Raises ``ConfigError`` for what is no JSON object."""
+    """Parses ``--hf-overrides``. Raises ``ConfigError`` for text that is no JSON object."""
     try:
         overrides = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -178,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections are changed, not replaced (``ModelConfig._apply_dict_overrides``)."""
+    """Merges overrides. They change keys within a section, as ``ModelConfig._apply_dict_overrides`` does."""
     changed = dict(config)
     for key, value in overrides.items():
         old = config.get(key)
@@ -190,8 +198,9 @@ def _with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 def language_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's settings; ``None`` counts as absent.
 
-    Those of the innermost section that names its attention heads, as vLLM takes a nested config whole or not at all
-    (``get_hf_text_config``): top-level numbers may be of another part. Without such a section, all of them in one.
+    They are those of the innermost section that names num_attention_heads. vLLM takes a nested config whole or not at
+    all (``get_hf_text_config``), because top-level numbers may belong to another part. Without such a section, all
+    sections are merged.
     """
     sections = [_present(section) for section in (config, *_text_sections(config))]
     whole = next((section for section in reversed(sections) if "num_attention_heads" in section), None)
@@ -213,14 +222,14 @@ def _text_sections(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mappin
 
 
 def _read_dtype(sections: Sequence[Mapping[str, Any]]) -> str | None:
-    """The outermost section's dtype, as vLLM's ``get_torch_dtype`` looks for it; renamed in transformers 5."""
+    """The outermost section's dtype, as vLLM's ``get_torch_dtype`` finds it. transformers 5 renamed the key."""
     found = (section.get(key) for section in sections for key in ("dtype", "torch_dtype"))
     dtype = next((value for value in found if value is not None), None)
     return dtype.removeprefix("torch.") if isinstance(dtype, str) else None
 
 
 def _read_depth(sections: Sequence[Mapping[str, Any]], path: Path | str) -> int:
-    """The innermost section's depth: beside a text_config, top-level numbers may be a tower's."""
+    """The innermost section's depth, because top-level numbers beside a text_config may be a tower's."""
     for section in reversed(sections):
         for key in _PATTERN_KEYS_OF_TYPE.get(str(section.get("model_type")), ()):
             if isinstance(section.get(key), list | str) and section[key]:

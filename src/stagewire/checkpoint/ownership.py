@@ -1,8 +1,8 @@
-"""Which stage reads which tensor, decided from its name alone. Pure.
+"""Decides which stage reads a tensor, from the tensor's name alone. Pure.
 
-A stage knows only its own range, which is enough: it is the first when the range starts at 0, the last when it ends at
-the model's depth. What this table cannot place is read by every stage: bytes too many are only slower, a tensor
-that is missing gives wrong tokens. Every stage of stock vLLM reads every tensor, so its models drop what they lack.
+A stage knows only its own range, which is enough: the first stage's range starts at 0, the last one's ends at the
+model's depth. Every stage reads tensors with unknown names. Reading too much is only slower, but a missing tensor gives
+wrong tokens. vLLM's models skip tensors that they have no place for, because each stage of stock vLLM reads them all.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _BYTES_PER_GB = 10**9
 
 
 class Role(Enum):
-    """What a tensor is for, and so who owns it."""
+    """What a tensor is for. The comments say which stage owns it."""
 
-    LAYER = "layer"  # the stage whose range holds it; beyond the model's depth (DeepSeek's MTP layers): none
-    EMBEDDING = "embedding"  # of tokens: the first, and the last too when the head shares it
+    LAYER = "layer"  # the stage whose range has it; none beyond the model's depth (DeepSeek's MTP layers)
+    EMBEDDING = "embedding"  # of tokens: the first, and the last too if it is also the head
     HEAD = "head"  # output projection, classifier: the last
     FINAL_NORM = "final norm"  # the last
-    MTP = "multi-token prediction"  # named apart from the decoder's layers: none
-    OTHER = "other"  # towers, projectors, position embeddings, whatever else precedes layer 0: the first
+    MTP = "multi-token prediction"  # with names of their own, unlike the decoder's layers: none
+    OTHER = "other"  # towers, projectors, position embeddings, all else before layer 0: the first
     UNKNOWN = "unknown"  # every stage
 
 
 _LAST_STAGE_ROLES = frozenset((Role.HEAD, Role.FINAL_NORM))
 
-# Names of modules as checkpoints spell them, read from vLLM 0.32's models and their weight mappers.
+# Names of modules in checkpoints, taken from vLLM 0.32's models and their weight mappers.
 _LAYER_LISTS = frozenset(("layers", "h", "blocks", "layer"))
 _TOWER = re.compile(
     r"visi|visual|image|video|^vit(?:_|$)|vpm|audio|speech|sound|apm|whisper|encoder|qformer|q_former|resampler"
@@ -66,48 +66,48 @@ _ROLE_OF_MODULE = {module: role for role, modules in _MODULES_OF_ROLE.items() fo
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor, ``None`` for anything else, such as a layer of a vision tower.
+    """The decoder layer of a tensor; ``None`` for any other tensor, such as one of a vision tower's layer.
 
-    ``model.layers.12.self_attn.q_proj.weight`` -> 12. MTP modules with numbers of their own (``mtp.layers.0``) are no
-    decoder layers; those numbered on from the decoder's (``model.layers.61`` of 61) are, and exceed the depth.
+    ``model.layers.12.self_attn.q_proj.weight`` -> 12. MTP modules with numbers of their own (``mtp.layers.0``) give
+    ``None``. Those with numbers after the decoder's (``model.layers.61`` of 61 layers) give a number beyond the depth.
     """
     return _place(name)[1]
 
 
 def role_of(name: str) -> Role:
-    """See ``Role``. A name that fits nothing known is ``UNKNOWN``."""
+    """The role of a tensor. A name that fits nothing known is ``UNKNOWN``."""
     return _place(name)[0]
 
 
 def shares_embedding(index: CheckpointIndex, shape: ModelShape) -> bool:
     """Whether the head is the token embedding, so that the last stage needs a copy of it.
 
-    vLLM's own rule, to the letter (``ModelConfig.maybe_untie_word_embeddings``, vllm/config/model.py): a checkpoint
-    that holds ``lm_head.weight``, in whichever *.safetensors, is untied, whatever its config says; a quantized head
-    (``lm_head.qweight``) is not.
+    The rule is vLLM's (``ModelConfig.maybe_untie_word_embeddings``, vllm/config/model.py). A checkpoint that holds
+    ``lm_head.weight``, in any *.safetensors, is untied, whatever its config says. A quantized head
+    (``lm_head.qweight``) does not untie it.
     """
     return shape.tie_word_embeddings and not any(map(is_lm_head, (*index.tensors, *index.beside)))
 
 
 def is_lm_head(name: str) -> bool:
-    """By vLLM's rule for a checkpoint with a head of its own."""
+    """Whether this tensor makes vLLM take the checkpoint for one with a head of its own."""
     return name.endswith("lm_head.weight")
 
 
 def is_built(name: str, num_layers: int) -> bool:
-    """Whether vLLM's model of ``num_layers`` has the tensor: layers for multi-token prediction are drafters'.
+    """Whether vLLM's model of ``num_layers`` has the tensor. It does not have layers for multi-token prediction.
 
-    Those are named ``mtp`` or numbered on from the decoder's layers; vLLM's own model skips them while it loads.
+    These are named ``mtp``, or have numbers after the decoder's layers. vLLM's model skips them while it loads.
     """
     role, layer = _place(name)
     return role is not Role.MTP and (layer is None or layer < num_layers)
 
 
 def check_absent(index: CheckpointIndex, shape: ModelShape, files: CheckpointFiles) -> None:
-    """Raises ``ConfigError`` for a tensor that only the index knows and that no model of this depth can do without.
+    """Raises ``ConfigError`` for a tensor that the index names, no file holds, and every model of this depth needs.
 
-    That is the weight of a module in a layer, of the embedding or of the final norm, when the files hold nothing else
-    of that module. A head may be tied, other things may have defaults: vLLM decides when it loads.
+    That is the weight of a module in a layer, of the embedding or of the final norm, if the files hold nothing else of
+    that module. Others may be missing (a head may be tied, a buffer may have a default): vLLM decides when it loads.
     """
     modules = {name.rpartition(".")[0] for name in index.tensors}
     for name in index.absent:
@@ -122,7 +122,10 @@ def check_absent(index: CheckpointIndex, shape: ModelShape, files: CheckpointFil
 
 
 def owns(name: str, layers: LayerRange, num_layers: int, *, shared_embedding: bool) -> bool:
-    """Whether the stage with ``layers`` of ``num_layers`` reads this tensor. ``shared_embedding``: see above."""
+    """Whether the stage with ``layers`` of ``num_layers`` reads this tensor.
+
+    ``shared_embedding``: the result of ``shares_embedding``.
+    """
     is_first, is_last = layers.start == 0, layers.end == num_layers
     role, layer = _place(name)
     if layer is not None:
@@ -137,7 +140,7 @@ def owns(name: str, layers: LayerRange, num_layers: int, *, shared_embedding: bo
 
 
 def stage_tensors(index: CheckpointIndex, shape: ModelShape, layers: LayerRange) -> list[TensorInfo]:
-    """What the stage with ``layers`` reads, each tensor once, in the order of the files and of their headers."""
+    """The tensors that the stage with ``layers`` reads, in the order of the files and of their data."""
     shared = shares_embedding(index, shape)
     return [
         tensor
@@ -157,7 +160,10 @@ def describe_load(stage: int, layers: LayerRange, num_bytes: int) -> str:
 
 
 def _place(name: str) -> tuple[Role, int | None]:
-    """From the left, the first module that settles it: a layer may hold ``vision_experts``, a tower has layers."""
+    """Role and layer, by the first module from the left that decides it.
+
+    The order matters: a layer may hold ``vision_experts``, and a tower has layers of its own.
+    """
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if part.startswith("mtp"):
@@ -176,5 +182,7 @@ def _is_tower(parts: list[str], i: int) -> bool:
 
 
 def _role_of_end(parts: list[str]) -> Role:
-    """From the right, as the inner module is the more specific: ``embeddings.position_embeddings``."""
+    """The role of the rightmost known module, because inner modules are more specific
+    (``embeddings.position_embeddings``).
+    """
     return next((_ROLE_OF_MODULE[part] for part in reversed(parts) if part in _ROLE_OF_MODULE), Role.UNKNOWN)

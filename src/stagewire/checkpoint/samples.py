@@ -1,9 +1,12 @@
-"""Samples of a checkpoint's weights: whether two folders hold the same values, for a fraction of their bytes.
+"""Samples a checkpoint's weights, to tell from a fraction of the bytes whether two folders hold the same values.
 
-A base model and its fine-tune have the same headers, and so has a file that was copied by half. Read are: small tensors
-(norms, biases, most scales) whole; of a larger one its first and its last page and some in between, at places that
-follow from its name and size alone. Of kinds with very many members, such as the experts' matrices, not every member.
-What is not noticed: other values in pages that are not looked at, for instance a few rows of an embedding.
+Headers do not tell: a base model and its fine-tune have the same ones, and so has a file that was only half copied.
+
+- Small tensors (norms, biases, most scales) are read whole.
+- Of a larger tensor, the first page, the last page and some in between are read. Its name and size decide which.
+- Of kinds with very many members, such as the matrices of experts, some members are left out.
+
+Different values in pages that are not read, for instance in a few rows of an embedding, are not noticed.
 """
 
 from __future__ import annotations
@@ -32,15 +35,15 @@ __all__ = [
 ]
 
 PAGE_BYTES = 4096
-# Up to this size a tensor is read whole. A norm of 16,384 values in float32 has as much.
+# Up to this size a tensor is read whole. A norm of 16,384 values in float32 has this size.
 WHOLE_BYTES = 64 << 10
-# Pages between the first and the last one: by size, within these bounds.
+# Pages between the first and the last one: one for so many bytes of the tensor, within these bounds.
 _BYTES_FOR_A_PAGE = 32 << 20
 _LEAST_BETWEEN, _MOST_BETWEEN = 2, 16
-# Names that differ in numbers only are of one kind. No decoder has as many layers, so only experts are thinned out.
+# Names that differ only in numbers are of one kind. No decoder has so many layers, so only experts are left out.
 MAX_PER_KIND = 256
 _NUMBER = re.compile(r"\d+")
-# Announced ahead of what is read, so that a disk works on many at once.
+# How many tensors are announced to the system ahead of reading, so that a disk works on many reads at once.
 _ANNOUNCED = 512
 _DIGITS = 16
 _FLOATS = ("F16", "BF16", "F32", "F64", "F8_")
@@ -48,9 +51,9 @@ _FLOATS = ("F16", "BF16", "F32", "F64", "F8_")
 
 @dataclass(frozen=True)
 class Samples:
-    """``digest``: 16 hexadecimal digits over all samples. ``num_reads`` and ``num_bytes`` say what it took.
+    """``digest``: 16 hexadecimal digits over all samples. ``num_reads`` and ``num_bytes``: how much was read.
 
-    ``blank``: large matrices of which nothing but zeros was seen.
+    ``blank``: large matrices whose samples were all zeros.
     """
 
     digest: str
@@ -60,16 +63,16 @@ class Samples:
 
 
 def sample_weights(files: CheckpointFiles, index: CheckpointIndex | None) -> Samples:
-    """Of the whole checkpoint. Equal for the same tensors, whatever files they are in.
+    """Samples of the whole checkpoint. Equal for the same tensors, whatever files they are in.
 
     Without safetensors (no ``index``) each file of weights counts as one tensor of bytes. Raises ``ConfigError`` for a
-    file that is gone, or that ends before its tensor does.
+    file that cannot be read, or that ends before its tensor does.
     """
     return sample_tensors(files, _as_tensors(files, files.present) if index is None else index.tensors.values())
 
 
 def sample_tensors(files: CheckpointFiles, tensors: Iterable[TensorInfo]) -> Samples:
-    """Of these tensors of the checkpoint, and of its modules, which no stage does without. Raises likewise."""
+    """Samples of these tensors, and of the checkpoint's modules, which every stage has. Raises as `sample_weights`."""
     return _read(files.folder, choose_tensors([*tensors, *_as_tensors(files, files.module_weights)]))
 
 
@@ -79,7 +82,7 @@ def _as_tensors(files: CheckpointFiles, names: Iterable[str]) -> list[TensorInfo
 
 
 def choose_tensors(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """Those that are looked at, at most ``MAX_PER_KIND`` of each kind, evenly over their names in order."""
+    """The tensors to sample: at most ``MAX_PER_KIND`` of each kind, spread evenly over the sorted names."""
     kinds: dict[str, list[TensorInfo]] = {}
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         kinds.setdefault(_NUMBER.sub("#", tensor.name), []).append(tensor)
@@ -87,7 +90,7 @@ def choose_tensors(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def choose_ranges(name: str, num_bytes: int) -> list[tuple[int, int]]:
-    """(begin, end) in bytes of a tensor that are looked at, in order and without overlap."""
+    """The (begin, end) in bytes to read of a tensor, in order and without overlap."""
     if num_bytes <= WHOLE_BYTES:
         return [(0, num_bytes)] if num_bytes else []
     last = (num_bytes - 1) // PAGE_BYTES
@@ -97,12 +100,12 @@ def choose_ranges(name: str, num_bytes: int) -> list[tuple[int, int]]:
 
 
 def _number(name: str, num_bytes: int, i: int) -> int:
-    """The same on every machine and in every Python."""
+    """A hash that is the same on every machine and in every Python."""
     return int.from_bytes(hashlib.sha256(f"{name} {num_bytes} {i}".encode()).digest()[:8], "big")
 
 
 def _read(folder: Path, tensors: Sequence[TensorInfo]) -> Samples:
-    """In the order of the disk; hashed in the order of names."""
+    """Reads in the order of the files' bytes, and hashes in the order of names."""
     ranges = {tensor.name: choose_ranges(tensor.name, tensor.num_bytes) for tensor in tensors}
     hashes: dict[str, bytes] = {}
     blank: list[TensorInfo] = []
@@ -119,14 +122,14 @@ def _read(folder: Path, tensors: Sequence[TensorInfo]) -> Samples:
 
 
 def _should_have_values(tensor: TensorInfo) -> bool:
-    """Zeros are nothing unusual in a bias, or in the zero points of a quantised matrix."""
+    """Whether zeros alone are suspicious. They are usual in a bias or in the zero points of a quantized matrix."""
     return tensor.num_bytes > WHOLE_BYTES and len(tensor.shape) > 1 and tensor.dtype.startswith(_FLOATS)
 
 
 def _contents(
     folder: Path, tensors: Sequence[TensorInfo], ranges: Mapping[str, Sequence[tuple[int, int]]]
 ) -> Iterator[tuple[TensorInfo, bytes]]:
-    """Each tensor's samples, one behind the other."""
+    """Each tensor with its samples, joined."""
     files: dict[str, int] = {}
     num_announced = 0
     with ExitStack() as stack:
@@ -145,7 +148,7 @@ def _open(folder: Path, tensor: TensorInfo, files: dict[str, int], stack: ExitSt
         except OSError as error:
             raise ConfigError(f"{folder / tensor.file}: tensor {tensor.name} cannot be read: {error}") from error
         stack.callback(os.close, file)
-        # Nothing around a page is wanted: the system would fetch a window of what belongs to other stages.
+        # Without this, the system would read ahead what belongs to other stages.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         files[tensor.file] = file
     return files[tensor.file]
@@ -157,7 +160,7 @@ def _announce(file: int, tensor: TensorInfo, ranges: Sequence[tuple[int, int]]) 
 
 
 def _pread_fully(file: int, num_bytes: int, offset: int) -> bytes:
-    """Less only where the file ends: a single read may return less anywhere."""
+    """Returns less only at the end of the file, where a single ``pread`` may return less anywhere."""
     content = os.pread(file, num_bytes, offset)
     while len(content) < num_bytes and (piece := os.pread(file, num_bytes - len(content), offset + len(content))):
         content += piece

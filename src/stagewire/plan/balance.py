@@ -1,8 +1,8 @@
-"""The best split for a given cost of each stage, by dynamic programming. Pure; standard library only.
+"""Finds the best split for a given cost of each stage, by dynamic programming. Pure; standard library only.
 
-Always an optimum, never a heuristic. What a stage costs and which ranges are allowed is the caller's: a cost may be
-anything that compares (the slowest stage's time, or the fewest KV cache tokens with their sign turned). With n layers
-and s stages about s * n^2 / 2 costs are asked for: 128 layers over 16 stages, 100 000.
+The result is always an optimum. The caller decides what a stage costs and which ranges are allowed. A cost is a whole
+number: a stage's time, or its KV cache tokens with the sign turned. With n layers and s stages, at most s * n^2 / 2
+costs are computed; 128 layers over 16 stages need 90,400.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from stagewire.plan.ranges import LayerRange, split_evenly
 
 __all__ = ["Allowed", "Cost", "best_split", "most_stages", "nearest_split"]
 
-# Of stage, start, end.
+# The cost of a stage with layers start to end - 1: of stage, start, end.
 Cost = Callable[[int, int, int], int]
 # Whether a stage may own layers start to end - 1.
 Allowed = Callable[[int, int], bool]
@@ -27,9 +27,11 @@ def best_split(
 ) -> tuple[LayerRange, ...] | None:
     """The split whose most expensive stage is cheapest; ``None`` when no split is allowed.
 
-    ``cost`` need not grow with the range. Among optima the one with the smallest sum of squared layer counts; among
-    those the one whose boundaries are nearest to vLLM's own (sum of squared distances); then the one whose last
-    boundary is first, and so on backwards.
+    ``cost`` need not grow with the range. Among equally good splits, these decide in order:
+
+    1. the smallest sum of squared layer counts,
+    2. the boundaries nearest to vLLM's own (sum of squared distances),
+    3. the smallest last boundary, then the smallest one before it, and so on.
     """
     if not 1 <= num_stages <= num_layers:
         return None
@@ -48,7 +50,8 @@ def nearest_split(
 ) -> tuple[LayerRange, ...] | None:
     """The allowed split whose boundaries are nearest to those of ``ranges``; ``None`` when no split is allowed.
 
-    Nearest by the sum of squared distances, then by the smallest sum of squared layer counts. ``ranges`` must be valid.
+    Nearest means the smallest sum of squared distances, then the smallest sum of squared layer counts. ``ranges`` must
+    be valid.
     """
     ends = [layers.end for layers in ranges]
     spans = _spans(ends[-1], len(ends), allowed)
@@ -56,7 +59,7 @@ def nearest_split(
 
 
 def most_stages(num_layers: int, allowed: Allowed) -> int:
-    """Over how many stages the model can be split at most; 0 when not even one is allowed."""
+    """The largest number of stages into which the model can be split; 0 when not even one stage is allowed."""
     most: list[int] = [0] * (num_layers + 1)
     for end in range(1, num_layers + 1):
         counts = [most[start] + 1 for start in range(end) if (start == 0 or most[start]) and allowed(start, end)]
@@ -65,7 +68,7 @@ def most_stages(num_layers: int, allowed: Allowed) -> int:
 
 
 def _spans(num_layers: int, num_stages: int, allowed: Allowed) -> list[list[_Span]]:
-    """Of each stage, the ranges that leave at least one layer to every other stage."""
+    """For each stage, the allowed ranges that leave at least one layer to every other stage."""
     is_allowed = {
         (start, end): allowed(start, end) for start in range(num_layers) for end in range(start + 1, num_layers + 1)
     }
@@ -85,7 +88,7 @@ def _spans(num_layers: int, num_stages: int, allowed: Allowed) -> list[list[_Spa
 
 
 def _least_maximum(costs: Sequence[dict[_Span, int]]) -> int | None:
-    """The smallest value that the largest cost of a split can have."""
+    """The smallest possible largest cost of a split; ``None`` when there is no split."""
     least = {end: value for (_, end), value in costs[0].items()}
     for stage_costs in costs[1:]:
         after: dict[int, int] = {}
@@ -101,7 +104,10 @@ def _least_maximum(costs: Sequence[dict[_Span, int]]) -> int | None:
 
 
 def _least_sum(spans: Sequence[Sequence[_Span]], weight: _Weight) -> tuple[LayerRange, ...] | None:
-    """The split with the smallest sum of weights, compared in order; equal ones: the first start, from the back."""
+    """The split with the smallest sum of weights, compared element by element.
+
+    Among equal ones, the split with the smallest start of the last stage, then of the stage before it, and so on.
+    """
     sums: list[dict[int, tuple[tuple[int, ...], int]]] = []  # of each stage: end -> sum up to there, start
     for stage, stage_spans in enumerate(spans):
         reached: dict[int, tuple[tuple[int, ...], int]] = {}

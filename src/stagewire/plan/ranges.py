@@ -1,9 +1,9 @@
-"""Layer ranges: parse, split, check. Pure decisions on whole numbers; standard library only.
+"""Parses, splits and checks layer ranges. Pure decisions on whole numbers; standard library only.
 
 A range is half-open everywhere: ``0-8`` means layers 0 to 7. Layers are numbered from 0 over the whole model.
 
-Two views of the same pipeline meet here. One stage knows only its own range (``check_own_range``,
-``partition_counts``); the validator and the ring's handshake see all of them (``find_problems``, ``check_adjacent``).
+``check_own_range`` and ``partition_counts`` are for one stage, which knows only its own range. ``check_adjacent`` is
+for the ring's handshake, which sees neighbours. ``find_problems`` is for the validator, which sees all ranges.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "split_evenly",
 ]
 
-# vLLM's own way to divide layers among stages. A stage writes it for vLLM; what a user wrote there is not used.
+# The variable by which vLLM divides layers among stages. A stage sets it for vLLM; a user's value is not used.
 PARTITION_ENV = "VLLM_PP_LAYER_PARTITION"
 
 _IDX_FLAG = "--pipeline-stage-idx"
@@ -36,7 +36,7 @@ _TOTAL_FLAG = "--pipeline-total-stages"
 _RANGE_FLAG = "--pipeline-layer-range"
 
 _FORM = 'START-END, two whole numbers with END not included: "0-8" means layers 0 to 7'
-# ASCII digits only, and few of them: int() would also take other scripts' digits, and is slow on very long input.
+# Only a few ASCII digits, because int() also takes digits of other scripts and is slow on very long input.
 _RANGE_TEXT = re.compile(r"\s*([0-9]{1,6})\s*-\s*([0-9]{1,6})\s*")
 _ONE_NUMBER = re.compile(r"\s*([0-9]{1,6})\s*")
 
@@ -60,7 +60,7 @@ class LayerRange:
 
     @classmethod
     def parse(cls, text: str) -> LayerRange:
-        """``"0-8"`` -> layers 0 to 7. Blanks around the numbers are tolerated.
+        """``"0-8"`` -> layers 0 to 7. Blanks around the numbers are allowed.
 
         Raises ``ConfigError`` when ``text`` is malformed, reversed or empty, each with its own message.
         """
@@ -96,10 +96,10 @@ class LayerRange:
 
 
 def split_evenly(num_layers: int, num_stages: int) -> tuple[LayerRange, ...]:
-    """The ranges vLLM itself would choose: 30 layers over 4 stages are 7, 8, 8, 7.
+    """The ranges that vLLM itself would choose: 30 layers over 4 stages are 7, 8, 8, 7.
 
-    The rule is ``get_pp_indices`` in vllm/distributed/utils.py: layers left over go one each to the stages before the
-    last, from the back, because the last stage also has the final norm and the head.
+    The rule is ``get_pp_indices`` in vllm/distributed/utils.py. Each layer left over goes to one of the stages before
+    the last, from the back, because the last stage also has the final norm and the head.
     Raises ``ConfigError`` for fewer than one stage, or fewer layers than stages.
     """
     _check_counts(num_layers, num_stages)
@@ -111,9 +111,9 @@ def split_evenly(num_layers: int, num_stages: int) -> tuple[LayerRange, ...]:
 
 
 def check_own_range(stage: int, num_stages: int, layers: LayerRange, num_layers: int) -> None:
-    """All that one stage can check alone: its index, and that its range leaves room for the others.
+    """Checks what one stage can check alone: its index, and that its range leaves room for the others.
 
-    Raises ``ConfigError`` with every problem, naming the flag to correct, with the corrected value where it is known.
+    Raises ``ConfigError`` with every problem. It names the flag to correct, with the corrected value if it is known.
     """
     _check_counts(num_layers, num_stages)
     _check_index(stage, num_stages)
@@ -124,7 +124,7 @@ def check_own_range(stage: int, num_stages: int, layers: LayerRange, num_layers:
 
 
 def check_adjacent(stage: int, layers: LayerRange, next_stage: int, next_layers: LayerRange) -> str | None:
-    """What is wrong between two neighbours: ``None`` when the second starts where the first ends, else the message."""
+    """The message if the second of two neighbours does not start where the first ends; ``None`` if it does."""
     if next_layers.start == layers.end:
         return None
     advice = _advise_next(layers, next_stage, next_layers)
@@ -146,7 +146,7 @@ def check_adjacent(stage: int, layers: LayerRange, next_stage: int, next_layers:
 def find_problems(ranges: Sequence[LayerRange], num_layers: int) -> list[str]:
     """Every problem of a whole pipeline; an empty list when each of ``num_layers`` layers has exactly one owner.
 
-    ``ranges[i]`` is stage i's. They are judged in the order given, never sorted: stages run in that order.
+    ``ranges[i]`` is stage i's. They are not sorted, because stages run in this order.
     """
     if num_layers < 1:
         return [f"the model must have at least 1 layer, found {num_layers}"]
@@ -165,9 +165,11 @@ def check_ranges(ranges: Sequence[LayerRange], num_layers: int) -> None:
 
 
 def repairs(ranges: Sequence[LayerRange], num_layers: int) -> Iterator[tuple[str, tuple[LayerRange, ...]]]:
-    """Valid splits into as many stages, the one that keeps most of ``ranges`` first, each with what was kept.
+    """Valid splits into as many stages, each after words for what it keeps of ``ranges``. The one that keeps most is
+    first.
 
-    The same ranges in order; else boundaries where the given stages end; else where they start; last vLLM's own split.
+    The candidates are the same ranges in order, boundaries where the given stages end, boundaries where they start, and
+    last vLLM's own split. Those that are not valid are left out.
     """
     ends = [layers.end for layers in ranges[:-1]]
     starts = [layers.start for layers in ranges[1:]]
@@ -183,15 +185,15 @@ def repairs(ranges: Sequence[LayerRange], num_layers: int) -> Iterator[tuple[str
 
 
 def ranges_line(ranges: Sequence[LayerRange]) -> str:
-    """To be pasted: ``--ranges "0-8" "8-16"``."""
+    """The arguments to paste: ``--ranges "0-8" "8-16"``."""
     return " ".join(["--ranges", *(f'"{layers}"' for layers in ranges)])
 
 
 def partition_counts(stage: int, num_stages: int, layers: LayerRange, num_layers: int) -> tuple[int, ...]:
-    """What a stage that knows only its own range writes into `PARTITION_ENV`: one count per stage.
+    """The layer counts, one per stage, that a stage which knows only its own range writes into `PARTITION_ENV`.
 
-    They sum to ``num_layers`` and make vLLM's ``get_pp_indices`` give exactly ``layers`` for this stage; what they say
-    of other stages is meaningless. 16-24 of 32 on stage 2 of 4 is ``16, 0, 8, 8``.
+    They sum to ``num_layers``, and with them vLLM's ``get_pp_indices`` gives exactly ``layers`` for this stage. The
+    counts of other stages have no meaning. 16-24 of 32 on stage 2 of 4 is ``16, 0, 8, 8``.
     Raises ``ConfigError`` as ``check_own_range`` does.
     """
     check_own_range(stage, num_stages, layers, num_layers)
@@ -257,7 +259,7 @@ def _advise_own_range(stage: int, num_stages: int, layers: LayerRange, num_layer
 
 
 def _nearest_fit(stage: int, num_stages: int, layers: LayerRange, num_layers: int) -> LayerRange:
-    """``layers`` moved at its wrong ends only; the even split's range when nothing of it can be kept."""
+    """``layers`` with only its wrong ends moved; the even split's range when nothing of it can be kept."""
     after = num_stages - 1 - stage
     start = 0 if stage == 0 else max(layers.start, stage)
     end = num_layers if after == 0 else min(layers.end, num_layers - after)
@@ -291,7 +293,7 @@ def _pipeline_problems(ranges: Sequence[LayerRange], num_layers: int) -> Iterato
 
 
 def _gap(ranges: Sequence[LayerRange], stage: int) -> str:
-    """As ``check_adjacent``, but here the layers between two neighbours may be another stage's."""
+    """As ``check_adjacent``, but the layers between two neighbours may be another stage's."""
     layers, next_layers = ranges[stage], ranges[stage + 1]
     between = _describe_owners(ranges, layers.end, next_layers.start)
     advice = _advise_next(layers, stage + 1, next_layers)
@@ -315,7 +317,7 @@ def _describe_owners(ranges: Sequence[LayerRange], start: int, end: int) -> str:
 
 
 def _apart_but_same(ranges: Sequence[LayerRange]) -> Iterator[str]:
-    """Layers that two stages own which are not neighbours: those are ``check_adjacent``'s."""
+    """Layers that two stages own that are not neighbours. Neighbours are checked by ``check_adjacent``."""
     for (stage, layers), (other, others) in combinations(enumerate(ranges), 2):
         start, end = max(layers.start, others.start), min(layers.end, others.end)
         if other - stage > 1 and start < end:

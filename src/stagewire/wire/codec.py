@@ -1,7 +1,7 @@
-"""Messages to frames and back. The only place that knows the bytes.
+"""Encodes messages to frames and back. Only this module knows the bytes.
 
-A message is frame 0 (an 8-byte preamble and a msgpack body) and payload frames. Decoding is typed, refuses unknown
-kinds, versions, fields and frame counts, and never allocates more than the frames that have already arrived.
+A message is frame 0 (an 8-byte preamble and a msgpack body) and payload frames. Decoding is typed. It refuses unknown
+kinds, versions, fields and frame counts, and never allocates more than the frames that have arrived.
 
     preamble: 'S' 'W'  version (u16, big-endian)  kind (u8)  0 0 0
 """
@@ -50,17 +50,17 @@ _PAYLOADS: dict[type[Message], tuple[int, int]] = {
 
 
 def encode(message: Message, payloads: Sequence[Frame] = ()) -> list[Frame]:
-    """The frames of a message, payloads uncopied."""
+    """The frames of a message. Payloads are not copied."""
     header = _PREAMBLE.pack(_MAGIC, WIRE_VERSION, _NUMBERS[type(message)]) + _ENCODER.encode(message)
     return [header, *payloads]
 
 
 def decode(frames: Sequence[Frame]) -> tuple[Message, Sequence[Frame]]:
-    """The message and its payload frames, uncopied.
+    """The message and its payload frames, which are not copied.
 
     Raises:
-        WireVersionError: a message of another wire version.
-        ProtocolError: not a message at all, with the reason.
+        WireVersionError: the message has another wire version.
+        ProtocolError: the frames are no valid message; the text has the reason.
     """
     if not frames:
         raise ProtocolError("an empty message")

@@ -1,7 +1,7 @@
 """Every message that may travel the ring, as typed structs.
 
-Owns the vocabulary and its numbers (`KINDS`). Knows no socket, no torch, no vLLM: a schedule, a grammar bitmask, call
-arguments and tensors are payload frames whose bytes are opaque here. docs/wire.md tells the same story in prose.
+Owns the messages and their numbers (`KINDS`). Knows no socket, no torch, no vLLM: schedules, grammar bitmasks, call
+arguments and tensors are payload frames, whose bytes are opaque here. docs/wire.md describes the messages in prose.
 """
 
 from __future__ import annotations
@@ -49,25 +49,27 @@ MAX_RANKS = 64
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
-# A report has one of these per stage: with the largest number of stages it still fits a header.
+# Bounds a StageReport, so that a Report of MAX_STAGES stages fits a header.
 ShortText = Annotated[str, msgspec.Meta(max_length=128)]
 
-# What a stage's model is doing, in the order in which it passes them. One that is draining was told to stop, and leaves
-# when it has no requests any more.
+# The state of a stage's model; a stage passes them in this order. A draining stage was told to stop, and leaves when no
+# request is left.
 StageState = Literal["loading", "loaded", "kv_cache", "serving", "draining"]
 
 
 class _Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Positional on the wire; a field more or less than ours is an error, not a guess."""
+    """Fields are positional on the wire. A message with a field more or less than ours is refused."""
 
 
 class StageIdentity(_Struct, frozen=True):
-    """Who a stage is and what it must agree on with the others.
+    """Who a stage is, and the settings that it must share with the others.
 
-    ``shared`` holds the resolved settings that must equal the head's, by name, as text; ``tensor_parallel``, its number
-    of ranks, need not. ``incarnation`` is random per process: two processes with one index are told apart by it. One
-    that no stage can have (an index outside its total, no layers) does not decode, so nobody who receives an identity
-    need doubt it.
+    The layers are ``layer_start`` to ``layer_end - 1``. ``tensor_parallel`` is the number of ranks, which may differ
+    between stages. ``incarnation`` is random per process, to tell two processes with one index apart. ``shared`` holds
+    the resolved settings that must equal the head's, by name, as text.
+
+    An identity that no stage can have (an index outside the total, no layers) is refused when it is decoded, so
+    receivers need not check it again.
     """
 
     stage: int
@@ -89,7 +91,10 @@ class StageIdentity(_Struct, frozen=True):
 
 
 class Hello(_Struct, frozen=True):
-    """Successor to predecessor, first on a connection: I am ``identity`` and look for stage ``want``."""
+    """Successor to predecessor: I am ``identity`` and look for stage ``want``.
+
+    Repeated four times a second until a Welcome, and with each ping after that.
+    """
 
     identity: StageIdentity
     want: int
@@ -109,8 +114,11 @@ class Redirect(_Struct, frozen=True):
 
 
 class NotHere(_Struct, frozen=True):
-    """Answer to Hello or Register: not now, ask again. Stage ``stage``, the one looked for, is not known on this port
-    so far, or cannot say yet whether the caller belongs to its pipeline or may take another one's place.
+    """Answer to Hello or Register: not now, ask again.
+
+    The stage that the caller looks for is not known on this port yet. Or the stage that answers cannot decide yet
+    whether the caller belongs to its pipeline or may take another process's place. The caller reports ``stage`` as not
+    registered yet.
     """
 
     stage: int
@@ -119,7 +127,7 @@ class NotHere(_Struct, frozen=True):
 class Register(_Struct, frozen=True):
     """To the owner of a shared port: I am ``identity`` and listen on ``port`` of the same address.
 
-    ``stands_by``: for the owner itself, should it end; not to be found by others before that.
+    ``stands_by``: I replace the owner if it ends, and until then nobody may be redirected to me.
     """
 
     identity: StageIdentity
@@ -134,7 +142,7 @@ class Registered(_Struct, frozen=True):
 
 
 class Refused(_Struct, frozen=True):
-    """Stage ``stage`` cannot take part. Sent to it, or by it towards the head so that both ends say why."""
+    """Stage ``stage`` cannot take part. Sent to that stage, and by it towards the head, so that both say why."""
 
     stage: int
     field: str
@@ -144,9 +152,10 @@ class Refused(_Struct, frozen=True):
 
 
 class Roll(_Struct, frozen=True):
-    """Forward: the identities of stage 0 up to the sender. At the head it is the whole pipeline.
+    """Forward: the identities of stage 0 up to the sender. When it returns to the head, it has the whole pipeline.
 
-    ``epoch``: that the head will open with it. The head repeats it once a second until the ring is open.
+    ``epoch``: the epoch that the head will open with it. The head repeats the Roll once a second until the ring is
+    open.
     """
 
     epoch: int
@@ -160,7 +169,7 @@ class Open(_Struct, frozen=True):
 
 
 class Ping(_Struct, frozen=True):
-    """Successor to predecessor; ``sent_ns`` is the sender's monotonic clock and comes back unchanged."""
+    """Successor to predecessor. ``sent_ns`` is the sender's monotonic clock; the Pong returns it unchanged."""
 
     sent_ns: int
 
@@ -172,7 +181,7 @@ class Pong(_Struct, frozen=True):
 class Fault(_Struct, frozen=True):
     """Forward, once round: ``epoch`` is over, because stage ``stage`` is lost, failed a step, or stops.
 
-    ``step``: the one that failed, -1 where no step did. A Fault of an epoch that is over already ends nothing.
+    ``step``: the step that failed, -1 if none did. A stage ignores a Fault of an epoch that is over already.
     """
 
     epoch: int
@@ -182,7 +191,7 @@ class Fault(_Struct, frozen=True):
 
 
 class Bye(_Struct, frozen=True):
-    """Forward: the head is stopping; stop too, in order."""
+    """Forward: the head stops, and every stage that receives this shuts down gracefully too."""
 
     text: str
 
@@ -196,8 +205,9 @@ class Call(_Struct, frozen=True):
 
 
 class CallResult(_Struct, frozen=True):
-    """One worker's outcome: rank ``rank`` of stage ``stage``. An error is its type and message, a value is the payload
-    of the same position.
+    """The outcome of a call on rank ``rank`` of stage ``stage``.
+
+    An error is its type and message; both are empty without one. The value is the payload at the same position.
     """
 
     stage: int
@@ -207,7 +217,7 @@ class CallResult(_Struct, frozen=True):
 
 
 class Reply(_Struct, frozen=True):
-    """Forward: results of stages 1 up to the sender, one for each of their ranks, in order; one payload each."""
+    """Forward: the results of stages 1 up to the sender, one for each rank, in order. Each has one payload."""
 
     epoch: int
     call_id: int
@@ -215,7 +225,7 @@ class Reply(_Struct, frozen=True):
 
 
 class TensorSpec(_Struct, frozen=True):
-    """``dtype`` is torch's name without the prefix (``bfloat16``); ``shape`` counts rows first."""
+    """``dtype`` is torch's name without the prefix (``bfloat16``). ``shape`` begins with the number of rows."""
 
     name: str
     dtype: str
@@ -223,10 +233,10 @@ class TensorSpec(_Struct, frozen=True):
 
 
 class StageTiming(_Struct, frozen=True):
-    """Four instants of one stage's monotonic clock, in nanoseconds, and half its link's last ping.
+    """Four times of one stage's monotonic clock, in nanoseconds, and half of the last round trip to its predecessor.
 
-    Only instants of one stage may be subtracted: hosts share no clock. ``hop_ns`` is the one-way time from the
-    predecessor, 0 while unknown.
+    Only times of one stage may be subtracted, because hosts share no clock. ``hop_ns`` is the half round trip, 0 while
+    unknown.
     """
 
     stage: int
@@ -240,8 +250,8 @@ class StageTiming(_Struct, frozen=True):
 class Step(_Struct, frozen=True):
     """Forward: run one micro-batch.
 
-    Payload 0 is the schedule, then one payload per tensor. ``digest`` is of (request id, tokens) in row order; every
-    stage compares it with its own rows. ``waits_for_sample``: a Sample message follows (grammar bitmask).
+    Payload 0 is the schedule; one payload per tensor follows. ``digest`` is of (request id, tokens) in row order, and
+    every stage compares it with its own rows. ``waits_for_sample``: a Sample message follows (grammar bitmask).
     """
 
     epoch: int
@@ -269,11 +279,11 @@ class Result(_Struct, frozen=True):
 
 
 class StageReport(_Struct, frozen=True):
-    """What a stage says of itself, for people and planners; nothing is decided by it.
+    """What a stage reports of itself for the status. The ring decides nothing by it.
 
-    ``host`` is the machine's name, ``address`` where the stage listens. ``rss_bytes`` is of all its tensor parallel
-    ranks, ``device_bytes`` of rank 0's device, 0 without one. ``kv_blocks`` is 0 before the KV cache exists.
-    ``last_step`` is the last one that it has run, -1 before the first. ``age_ms``: how long its process has taken part.
+    ``host`` is the machine's name, ``address`` where the stage listens, ``age_ms`` how long its process has taken part.
+    ``rss_bytes`` is of all its tensor parallel ranks, ``device_bytes`` of rank 0's device, 0 without one. ``kv_blocks``
+    is 0 before the KV cache exists. ``last_step`` is the last step that it ran, -1 before the first.
     """
 
     stage: Annotated[int, msgspec.Meta(ge=0, lt=MAX_STAGES)]
@@ -294,7 +304,7 @@ class StageReport(_Struct, frozen=True):
 class Report(_Struct, frozen=True):
     """Forward, once round, about once a second: the reports of stage 0 up to the sender.
 
-    A stage that has nothing to say passes it on as it is. One that is late or lost is not repeated.
+    A stage without a report of its own passes it on as it is. A Report that is late or lost is not repeated.
     """
 
     epoch: int
@@ -323,7 +333,7 @@ Message = (
     | Report
 )
 
-# The number of a message on the wire. Never reuse one; a change of meaning is a new wire version (codec.py).
+# The number of each message on the wire. Never reuse one; a change of meaning is a new wire version (codec.py).
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Welcome,

@@ -1,7 +1,8 @@
-"""What tensors may cross a stage boundary, and their sizes, without torch.
+"""Which tensors may cross a stage boundary, and their sizes, without torch.
 
-The plan is fixed when the model is loaded: names, dtypes and trailing shapes. Every step's tensors must equal it
-exactly, both ways: vLLM reuses a stale buffer for a name that is missing, silently (vllm-seams.md, "activations").
+The plan (names, dtypes and trailing shapes) is fixed when the model is loaded. Every step's tensors must equal it
+exactly on both ends, because vLLM silently uses the last step's buffer for a name that is missing (docs/vllm-seams.md,
+"Activations").
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from stagewire.wire.messages import TensorSpec
 
 __all__ = ["ITEM_BYTES", "TensorPlan", "check_tensors"]
 
-# torch dtypes that activations come in, and bytes per element.
+# The torch dtypes that activations may have, and their bytes per element.
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -50,10 +51,10 @@ class TensorPlan:
 def check_tensors(
     plan: Sequence[TensorPlan], num_rows: int, specs: Sequence[TensorSpec], frames: Sequence[Frame]
 ) -> None:
-    """Compares what arrived with the plan: the same set of names, dtypes, shapes and byte counts, nothing else.
+    """Checks that the tensors of a step have exactly the names, dtypes, shapes and byte counts of the plan.
 
     Raises:
-        ProtocolError: with the first difference, both values.
+        ProtocolError: the first difference, with both values.
     """
     expected = {tensor.name: tensor for tensor in plan}
     found = {spec.name: spec for spec in specs}

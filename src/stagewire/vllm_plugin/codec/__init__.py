@@ -1,1 +1,1 @@
-"""vLLM's schedules, results and calls as bytes, and the closed list of calls."""
+"""Encodes vLLM's schedules, results and calls to bytes and back, and holds the closed list of calls."""

@@ -1,8 +1,8 @@
-"""The closed list of calls that may go round the ring, and all that is special about one of them.
+"""The closed list of calls that may go round the ring, and the properties of each.
 
-A method that is not in `CALLS` does not exist for a peer; a callable never travels. The head checks a call before it
-leaves, each stage before it runs it. This is the only place that knows calls by their names, but for those that make
-one: head/executor.py.
+A method that is not in `CALLS` does not exist for a peer, and a callable never travels. The head checks a call before
+it sends it, and each stage before it runs it. Only the makers of a call name it elsewhere: head/executor.py,
+member/member.py and ranks/stage_ranks.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from stagewire.wire.messages import StageState
 
 __all__ = ["CALLS", "MEMORY_PARTS", "PREPARE", "CallSpec", "Runs", "bind_call", "check_call"]
 
-# The call that carries the journal. The ring's thread of the head makes it, and no code of vLLM.
+# The call that carries the journal. The ring's thread of the head makes it; vLLM has no such call.
 PREPARE = "prepare"
 
 
 Check = Callable[[Any], bool]
 
-# What a sleeping worker gives up, as `wake_up` names it.
+# The parts of a worker's memory that sleep frees, as `wake_up` names them.
 MEMORY_PARTS = frozenset({"weights", "kv_cache"})
 
 
@@ -68,7 +68,7 @@ def _is_token_lists(value: Any) -> bool:
 
 
 def _is_entries(value: Any) -> bool:
-    kinds = [int, str, bytes]  # number of the call, method, arguments
+    kinds = [int, str, bytes]  # member/journal.py's Entry
     return isinstance(value, list) and all(
         isinstance(entry, tuple) and list(map(type, entry)) == kinds for entry in value
     )
@@ -83,7 +83,7 @@ def _is_a(*types: type) -> Check:
 
 
 class Runs(Enum):
-    """Who has a method of the call's name."""
+    """Which object has the method of the call's name."""
 
     VLLM = "vLLM's worker"
     RANK = "worker.stage_worker.StageWorker"
@@ -97,20 +97,20 @@ class CallSpec:
     Args:
         args: a check for each argument, by vLLM's name for it.
         result: a check of what each rank returns.
-        runs: who runs it.
+        runs: which object runs it.
         by_keyword: how many of the last arguments vLLM takes by keyword only.
-        is_slow: it may profile, compile, allocate or write a trace, and so has the start deadline.
-        is_vital: a stage where it fails is of no use to the others, and ends.
-        is_kept: it belongs into the journal. A stage that comes back runs it too, to be like the others.
-        is_once: and no stage runs it twice. Asked again with the same arguments, it answers as it did: a new head does
-            not know what its stages did for the one before.
-        voids: calls that are run again once this one has been run anew, whatever they have answered.
+        is_slow: it may profile, compile, allocate or write a trace, so it has the start deadline.
+        is_vital: a stage where it fails ends, because the others cannot use it.
+        is_kept: it is kept in the journal. A restarted stage runs it too, to be like the others.
+        is_once: no stage runs it twice with the same arguments. A stage that is asked again returns its first answer,
+            because a new head does not know what its stages did for the one before.
+        voids: calls whose first answers are dropped when this one runs with other arguments.
         undoes: calls that leave the journal when this one succeeds. With ``adapter``: those of the same adapter.
         follows: calls whose entries of the same adapter move to the journal's end, before this one's.
-        adapter: the LoRA adapter's number, out of the arguments.
-        sleeps: it takes memory away that ``wakes`` gives back.
-        wakes: which parts of the memory, out of the arguments. It undoes calls only when no part is left asleep.
-        reaches: what a stage is after it, for its reports.
+        adapter: finds the LoRA adapter's number in the arguments.
+        sleeps: it frees memory that the call with ``wakes`` gives back.
+        wakes: finds the parts of the memory in the arguments. The call undoes others only when no part is left asleep.
+        reaches: the state of a stage after the call, for its reports.
     """
 
     args: dict[str, Check]
@@ -142,7 +142,7 @@ def _woken_parts(args: tuple[Any, ...]) -> set[str]:
     return set(MEMORY_PARTS if args[0] is None else args[0])
 
 
-# Arguments that calls have got in the course of vLLM's versions.
+# Arguments that later versions of vLLM added.
 _LAYOUT_ARGS: dict[str, Check] = {"kv_cache_layout": _is_a(str)}
 if is_at_least(0, 33):
     _LAYOUT_ARGS["cp_kv_cache_interleave_size"] = _is_a(int)
@@ -155,7 +155,7 @@ if is_at_least(0, 33):
 
 _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
-# Table C1 of the seams page.
+# Table C1 of docs/vllm-seams.md.
 CALLS: dict[str, CallSpec] = {
     # start-up, in this order
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
@@ -167,19 +167,19 @@ CALLS: dict[str, CallSpec] = {
         {"kv_cache_configs": _is_kv_configs},
         _is_nothing,
         Runs.RANK,
-        voids=("compile_or_warm_up_model",),  # by a new head: another KV cache, and warm for it
+        voids=("compile_or_warm_up_model",),  # another KV cache, by a new head, is warmed up again
         reaches="kv_cache",
         **_START,
     ),
-    # Ours: one threshold for all stages, or rows would be ordered differently (the seams page, "row order").
+    # Ours: with different thresholds, stages would order rows differently (docs/vllm-seams.md, "Row order").
     "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, Runs.RANK, is_slow=True),
     "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, Runs.RANK, **_START),
     "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), Runs.RANK, reaches="serving", **_START),
     # after a loss
-    # Ours: the journal. A stage runs the calls in it that it has not run.
+    # Ours: carries the journal. A stage runs those of its calls that it has not run.
     PREPARE: CallSpec({"journal": _is_entries}, _is_nothing, Runs.HOST, is_slow=True),
-    # Ours: all stages forget their requests and get the live ones anew, as a schedule and the tokens that each has got.
-    # The first of several calls also forgets. The head's own rank gets the schedule itself (`StageRanks.call`).
+    # Ours: stages get the live requests anew, as a schedule and the tokens that each has got. On the first of several
+    # calls they forget their requests before. The head's own rank gets the schedule itself (`StageRanks.call`).
     "restore_requests": CallSpec(
         {"schedule": _is_a(bytes, SchedulerOutput), "outputs": _is_token_lists, "is_first": _is_a(bool)},
         _is_nothing,
@@ -187,7 +187,7 @@ CALLS: dict[str, CallSpec] = {
         is_vital=True,
     ),
     # while it serves
-    # Ours: what a stage still remembers of requests; for tests and status.
+    # Ours: what a stage remembers of requests; for tests.
     "get_stage_state": CallSpec({}, _is_a(dict), Runs.RANK),
     "reset_mm_cache": CallSpec({}, _is_nothing),
     "reset_encoder_cache": CallSpec({}, _is_nothing),
@@ -207,7 +207,7 @@ CALLS: dict[str, CallSpec] = {
     ),
     "compute_weight_checksums": CallSpec({}, _is_a(dict)),
     "get_model_inspection": CallSpec({}, _is_a(str)),
-    # Ours: whether every stage can load an adapter, and from the same bytes, before any stage takes it in.
+    # Ours: before any stage adds an adapter, every stage loads it and returns the digest of its files.
     "check_lora": CallSpec({"lora_request": _is_a(LoRARequest)}, _is_a(str), Runs.RANK),
     "add_lora": CallSpec(
         {"lora_request": _is_a(LoRARequest)}, _is_a(bool), Runs.RANK, is_kept=True, adapter=_named_adapter
@@ -215,7 +215,8 @@ CALLS: dict[str, CallSpec] = {
     "remove_lora": CallSpec(
         {"lora_id": _is_a(int)}, _is_a(bool), adapter=_numbered_adapter, undoes=("add_lora", "pin_lora")
     ),
-    # In use, a pinned adapter may have outlived some that were added later. It would not outlive them in a replay.
+    # A pinned adapter may have stayed while adapters that were added later were evicted. A replay in the old order
+    # would evict it before the pin.
     "pin_lora": CallSpec(
         {"lora_id": _is_a(int)}, _is_a(bool), is_kept=True, adapter=_numbered_adapter, follows=("add_lora", "pin_lora")
     ),
@@ -225,9 +226,9 @@ CALLS: dict[str, CallSpec] = {
 
 
 def bind_call(method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments in the order of `CALLS`; one that is missing is None.
+    """The arguments in the order of `CALLS`; a missing one is None.
 
-    Raises ConfigError as `check_call` does.
+    Raises ConfigError as `check_call` does, and for an argument that the call does not have or that is given twice.
     """
     names = list(CALLS[method].args) if method in CALLS else []
     values = dict(zip(names, args, strict=False)) | dict(kwargs)

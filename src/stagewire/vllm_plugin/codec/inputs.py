@@ -1,8 +1,8 @@
-"""What a request brings besides token ids: images, audio, video, embeddings of a prompt. Who gets which part.
+"""What a request brings besides token ids (images, audio, video, embeddings of a prompt), and which stage gets it.
 
-Only the head embeds a prompt, so only it gets pixels and embedding vectors, in the EngineCore process, without a wire.
-The other stages get what decides positions: where an item lies in the prompt, and the small fields that vLLM's models
-keep on the CPU for it (image grids for M-RoPE); of a prompt's embeddings, their number.
+Only the head embeds a prompt. So only the head gets pixels and embedding vectors, and these stay in its EngineCore
+process. The other stages get what decides positions: where an item lies in the prompt, the small fields that vLLM's
+models keep on the CPU for it (image grids for M-RoPE), and the number of a prompt's embeddings.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Dtype = Literal["bool", "uint8", "int32", "int64", "float32", "float64"]
 class Feature(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """One image (or other item) of a prompt, without its content.
 
-    ``is_embed``: which of its ``length`` positions are embeddings, one byte each; ``None``: all. ``fields``: what stays
-    on the CPU, packed; ``None`` where the scheduler has dropped the item's data, because its positions are cached.
+    ``is_embed``: which of its ``length`` positions are embeddings, one byte each; ``None``: all. ``fields``: the packed
+    fields that stay on the CPU; ``None`` if the scheduler dropped the item's data because its positions are cached.
     """
 
     modality: str
@@ -52,7 +52,10 @@ class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def pack_features(features: Sequence[MultiModalFeatureSpec]) -> list[Feature]:
-    """Raises TypeError for a field of a kind that no model of vLLM has: neither tensors, numbers nor text."""
+    """The items as they travel.
+
+    Raises TypeError for a field that is no tensor, number, text, None or list of these. No model of vLLM has one.
+    """
     return [
         Feature(
             modality=feature.modality,
@@ -67,7 +70,10 @@ def pack_features(features: Sequence[MultiModalFeatureSpec]) -> list[Feature]:
 
 
 def unpack_features(features: Sequence[Feature]) -> list[MultiModalFeatureSpec]:
-    """Raises ProtocolError for a feature that contradicts itself."""
+    """The items for vLLM, without content.
+
+    Raises ProtocolError for a mask of another length than the item, or a malformed tensor.
+    """
     return [
         MultiModalFeatureSpec(
             data=None if feature.fields is None else _unpack_fields(feature.fields),
@@ -80,7 +86,7 @@ def unpack_features(features: Sequence[Feature]) -> list[MultiModalFeatureSpec]:
 
 
 def stand_in_for_embeds(length: int) -> torch.Tensor:
-    """In the place of a prompt's embeddings where only their number matters; takes no memory. # [length, 1]"""
+    """Stands for a prompt's embeddings where only their number matters; takes no memory. # [length, 1]"""
     return torch.zeros(1, 1).expand(length, 1)
 
 
@@ -110,7 +116,10 @@ def _unpack_fields(fields: dict[str, Any]) -> MultiModalKwargsItem:
 
 
 def _pack(value: Any) -> Any:
-    """A tensor is a map, everything else what it is in msgpack."""
+    """A tensor becomes a map; msgpack has everything else. 16-bit floats become float32, because numpy has no bfloat16.
+
+    A tensor of another dtype that is not in ``Dtype`` becomes int64.
+    """
     if isinstance(value, torch.Tensor):
         array = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().contiguous().numpy()
         if array.dtype.name not in get_args(Dtype):

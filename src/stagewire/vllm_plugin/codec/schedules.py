@@ -1,8 +1,8 @@
-"""vLLM's step objects to bytes and back: schedules, grammar bitmasks, model outputs.
+"""Encodes vLLM's step objects to bytes and back: schedules, grammar bitmasks, model outputs.
 
-The wire's own structs keep the ring independent of vLLM's fields (its dataclasses cannot be decoded by msgspec: their
-annotations are TYPE_CHECKING imports). What travels and what does not is table C2/C3 of docs/vllm-seams.md; in short:
-everything a worker of the V1 runner reads, and nothing that only the scheduler reads.
+It has structs of its own, so that the ring does not depend on vLLM's fields; msgspec could not decode vLLM's
+dataclasses, whose annotations are TYPE_CHECKING imports. Everything that a worker of the V1 runner reads travels, and
+nothing that only the scheduler reads: table C2/C3 of docs/vllm-seams.md.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Schedule(_Struct):
     spec_token_ids: dict[str, list[int]]
     num_spec_tokens: int  # how many the tail may draft for the next step
     accepted_token_ids: list[list[int]] | None
-    num_common_prefix_blocks: list[int]  # of each KV cache group; what vLLM 0.30 and 0.31 choose cascade attention by
+    num_common_prefix_blocks: list[int]  # of each KV cache group; vLLM 0.30 and 0.31 choose cascade attention by it
 
 
 class _Array(_Struct):
@@ -126,7 +126,7 @@ _ARRAY_DTYPES = frozenset({"int32", "int64", "float32", "float64"})
 
 
 def is_nothing(schedule: SchedulerOutput) -> bool:
-    """A schedule that no stage needs to see: vLLM's idle polls. It must then be run by nobody, the head included."""
+    """Whether no stage needs to see this schedule (vLLM's idle polls). Then no stage may run it, not even the head."""
     return not (
         schedule.total_num_scheduled_tokens
         or schedule.finished_req_ids
@@ -138,10 +138,10 @@ def is_nothing(schedule: SchedulerOutput) -> bool:
 
 
 def encode_schedule(schedule: SchedulerOutput) -> bytes:
-    """The bytes that every stage decodes; they are forwarded unparsed.
+    """The bytes that every stage decodes. Stages pass them on as they are.
 
     Raises:
-        ConfigError: the schedule uses a feature that the ring does not carry (refused at start, so a bug if seen).
+        TypeError: a request has a multimodal field that cannot travel (`pack_features`).
     """
     cached = schedule.scheduled_cached_reqs
     return _ENCODER.encode(
@@ -170,7 +170,7 @@ def encode_schedule(schedule: SchedulerOutput) -> bytes:
 
 
 def decode_schedule(data: Frame, adapters: Mapping[int, LoRARequest] | None = None) -> SchedulerOutput:
-    """A SchedulerOutput as the head's own worker saw it, in everything that a worker reads.
+    """The head's schedule, with everything that a worker reads.
 
     Args:
         adapters: the LoRA adapters that this stage knows, by number.
@@ -215,7 +215,7 @@ def decode_schedule(data: Frame, adapters: Mapping[int, LoRARequest] | None = No
 
 
 def row_digest(req_ids: Iterable[str], num_scheduled_tokens: Mapping[str, int]) -> int:
-    """64 bits of (request, tokens) in row order. Rows come from each worker's own history, so stages compare them."""
+    """64 bits of (request, tokens) in row order. Each worker orders rows by its own history, so stages compare them."""
     digest = hashlib.blake2b(digest_size=8)
     for req_id in req_ids:
         digest.update(f"{req_id}\0{num_scheduled_tokens[req_id]}\0".encode())
@@ -223,7 +223,7 @@ def row_digest(req_ids: Iterable[str], num_scheduled_tokens: Mapping[str, int]) 
 
 
 def token_digest(output: ModelRunnerOutput) -> int:
-    """64 bits of the sampled tokens in row order. Every rank of a tensor parallel tail samples for itself."""
+    """64 bits of the sampled tokens in row order. The ranks of a tail compare them, because each samples by itself."""
     encoded = _ENCODER.encode((output.req_ids, output.sampled_token_ids))
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
@@ -231,7 +231,7 @@ def token_digest(output: ModelRunnerOutput) -> int:
 def _new_request(request: NewRequestData) -> _NewRequest:
     params = copy.copy(request.sampling_params)
     if params is not None:
-        # Read by the API server and the scheduler only; the grammar arrives as a bitmask.
+        # Only the API server and the scheduler read these; stages get the grammar as a bitmask.
         params.structured_outputs = None
         params.stop = None
     return _NewRequest(
@@ -278,7 +278,7 @@ def _pairs(copies: list[KVCacheBlockCopy] | None) -> list[tuple[int, int]] | Non
 
 
 def encode_output(output: ModelRunnerOutput, drafts: DraftTokenIds | None = None) -> bytes:
-    """Token ids and what else requests asked for; never hidden states. ``drafts``: for the next step, if any."""
+    """Token ids and what else the requests asked for, but no hidden states. ``drafts``: for the next step, if any."""
     logprobs = output.logprobs
     return _ENCODER.encode(
         _Output(
@@ -304,7 +304,7 @@ def encode_output(output: ModelRunnerOutput, drafts: DraftTokenIds | None = None
 
 
 def decode_output(data: Frame) -> ModelRunnerOutput:
-    """A `DraftingOutput` when the tail has drafted. Raises ProtocolError for malformed bytes."""
+    """The result of a step; a `DraftingOutput` if the tail has drafted. Raises ProtocolError for malformed bytes."""
     wire = _decode(_OUTPUT_DECODER, data, "result")
     logprobs = wire.logprobs
     output = ModelRunnerOutput(
@@ -360,7 +360,7 @@ def _array(values: Any) -> _Array:
 
 
 def _optional_tensor(tensor: torch.Tensor | None) -> _Array | None:
-    """Of any dtype that activations have; numpy has no bfloat16."""
+    """Takes any dtype that activations have; goes through bytes, because numpy has no bfloat16."""
     if tensor is None:
         return None
     values = tensor.contiguous()
@@ -373,7 +373,7 @@ def _torch(array: _Array) -> torch.Tensor:
         raise ProtocolError(f"a tensor of {array.dtype!r} {array.shape}: expected one of {sorted(ITEM_BYTES)}")
     if math.prod(array.shape) * ITEM_BYTES[array.dtype] != len(array.data):
         raise ProtocolError(f"a tensor of {array.dtype} {array.shape} in {len(array.data)} bytes")
-    # An empty buffer cannot be viewed; one byte more can.
+    # torch.frombuffer refuses an empty buffer.
     flat = torch.frombuffer(bytearray(array.data) or bytearray(1), dtype=torch.uint8)[: len(array.data)]
     try:
         return flat.view(getattr(torch, array.dtype)).view(array.shape)

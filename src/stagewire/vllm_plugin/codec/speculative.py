@@ -1,4 +1,4 @@
-"""What vLLM's step objects lack for n-gram speculation over stages."""
+"""vLLM's step objects with the fields that n-gram speculation over stages needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["DraftingOutput", "SpeculativeRequestData"]
 
 @dataclass
 class SpeculativeRequestData(CachedRequestData):
-    """``accepted_token_ids``: per request, the tokens right before ``num_computed_tokens``; at most as many as one step
-    can have accepted, so that a stage takes from their end what it lacks.
+    """``accepted_token_ids``: per request, the last tokens before ``num_computed_tokens``.
+
+    There are at most as many as one step can accept. A stage appends from their end the tokens that it lacks.
     """
 
     accepted_token_ids: list[list[int]] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""Arguments and results of calls as bytes.
+"""Encodes arguments and results of calls to bytes and back.
 
-Values are encoded by type from an allow-list: plain data, torch dtypes, LoRA requests, and the dataclasses and enums of
-vLLM's KV cache interface by name. Decoding builds only those, with fields that the class has; nothing is imported or
-executed by name. The types of an object's fields are not checked: the handshake has already compared the vLLM versions.
+Only types on an allow-list are encoded: plain data, torch dtypes, LoRA requests, and the dataclasses and enums of
+vLLM's KV cache interface by name. Decoding builds only these, with fields that the class has. It imports and executes
+nothing by name. It does not check the types of an object's fields, because the handshake compared the vLLM versions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ENUMS: dict[str, type[enum.Enum]] = {
     if isinstance(cls, type) and issubclass(cls, enum.Enum)
 }
 _ENCODER = msgspec.msgpack.Encoder()
-# What building plain objects from somebody else's parts can raise.
+# What building objects from a peer's bytes can raise.
 _DECODE_ERRORS = (
     *(msgspec.MsgspecError, RecursionError, ValueError, TypeError, LookupError, ArithmeticError),
     *(AttributeError, AssertionError),
@@ -48,19 +48,19 @@ _DECODER = msgspec.msgpack.Decoder()
 
 
 def encode_value(value: Any) -> bytes:
-    """Bytes of an allowed value.
+    """The bytes of an allowed value.
 
     Raises:
-        TypeError: a type outside the allow-list; the model or call that needs it is not supported.
+        TypeError: the type is not on the allow-list, so the model or call that needs it is not supported.
     """
     return _ENCODER.encode(_pack(value))
 
 
 def decode_value(data: Frame) -> Any:
-    """The value of `encode_value`.
+    """The value that `encode_value` took.
 
     Raises:
-        ProtocolError: anything else.
+        ProtocolError: the bytes are not of `encode_value`.
     """
     try:
         return _unpack(_DECODER.decode(data))
@@ -71,7 +71,7 @@ def decode_value(data: Frame) -> Any:
 
 
 def _pack(value: Any) -> Any:
-    """Plain scalars as they are; everything else is a list that begins with its kind."""
+    """Plain scalars stay as they are; everything else becomes a list that begins with its kind."""
     if isinstance(value, enum.Enum):
         return ["enum", type(value).__name__, value.name]
     if value is None or isinstance(value, (bool, int, float, str, bytes)):

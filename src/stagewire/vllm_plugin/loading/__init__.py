@@ -1,1 +1,1 @@
-"""From a checkpoint's files to the layers of one stage, and what models need to be cut."""
+"""Loads the layers of one stage from a checkpoint's files, and prepares vLLM's models to be cut into stages."""

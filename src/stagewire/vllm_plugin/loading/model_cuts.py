@@ -1,7 +1,7 @@
-"""What vLLM's models need to be cut into stages, beyond what they do by themselves.
+"""Prepares vLLM's models to be cut into stages.
 
-Stock pipeline parallelism has these faults too; the records with reasons are in seams/. Applied by each stage's
-process before its model is built.
+Each process that runs layers applies this before its model is built. Stock pipeline parallelism has the same faults;
+the patches and their reasons are in seams/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["drop_towers", "install"]
 
 
 def install(model_config: Any) -> None:
-    """Those of this model. Raises ConfigError when a target is not what it was."""
+    """Installs the patches that this model needs. Raises ConfigError when a patch's target has moved."""
     mend_missing_layers()
     mend_tied_heads()
     if model_config.using_transformers_backend():
@@ -31,11 +31,12 @@ def install(model_config: Any) -> None:
 
 
 def drop_towers(vllm_config: Any) -> None:
-    """On every stage but the head: no encoder, no processor and no profiling of them, by vLLM's own means.
+    """Leaves the encoders of images and other items out of every stage but the head, by vLLM's own means.
 
-    A limit of no items per prompt makes a model leave out the towers that it has marked as such. Set here and not as an
-    argument, which would tell vLLM that images never come: then it turns off what images need in every layer. Models
-    whose images attend in both directions look at the limits once more when they are built, and so keep their towers.
+    With a limit of 0 items per prompt, a model does not build its towers, and vLLM neither processes items nor profiles
+    encoders. The limit is not set as an argument: vLLM would then resolve a text model, without what images need in
+    every layer. Models whose images attend in both directions read the limits again when they are built, so they keep
+    their towers.
     """
     model = vllm_config.model_config
     if model.multimodal_config is None or not model.supports_multimodal_inputs or model.is_mm_prefix_lm:

@@ -1,8 +1,9 @@
-"""Models that build every embedding and norm on every stage, in a stage whose folder has only its own tensors.
+"""Takes modules out of a stage's model whose weights are not in the stage's folder.
 
-Many of vLLM's models do (Mixtral, Gemma, Qwen3-MoE, GPT-2), and use each on one stage. From the full checkpoint they
-are loaded and lie idle. Here they are taken out, which also saves their memory, and whoever uses one after all is
-stopped: parameters that nothing has loaded would give wrong tokens, and vLLM's own check lets some of them pass.
+Many of vLLM's models (Mixtral, Gemma, Qwen3-MoE, GPT-2) build every embedding and norm on every stage, and use each on
+one stage. A full checkpoint has weights for all of them; a folder with one stage's tensors does not. A module without
+weights is replaced by one that raises when it is used: parameters that nothing has loaded would give wrong tokens, and
+vLLM's own check does not find all of them. This also saves their memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["AbsentModule", "drop_absent"]
 
 
 class AbsentModule(nn.Module):
-    """In the place of a module whose weights another stage has. Raises ``ConfigError`` when it is used."""
+    """Replaces a module whose weights another stage has. Raises ``ConfigError`` when it is used."""
 
     def __init__(self, stage: int, name: str) -> None:
         super().__init__()
@@ -36,17 +37,17 @@ class AbsentModule(nn.Module):
 def drop_absent(
     model: nn.Module, stage: StageConfig, num_layers: int, *, is_tied: bool, present: Iterable[str]
 ) -> list[str]:
-    """Replaces modules outside the layers that belong to another stage and are not in this one's folder.
+    """Replaces modules outside the layers that belong to another stage and have no tensor in this stage's folder.
 
     Args:
         model: built, not loaded.
-        stage: whose.
+        stage: this stage's settings.
         num_layers: of the whole model.
         is_tied: whether the head is the embedding, as vLLM resolved it.
         present: names of the folder's tensors, as the model's mapper spells them.
 
     Returns:
-        The names of what was replaced.
+        The names of the modules that were replaced.
     """
     modules = {name.rpartition(".")[0] for name in present}
 
@@ -65,5 +66,5 @@ def drop_absent(
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in absent:
-                setattr(parent, name, absent[id(child)])  # under every name: a tied head is the embedding itself
+                setattr(parent, name, absent[id(child)])  # a tied head is the embedding under a second name
     return names

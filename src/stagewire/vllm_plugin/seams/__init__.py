@@ -1,1 +1,1 @@
-"""Every place where vLLM's own code is changed or asked for what its versions name differently."""
+"""Every place where vLLM's own code is patched, or called in a way that differs between its versions."""

@@ -1,4 +1,4 @@
-"""Every patch of vLLM. Each record and its function are in a file of their own in this room.
+"""Every patch of vLLM. The other modules of this package hold the records and the functions that install them.
 
 tests/vllm/test_seams.py has one test per seam.
 """

@@ -33,13 +33,13 @@ Make = Callable[[Callable[..., Any]], Any]
 
 
 def install(add_flags: Make, translate: Make, serve: Make) -> None:
-    """The patches of every vLLM process with a command line; modules that are not loaded need none.
+    """Installs the patches in a vLLM process with a command line. Modules that are not loaded are left alone.
 
-    Never raises: a plugin that raises breaks every vLLM process of its environment, flags or not.
+    Never raises, because a plugin that raises breaks every vLLM process of its environment, with our flags or without.
 
     Args:
-        add_flags, translate, serve: each makes the replacement of one of these functions out of vLLM's own, in the
-            order of `PATCHES`.
+        add_flags, translate, serve: each takes one of vLLM's functions and returns its replacement, in the order of
+            `PATCHES`.
     """
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     cli = sys.modules.get("vllm.entrypoints.cli.serve")

@@ -1,4 +1,4 @@
-"""vLLM's look at a container's memory sees what ours does."""
+"""Makes vLLM count a container's memory as `machine` does."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PATCH = Patch(
 
 
 def count_page_cache_as_free() -> None:
-    """In a process that runs layers: vLLM's look at a container's memory sees what ours does.
+    """In a process that runs layers: vLLM takes a container's limit and free memory from `machine`.
 
-    Its own counts the page cache, which is full of the checkpoint, as taken, and looks at one place for the limit.
+    vLLM itself counts the page cache as taken, which is full of the checkpoint, and reads the limit at one place only.
     """
     if not is_at_least(0, 32):
         return

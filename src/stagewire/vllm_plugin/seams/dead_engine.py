@@ -1,4 +1,4 @@
-"""Whoever waits for a killed EngineCore, without an API, gets vLLM's EngineDeadError."""
+"""In a head without an API, calls that wait for a killed EngineCore get vLLM's EngineDeadError."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PATCH = Patch(
 
 
 def end_waits_for_dead_engine(tell: Callable[[Any], None]) -> None:
-    """In a head's process without an API: whoever waits for EngineCore when it dies gets vLLM's EngineDeadError.
+    """In a head's process without an API: calls that wait for EngineCore when it dies get vLLM's EngineDeadError.
 
     Args:
-        tell: called before that, with EngineCore's process of multiprocessing.
+        tell: called before that, with EngineCore's `multiprocessing` process.
     """
     from vllm.v1.engine.core_client import MPClient, SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -34,13 +34,13 @@ def end_waits_for_dead_engine(tell: Callable[[Any], None]) -> None:
             try:
                 original(self, timeout)
             finally:
-                # A client that is still being made has no queue. Whoever asks it later is refused by vLLM itself.
+                # A client that is still being made has no queue. vLLM itself refuses later calls.
                 if is_dead and isinstance(self, SyncMPClient) and hasattr(self, "outputs_queue"):
                     for process in manager.processes if manager is not None else ():
                         tell(process)
                     self.outputs_queue.put_nowait(EngineDeadError())
                     for future in list(self.utility_results.values()):
-                        with contextlib.suppress(InvalidStateError):  # its answer came at the last moment
+                        with contextlib.suppress(InvalidStateError):  # its answer has just come
                             future.set_exception(EngineDeadError())
 
         return shutdown

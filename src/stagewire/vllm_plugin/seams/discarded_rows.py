@@ -1,4 +1,4 @@
-"""Rows whose token is thrown away leave their request's random numbers as they were."""
+"""Keeps a request's random numbers as they are when the token of its row is discarded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ PATCH = Patch(
 
 
 def keep_generators_of_discarded_rows() -> None:
-    """In a process that runs layers: a row whose token is thrown away leaves its request's generator as it was.
+    """In a process that runs layers: a row whose token is discarded does not change its request's generator.
 
-    `GPUModelRunner._bookkeeping_sync` calls ``set_offset(get_offset() - 4)`` for such rows; without a generator in the
-    batch nothing is drawn from it and nothing is rewound. Others than CPU generators can be, and stay.
+    `GPUModelRunner._bookkeeping_sync` calls ``set_offset(get_offset() - 4)`` for such rows, which CPU generators cannot
+    do. So their generators are taken out of the batch: then nothing is drawn and nothing is rewound. Generators on
+    other devices stay in the batch.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -35,7 +36,7 @@ def keep_generators_of_discarded_rows() -> None:
                 if row < batch.num_reqs and is_discarded[row] and generator.device.type == "cpu"
             }
             for row in aside:
-                del batch.generators[row]  # the very dict that the sampler reads
+                del batch.generators[row]  # the sampler reads this dict
             try:
                 return original(self, grammar_output)
             finally:

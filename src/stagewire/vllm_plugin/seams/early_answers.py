@@ -1,4 +1,4 @@
-"""vLLM's API server between binding its socket and serving: somebody else may answer there."""
+"""Lets the head answer on the API server's socket between binding and serving."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Make = Callable[[Callable[..., Any]], Any]
 
 
 def answer_early(setup: Make, serve: Make) -> None:
-    """In a head's process, before its API server starts.
+    """Installs the patches in a head's process. To be called before its API server starts.
 
     Args:
-        setup, serve: each makes the replacement of one of these functions out of vLLM's own, in the order of `PATCHES`.
+        setup, serve: each takes one of vLLM's functions and returns its replacement, in the order of `PATCHES`.
     """
     from vllm.entrypoints.launchers.api_server import entry
 

@@ -1,4 +1,4 @@
-"""EngineCore gets time to tell the ring that the head stops."""
+"""Gives EngineCore time to tell the ring that the head stops."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PATCH = Patch(
     "the grace is not for ROCm alone",
 )
 
-# Stopping the ring takes milliseconds. What follows is vLLM's own teardown. It spends seconds in the garbage collector,
-# and stock vLLM never waits for it.
+# Stopping the ring takes milliseconds. vLLM's own teardown after that spends seconds in the garbage collector, and
+# stock vLLM never waits for it.
 ENGINE_STOP_GRACE_S = 2.0
 
 
 def give_engine_time_to_stop() -> None:
-    """In the process that started EngineCore: time to tell the ring that the head stops."""
+    """In the process that started EngineCore: without a drain, EngineCore gets ``ENGINE_STOP_GRACE_S`` to stop."""
     from vllm.v1.engine import utils
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:

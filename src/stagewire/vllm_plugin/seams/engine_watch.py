@@ -1,4 +1,4 @@
-"""Whoever starts EngineCore watches its process, and EngineCore watches whoever started it."""
+"""The process that starts EngineCore watches it, and EngineCore ends with that process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PATCH = Patch(
 
 
 def watch_engine(act: Callable[[Any], None] | None = None) -> None:
-    """In the process that starts EngineCore: that one ends with this one, whatever it does.
+    """In the process that starts EngineCore: EngineCore ends when this process ends, also while it still imports.
 
     Args:
-        act: called with EngineCore's process of multiprocessing once it is started.
+        act: called with EngineCore's `multiprocessing` process once it is started.
     """
     from vllm.v1.engine.utils import CoreEngineProcManager
 

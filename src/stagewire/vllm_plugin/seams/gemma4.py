@@ -1,4 +1,4 @@
-"""Gemma 4: later stages use the per-layer inputs that come in."""
+"""Makes later stages of Gemma 4 use the per-layer inputs that they receive."""
 
 from __future__ import annotations
 

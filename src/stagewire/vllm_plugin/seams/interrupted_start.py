@@ -1,4 +1,4 @@
-"""Ctrl-C while an `LLM` starts its EngineCore."""
+"""Makes Ctrl-C work while an `LLM` starts its EngineCore."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATCH = Patch(
 
 
 def interrupt_engine_start() -> None:
-    """In a head's process without an API: Ctrl-C while EngineCore starts is KeyboardInterrupt in the user's Python."""
+    """In a head's process without an API: Ctrl-C while EngineCore starts raises KeyboardInterrupt for the user."""
     from vllm.v1.engine import utils
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:

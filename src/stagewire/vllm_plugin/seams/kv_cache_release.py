@@ -1,7 +1,7 @@
-"""A KV cache that was initialised can be taken back.
+"""Releases a KV cache, so that another one can be initialised.
 
-vLLM's runner has a method for the cache that it profiles with. That calls the accelerator, which fails where there is
-none, and so is not for a CPU.
+vLLM's runner has a method that releases the cache of its profiling run. It calls the accelerator, so it fails on a
+CPU; there this module does the same by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["release_kv_cache"]
 
 
 def release_kv_cache(runner: Any) -> None:
-    """Takes back `initialize_kv_cache`, so that another configuration may follow.
+    """Undoes `initialize_kv_cache`, so that it can be called with another configuration.
 
     Args:
         runner: vLLM's GPUModelRunner, or its subclass for CPUs.

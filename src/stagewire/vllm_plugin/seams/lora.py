@@ -1,4 +1,4 @@
-"""LoRA: a step's adapters in one order on every stage, and no adapter for requests to the base model."""
+"""LoRA: every stage takes a step's adapters in the same order, and requests to the base model get no adapter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PATCHES = (
 
 
 def mend_lora() -> None:
-    """In a stage's process, before the first step: both patches of LoRA."""
+    """Installs the patches in a stage's process. To be called before the first step."""
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ def mend_lora() -> None:
 
     wrap(LRUCacheWorkerLoRAManager, "_apply_adapters", make)
     if is_at_least(0, 33):
-        return  # it leaves those rows out
+        return  # vLLM leaves rows of the base model out itself
     for module in _TORCH_LORA_MODULES:
         owner = importlib.import_module(f"vllm.lora.{module}")
         for name in _TORCH_LORA_OPERATORS:
@@ -57,7 +57,7 @@ def mend_lora() -> None:
 
 def _without_base_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     def operator(inputs: Any, weights: Any, output: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
-        # inputs: [num_rows, ...]; a row of zeros adds nothing, whichever adapter is applied to it.
+        # inputs: [num_rows, ...]; a row of zeros adds nothing with any adapter.
         rows = inputs.masked_fill((indices < 0).unsqueeze(-1), 0)
         return original(rows, weights, output, indices, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Layers of other stages: what a missing one hands on, and that it can be tied."""
+"""Makes the placeholders of other stages' layers return what models expect, and accept tied weights."""
 
 from __future__ import annotations
 

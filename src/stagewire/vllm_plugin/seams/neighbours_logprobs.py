@@ -1,4 +1,4 @@
-"""Requests beside one with ``logprob_token_ids`` keep their likeliest tokens."""
+"""Keeps the top log-probabilities of requests in a batch with a request that has ``logprob_token_ids``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ PATCHES = (
 def keep_logprobs_of_neighbours() -> None:
     """In a process that runs layers: rows without ``logprob_token_ids`` keep their top log-probabilities.
 
-    `Sampler.forward` prefers the chosen tokens' table to the likeliest tokens' for the whole batch. The table made here
-    has a row's own kind in each row, as wide as the wider kind; vLLM's API server cuts a row to what it asked for.
+    If one row has such a list, `Sampler.forward` returns the table of chosen tokens for all rows. The table made here
+    has chosen tokens in rows with a list and top tokens in the others. It is as wide as the wider of both, and vLLM's
+    API server cuts each row to what its request asked for.
     """
     import torch
     from vllm.v1.outputs import LogprobsTensors
@@ -45,7 +46,7 @@ def keep_logprobs_of_neighbours() -> None:
         def gather_specific_token_logprobs(self: Any, logprobs: Any, logprob_token_ids: Any, sampled: Any) -> Any:
             chosen = original(self, logprobs, logprob_token_ids, sampled)
             count = self.stagewire_num_logprobs
-            if chosen is None or count is None or count < 0:  # nobody asks for the likeliest, or for all tokens
+            if chosen is None or count is None or count < 0:  # no list, no top tokens, or all tokens of the vocabulary
                 return chosen
             top = self.gather_logprobs(logprobs, count, token_ids=sampled)
             num_rows, width = len(sampled), max(chosen.logprobs.shape[1], top.logprobs.shape[1])

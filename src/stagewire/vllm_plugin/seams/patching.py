@@ -1,6 +1,6 @@
-"""How a function of vLLM is wrapped or added, and the record that each patch has.
+"""Wraps or adds a function of vLLM, and defines the record that each patch has.
 
-A patch raises when its target has moved; nothing is patched by import.
+A patch raises when its target has moved. Importing a module patches nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _MARK = "__stagewire_patch__"
 @dataclass(frozen=True)
 class Patch:
     target: str  # module:qualified.name
-    reason: str
-    until: str
+    reason: str  # and the processes in which it is installed
+    until: str  # the change in vLLM that makes the patch unnecessary
 
 
 def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
-    """Replaces ``owner.name`` by ``make(original)``, once.
+    """Replaces ``owner.name`` by ``make(original)``. A second call changes nothing.
 
     Raises:
-        ConfigError: there is no such attribute; this vLLM is not the one that the patch was written for.
+        ConfigError: there is no such attribute, so the patch was not written for this vLLM.
     """
     original = vars(owner).get(name)
     if original is None:
@@ -46,10 +46,10 @@ def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Any]) -> No
 
 
 def add(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    """Gives ``owner`` a method that it lacks, once.
+    """Gives ``owner`` a method that it lacks. A second call changes nothing.
 
     Raises:
-        ConfigError: there is one already; this vLLM is not the one that the patch was written for.
+        ConfigError: ``owner`` has such a method, so the patch was not written for this vLLM.
     """
     existing = vars(owner).get(name)
     if existing is not None and not hasattr(existing, _MARK):

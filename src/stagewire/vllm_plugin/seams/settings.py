@@ -1,7 +1,7 @@
-"""How a stage's place reaches every process of vLLM: ``vllm_config.additional_config["stagewire"]``.
+"""Carries a stage's settings to every process of vLLM, in ``vllm_config.additional_config["stagewire"]``.
 
-vLLM hashes `additional_config` as JSON into the key of its compile cache, so the dictionary holds only what changes
-the compiled graph; ports, addresses and ids ride along as an attribute that JSON does not see.
+vLLM hashes `additional_config` as JSON into the key of its compile cache. So the dictionary holds only what changes
+the compiled graph. Ports, addresses and ids are in an attribute, which JSON leaves out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KEY = "stagewire"
 
 
 class RingSettings(dict[str, Any]):
-    """JSON-visible: stage, number of stages, layer range. ``config``: everything."""
+    """The dictionary has the stage, the number of stages and the layer range. ``config`` has all settings."""
 
     config: StageConfig
 

@@ -1,4 +1,4 @@
-"""The moment at which vLLM's API server begins to stop."""
+"""Tells the head when vLLM's API server begins to stop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PATCH = Patch(
 
 
 def on_engine_shutdown(act: Callable[[float], None]) -> None:
-    """In an API server: ``act`` is called when it begins to stop, with the seconds that open requests may take.
+    """In an API server: calls ``act`` when it begins to stop, with the seconds that open requests may take.
 
-    From then on EngineCore's end is no error. vLLM reports one now and then: `AsyncLLM` takes the end of its connection
-    for a death unless its task has been cancelled before.
+    From then on EngineCore's end is no error, and its EngineDeadError is not logged. vLLM logs one now and then,
+    because `AsyncLLM` takes the end of its connection for a death unless its task was cancelled before.
     """
     from vllm.v1.engine import async_llm
     from vllm.v1.engine.exceptions import EngineDeadError

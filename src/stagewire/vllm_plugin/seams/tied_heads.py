@@ -1,4 +1,4 @@
-"""An output head that is tied to the embedding, on a stage that has no embedding."""
+"""Gives weights to an output head that is tied to the embedding, on a stage that has no embedding."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def mend_tied_heads() -> None:
 
 
 def heads_without_embedding(model: nn.Module) -> list[nn.Module]:
-    """Output heads that are tied to an embedding which this stage does not have, and are not loaded yet."""
+    """Output heads that are tied to an embedding which this stage does not have, and that have no weights yet."""
     return [module for module in model.modules() if getattr(module, _WITHOUT_EMBEDDING, False)]
 
 
 def load_head(head: nn.Module, embedding: torch.Tensor) -> None:
-    """``embedding``: the checkpoint's. # [vocab_size, hidden_size]"""
+    """Loads the head from the checkpoint's ``embedding``. # [vocab_size, hidden_size]"""
     head.weight.weight_loader(head.weight, embedding)
     setattr(head, _WITHOUT_EMBEDDING, False)
 
 
 def check_heads(model: nn.Module) -> None:
-    """Raises ConfigError when a tied head got no weights: not every way of loading is ours."""
+    """Raises ConfigError when a tied head got no weights: only our own loader calls `load_head`."""
     if heads_without_embedding(model):
         raise ConfigError(
             "the output head is tied to the embedding, which vLLM's model has on stage 0 alone, and this --load-format "

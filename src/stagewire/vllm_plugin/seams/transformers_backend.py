@@ -1,4 +1,4 @@
-"""Models of the Transformers backend: what comes before layer 0 runs on the first stage alone."""
+"""Models of the Transformers backend: only the first stage runs the modules before layer 0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ PATCH = Patch(
 
 
 class _DoneBefore(utils.PPMissingLayer):
-    """Stands for what came before layer 0. Hidden states have it already: they pass, and an index adds nothing.
+    """Replaces a module before layer 0, whose result the incoming hidden states contain already.
+
+    Hidden states pass unchanged. For indices, such as positions, the result is zeros, which add nothing.
 
     Args:
         dtype: of the hidden states.
@@ -55,7 +57,10 @@ def mend_transformers_backend() -> None:
 
 
 def _modules_before_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Owner and name of each, without the token embedding, which no later stage calls (or the last one shares)."""
+    """Owner and name of each module with weights before the layers, without the token embedding.
+
+    Later stages do not call the embedding, and the last one may share it with the head.
+    """
     decoder = model if model.supports_pp_plan else model.get_decoder()
     names = list(model._pp_plan) if model.supports_pp_plan else [name for name, _ in decoder.named_children()]
     embedding = model.get_input_embeddings()
@@ -67,4 +72,4 @@ def _modules_before_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
         owner, _, last = name.rpartition(".")
         if module is not embedding and next(module.parameters(), None) is not None:
             found.append((decoder.get_submodule(owner), last))
-    return []  # vLLM says what is wrong with a model without a list of layers
+    return []  # vLLM itself refuses a model without a list of layers

@@ -10,14 +10,14 @@ SUPPORTED = ((0, 30), (0, 33))  # from, below
 
 
 def is_at_least(major: int, minor: int) -> bool:
-    """Whether the installed vLLM is this version or a later one; for what its versions name or take differently."""
+    """Whether the installed vLLM is this version or a later one."""
     from vllm.version import __version_tuple__
 
     return tuple(__version_tuple__[:2]) >= (major, minor)
 
 
 def check_version() -> None:
-    """Raises ConfigError naming the installed and the supported versions."""
+    """Raises ConfigError for an unsupported vLLM, naming the installed and the supported versions."""
     from vllm.version import __version__
 
     if not is_at_least(*SUPPORTED[0]) or is_at_least(*SUPPORTED[1]):

@@ -1,1 +1,1 @@
-"""One rank's layers: vLLM's worker, what goes in and out of a step, and how requests are restored."""
+"""One rank of a stage: vLLM's worker, the input and output of a step, and how requests are restored."""

@@ -1,8 +1,8 @@
-"""The LoRA adapters of one stage: which it may read, whether they load, and where it reads them from.
+"""The LoRA adapters of one stage: which of them it may read, whether they load, and where it reads them from.
 
-An adapter reaches a worker stage by the calls `check_lora` and `add_lora`, which carry the name and the head's path;
-schedules carry only its number. So a stage reads files when it was told to by a call whose failure is an answer, and
-knows every adapter of a step before the step comes.
+The calls `check_lora` and `add_lora` carry an adapter's name and the head's path. A schedule carries only its number.
+So a stage reads an adapter's files during a call, where a failure is an answer, and knows the adapter before a step
+names it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["Adapters"]
 
 
 class Adapters:
-    """See the module.
+    """Checks and adds the adapters of one stage.
 
     Args:
-        config: whose; the head reads what stock vLLM reads, other stages what their own command line allows.
-        worker: vLLM's, or the wrapper around it.
+        config: the stage's. The head reads what stock vLLM reads; other stages read what their command line allows.
+        worker: vLLM's wrapper around its worker.
     """
 
     def __init__(self, config: StageConfig, worker: Any) -> None:
         self._config = config
         self._worker = worker
-        # By number, as this stage reads them.
+        # By number, with this stage's own paths.
         self.known: dict[int, LoRARequest] = {}
 
     def check(self, request: LoRARequest) -> str:
-        """Loads the adapter and drops it again. Returns the digest of its files.
+        """Loads the adapter, drops it again, and returns the digest of its files.
 
-        Raises whatever makes it unusable on this stage. Changes nothing.
+        Raises whatever makes the adapter unusable on this stage. Changes nothing.
         """
         own = self._localize(request)
         self._worker.worker.model_runner._ensure_lora_enabled()

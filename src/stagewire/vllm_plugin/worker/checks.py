@@ -1,4 +1,4 @@
-"""Whether a model, with the settings that it was given, can be cut into stages here at all."""
+"""Whether stages can serve a model with the settings that it was given."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ __all__ = ["check_inputs", "check_model"]
 
 
 def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
-    """Whether this model can be cut here at all.
+    """Refuses a model that stages cannot serve.
+
+    vLLM refuses a model without pipeline support earlier, by its own check of ``pipeline_parallel_size``.
 
     Raises:
-        ConfigError: a kind of model that does not travel the ring yet, or a layer range that does not fit. (A model
-            without pipeline support is refused earlier, by vLLM's own check of ``pipeline_parallel_size``.)
+        ConfigError: the ring does not carry this kind of model or one of its settings, or the layer range does not fit.
     """
     model = vllm_config.model_config
     if model.is_encoder_decoder:
@@ -47,10 +48,9 @@ def check_model(config: StageConfig, vllm_config: VllmConfig) -> None:
 
 
 def check_inputs(config: StageConfig, vllm_config: Any) -> None:
-    """Raises ConfigError for a head of several ranks that would be given pixels or embeddings of prompts.
+    """Raises ConfigError for a head of several ranks whose requests may bring images or embeddings of prompts.
 
-    Its other ranks hear of a request by the schedule as it travels, which carries neither; every rank of the first
-    stage embeds the prompt.
+    Every rank of the first stage embeds the prompt. The followers get the encoded schedule, which carries neither.
     """
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     if not config.is_head or num_ranks == 1:

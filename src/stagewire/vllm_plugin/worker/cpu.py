@@ -1,8 +1,8 @@
 """Stages on CPUs: how much KV cache by default, how many threads, which libraries to preload.
 
-vLLM's CPU backend sizes for one engine per machine: it takes 92 % of the machine's memory and binds its worker process
-to cores, with OpenMP and an allocator preloaded into that process. Stages share machines, and run their worker in
-the process that a person started.
+vLLM's CPU backend expects one engine per machine. It takes 92 % of the machine's memory, binds its worker process to
+cores, and preloads OpenMP and an allocator into that process. Stages share machines, and a worker stage runs its
+worker in the process that a person started.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = [
     "set_threads",
 ]
 
-# Of the memory that is available when a stage starts; the rest is for weights, activations and everybody else.
+# The share of the memory that is free when a stage starts. The rest is for weights, activations and other programs.
 KV_SHARE = 0.25
 MAX_KV_BYTES = 8 << 30
 REEXECUTED_ENV = "STAGEWIRE_REEXECUTED"
 
 
 def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
-    """A KV cache that lets all stages start on one machine; vLLM's own flags and variables win."""
+    """Sets a KV cache size with which all stages fit on one machine. vLLM's own flags and variables win."""
     from vllm.config import CacheConfig
     from vllm.logger import init_logger
 
@@ -63,12 +63,17 @@ def apply_kv_budget(engine_args: Any, config: StageConfig) -> None:
 
 
 def check_kv_memory(num_blocks: int, bytes_per_block: int) -> None:
-    """Of all ranks of a stage, before it is allocated: the kernel grants more than there is, and ends who uses it.
+    """Checks the KV cache of all ranks of a stage before it is allocated.
 
-    What is free is not looked at: the stage before this one may just be leaving, and others start at the same moment.
+    The kernel grants more memory than there is and kills the process that uses it. Free memory is not checked here: the
+    process that this one replaces may still hold memory, and other stages start at the same time.
+
+    Args:
+        num_blocks: of the ring's KV cache.
+        bytes_per_block: of one block, all ranks of this stage together.
 
     Raises:
-        ConfigError: it is more than all memory of this machine.
+        ConfigError: the cache is larger than all memory of this machine or container.
     """
     needed, total = num_blocks * bytes_per_block, machine.memory_bytes()
     if needed > total:
@@ -79,10 +84,15 @@ def check_kv_memory(num_blocks: int, bytes_per_block: int) -> None:
 
 
 def check_kv_room(config: StageConfig, kv_bytes: int | None, num_ranks: int) -> None:
-    """Of one rank, when its layers are loaded. ``kv_bytes``: `--kv-cache-memory-bytes`, given or chosen.
+    """Checks the KV cache of one rank after its layers are loaded.
+
+    Args:
+        config: the stage's.
+        kv_bytes: `--kv-cache-memory-bytes`, given or chosen.
+        num_ranks: of the stage.
 
     Raises:
-        ConfigError: more than is free; vLLM's own check would end the stage with a traceback.
+        ConfigError: the cache is larger than the free memory. vLLM's own check would end the stage with a traceback.
     """
     free = machine.available_bytes()
     if kv_bytes is not None and kv_bytes > free:
@@ -95,12 +105,12 @@ def check_kv_room(config: StageConfig, kv_bytes: int | None, num_ranks: int) -> 
 
 
 def apply_compiler(engine_args: Any, config: StageConfig) -> None:
-    """Runs eagerly where vLLM would compile and there is nothing to compile with.
+    """Turns compilation off when there is no C++ compiler.
 
-    Stock vLLM on CPU dies of this at its first forward pass (torch's InvalidCxxCompiler).
+    Without one, stock vLLM on CPU fails at its first forward pass (torch's InvalidCxxCompiler).
 
     Raises:
-        ConfigError: compilation was asked for explicitly.
+        ConfigError: there is no compiler, and compilation was asked for.
     """
     if engine_args.enforce_eager or _has_compiler():
         return
@@ -118,14 +128,15 @@ def apply_compiler(engine_args: Any, config: StageConfig) -> None:
 
 
 def _has_compiler() -> bool:
-    """What torch's inductor looks for on Linux (`cpp.cxx` in torch/_inductor/config.py)."""
+    """Looks for the compiler that torch's inductor uses on Linux (`cpp.cxx` in torch/_inductor/config.py)."""
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
 @functools.cache
 def _kv_budget(num_workers: int) -> int:
-    """Bytes of one worker, as if all stages had as many; one answer per process, because a head resolves its arguments
-    twice.
+    """Bytes for one worker. Cached, because a head resolves its arguments twice and must get one answer.
+
+    ``num_workers``: of all stages, as if each had as many ranks as this one.
     """
     return min(int(_free_at_start() * KV_SHARE / num_workers), MAX_KV_BYTES)
 
@@ -136,10 +147,11 @@ def _free_at_start() -> int:
 
 
 def set_threads(config: StageConfig, num_ranks: int) -> None:
-    """OpenMP threads for a stage that a person started: its share of the CPUs when the predecessor is on this host,
-    divided among its tensor parallel ranks.
+    """Sets the number of OpenMP threads of each rank, unless OMP_NUM_THREADS is set.
 
-    The variable reaches the head's EngineCore and followers, which are spawned; in this process OpenMP has read it.
+    The stage takes its share of the CPUs when its predecessor is on this host, else all of them, and divides them
+    among its ranks. Spawned processes (EngineCore, followers) read the variable; this process has read it already, so
+    torch is told too.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -153,11 +165,11 @@ def set_threads(config: StageConfig, num_ranks: int) -> None:
 
 
 def release_second_copies(model: Any, vllm_config: Any, *, is_tail: bool) -> None:
-    """Gives back what vLLM packs for the vocabulary's matrices and a stage never reads, up to a copy of each.
+    """Frees the copies of the embedding and the output head that this stage never reads.
 
-    Where the CPU has packed kernels vLLM keeps two copies of every embedding and head: rows to look up, and a packed
-    matrix for logits. One process with tied weights needs both. Before the tail nobody asks for logits; on the tail
-    nobody looks up in a head.
+    Where the CPU has packed kernels, vLLM keeps each of these matrices twice: rows for lookups, and a packed matrix for
+    logits. One process with tied weights needs both. Stages before the tail compute no logits, and the tail looks up
+    nothing in the head.
 
     Args:
         model: loaded, on a CPU.
@@ -168,7 +180,7 @@ def release_second_copies(model: Any, vllm_config: Any, *, is_tail: bool) -> Non
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-    # Both read the head's own rows: adapters its type, logits in another type its values.
+    # LoRA reads the type of the head's rows. Logits in another type than the model's are computed from the rows.
     reads_rows = vllm_config.lora_config is not None or (
         vllm_config.model_config.head_dtype != vllm_config.model_config.dtype
     )
@@ -178,17 +190,17 @@ def release_second_copies(model: Any, vllm_config: Any, *, is_tail: bool) -> Non
     heads = [each for each in packed if isinstance(each, ParallelLMHead)]
     for module in packed:
         if not is_tail or (heads and module not in heads):
-            module.cpu_linear = torch.nn.functional.linear  # right for any use, only slower
+            module.cpu_linear = torch.nn.functional.linear  # right if it is called after all, only slower
         elif heads and not reads_rows:
-            module.cpu_linear = None  # freed first, so that there are never three copies
+            module.cpu_linear = None  # freed before the next line packs anew, so that there are never three copies
             dispatch_cpu_unquantized_gemm(module, remove_weight=True)
 
 
 def reexec_with_libraries() -> None:
     """Runs this process again with the OpenMP and allocator libraries that vLLM wants preloaded.
 
-    vLLM only puts them into the environment (platforms/cpu.py), which reaches spawned workers but not a stage that runs
-    its worker itself. Does nothing when they are loaded, or after one attempt.
+    vLLM only sets LD_PRELOAD (platforms/cpu.py). That reaches spawned workers, but not a stage that runs its worker in
+    its own process. Does nothing when the libraries are loaded, or after one attempt.
     """
     wanted = os.environ.get("LD_PRELOAD", "")
     if not wanted or os.environ.get(REEXECUTED_ENV) or _is_loaded(wanted):

@@ -1,8 +1,8 @@
-"""The KV cache configuration of a stage's rank, out of the one that the head has made for all of them.
+"""The KV cache configuration of one rank, made from the configuration that the head made for all ranks.
 
-The head makes it once, from what the stages said when it started. A stage that takes another one's place may have other
-settings of its own: another number of ranks, another type of KV cache. The number of blocks and which layers share them
-are the scheduler's and stay; the bytes of a block are the stage's, and are planned anew by vLLM's own code.
+The head makes its configuration once, from what the stages reported at its start. A stage that replaces another one
+may have other settings: another number of ranks, another type of KV cache. The scheduler decides the number of blocks
+and which layers share them, so these stay. The stage decides the bytes of a block, so vLLM's own code plans them anew.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from stagewire.vllm_plugin.seams.interfaces import plan_kv_cache
 
 __all__ = ["own_kv_cache_config"]
 
-# What a stage's own settings decide of a layer's cache. Everything else is of the whole model: block size, window.
+# Fields of a layer's cache that the stage's own settings decide. The others (block size, window) hold for the model.
 _DECIDED = ("num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode", "cache_dtype_str", "shapes", "dtypes")
-# What follows from it, as the stage's attention backend says.
+# Fields that the stage's attention backend derives from those.
 _DERIVED = ("max_tp_shards", "num_head_slots", "state_content_bytes", "tokens_per_state", "block_stride_alignment")
 
 
 def own_kv_cache_config(
     configs: Sequence[KVCacheConfig], worker: int, specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig
 ) -> KVCacheConfig:
-    """The one for this rank: as the head made it, or with other sizes when ``specs`` has others.
+    """The configuration of this rank: as the head made it, or with this stage's sizes when ``specs`` differs.
 
     Args:
-        configs: one for each worker of all stages, as they were when the head made them.
-        worker: which of all workers this rank is now.
-        specs: what vLLM's worker says of its own layers' caches.
-        vllm_config: this stage's, with the layout that all have agreed on.
+        configs: one for each worker of all stages, as the stages were when the head started.
+        worker: the position of this rank among all workers now.
+        specs: the caches of this rank's layers, from vLLM's worker.
+        vllm_config: this stage's, with the KV cache layout that all stages agreed on.
 
     Raises:
-        ConfigError: no configuration is of these layers, or another size does not fit the model's other layers.
+        ConfigError: no configuration has these layers, this stage plans another number of blocks than the ring, or its
+            sizes do not fit the model's other layers.
     """
     config = _of_layers(configs, worker, set(specs))
     groups = [_with_own_sizes(group, specs) for group in config.kv_cache_groups]
@@ -53,7 +54,7 @@ def own_kv_cache_config(
 
 
 def _of_layers(configs: Sequence[KVCacheConfig], worker: int, layers: set[str]) -> KVCacheConfig:
-    """The worker's own, or that of any rank of the stage that had the same layers."""
+    """The configuration at the worker's position, or else the first one with the same layers."""
     for config in [*configs[worker : worker + 1], *configs]:
         if {name for group in config.kv_cache_groups for name in group.layer_names} == layers:
             return config
@@ -78,7 +79,7 @@ def _with_own_sizes(group: KVCacheGroupSpec, specs: Mapping[str, KVCacheSpec]) -
 
 
 def _sized(spec: KVCacheSpec, own: KVCacheSpec) -> KVCacheSpec:
-    """``spec``, which may be of a whole group of layers, with the sizes of ``own``."""
+    """``spec`` with the sizes of ``own``. ``spec`` may stand for a whole group of layers."""
     changed = _differing(_DECIDED, spec, own)
     if getattr(spec, "page_size_padded", None) is None:
         changed |= _differing(_DERIVED, spec, own)
@@ -91,6 +92,6 @@ def _sized(spec: KVCacheSpec, own: KVCacheSpec) -> KVCacheSpec:
 
 
 def _differing(names: Sequence[str], spec: KVCacheSpec, own: KVCacheSpec) -> dict[str, Any]:
-    """The values of ``own``, where both have the field and they differ."""
+    """The values of ``own`` in the fields that both have and that differ."""
     both = [name for name in names if hasattr(spec, name) and hasattr(own, name)]
     return {name: getattr(own, name) for name in both if getattr(spec, name) != getattr(own, name)}

@@ -1,8 +1,8 @@
 """The stand-in for vLLM's pipeline-parallel process group.
 
-Every question of a model or a worker about its place in the pipeline goes through `parallel_state._PP`; this object
-answers it without any torch.distributed group behind it, hands the worker the tensors that came in, and keeps those
-that it sends. It must not know how tensors travel.
+Models and workers ask `parallel_state._PP` for their place in the pipeline. This object answers without a
+torch.distributed group. It hands the worker the tensors that came in, and keeps those that the worker sends. It must
+not know how tensors travel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SHARED_MEMORY = Path("/dev/shm")
 class RankPlace:
     """One tensor parallel rank of a stage.
 
-    ``store``: the file through which the ranks of this one stage find each other. Its name is in the names of their
-    shared memory, so it is unique on the machine.
+    ``store``: the file through which the ranks of this stage find each other. The names of their shared memory contain
+    its name, so that name must be unique on the machine.
     """
 
     rank: int
@@ -82,18 +82,18 @@ class PipelineGroup:
     # ---- our side --------------------------------------------------------------------------------------------------
 
     def put_incoming(self, tensors: dict[str, torch.Tensor], check: Callable[[], None]) -> None:
-        """What the next forward pass receives; ``check`` runs after vLLM has updated its rows, before it computes."""
+        """Sets what the next forward pass receives. ``check`` runs after vLLM updated its rows, before it computes."""
         self._incoming = (tensors, check)
 
     def take_outgoing(self) -> dict[str, torch.Tensor]:
-        """What the last forward pass sent."""
+        """What the last forward pass sent. Raises InternalError when it sent nothing."""
         if self._outgoing is None:
             raise InternalError(f"{self!r}: the forward pass sent no tensors")
         tensors, self._outgoing = self._outgoing, None
         return tensors
 
     def forget(self) -> None:
-        """What a forward pass that failed has left behind."""
+        """Drops the tensors of a forward pass that failed."""
         self._incoming = self._outgoing = None
 
     # ---- vLLM's side (GroupCoordinator) ----------------------------------------------------------------------------
@@ -115,20 +115,20 @@ class PipelineGroup:
     def destroy(self) -> None: ...
 
     def __getattr__(self, name: str) -> NoReturn:
-        # AttributeError, not another: vLLM probes optional attributes with getattr and hasattr.
+        # vLLM probes optional attributes with getattr and hasattr, which expect AttributeError.
         raise AttributeError(f"{type(self).__name__} has no {name!r}: vLLM asks the pipeline group for something new")
 
 
 def install(config: StageConfig, place: RankPlace) -> PipelineGroup:
-    """Initialises torch.distributed for the ranks of one stage and places the stand-in in it.
+    """Initialises torch.distributed for the ranks of one stage and puts the stand-in in place.
 
-    Must run within ``set_current_vllm_config`` and before the worker's ``init_device``, which then finds everything
-    initialised. With several ranks it returns when all of them have called it.
+    Must run within ``set_current_vllm_config``, and before the worker's ``init_device``, which keeps groups that exist.
+    With several ranks it returns when all of them have called it.
     """
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
 
-    # The world is one stage on one host: what its ranks say to each other has no business on a network.
+    # All ranks of a stage are on one host, so gloo need not listen on a network interface.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["VLLM_DIST_IDENT"] = place.name
     if not current_platform.is_cpu():
@@ -147,7 +147,7 @@ def install(config: StageConfig, place: RankPlace) -> PipelineGroup:
 
 
 def _choose_device(place: RankPlace) -> None:
-    """What vLLM's worker does before it makes groups, which here are made before it."""
+    """Does what vLLM's worker does before it makes groups. Here they are made before the worker's ``init_device``."""
     from vllm.config import get_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
@@ -158,7 +158,10 @@ def _choose_device(place: RankPlace) -> None:
 
 
 def _unlink_shared_memory(name: str) -> None:
-    """vLLM's CPU communicator leaves its segments behind when a rank is killed; all ranks have mapped them by now."""
+    """Removes the names of shared memory that vLLM's CPU communicator would leave behind when a rank is killed.
+
+    All ranks have mapped the segments by now, so only the names go.
+    """
     for segment in SHARED_MEMORY.glob(f"{name}-*"):
         with suppress(FileNotFoundError):  # another rank was first
             segment.unlink()

@@ -1,6 +1,6 @@
-"""What a rank does after a loss: it forgets its requests, and builds the live ones anew through vLLM's own code.
+"""What a rank does after the loss of a stage: it forgets its requests and builds the live ones anew by vLLM's code.
 
-Stages that were not lost do the same: they have run steps that never came back.
+Stages that were not lost do the same, because they have run steps whose results never came back.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["forget_requests", "restore_requests"]
 
 
 def forget_requests(worker: Any) -> None:
-    """Everything that vLLM's worker knows of requests goes, through its own code where it has any.
+    """Removes everything that vLLM's worker knows of requests, by vLLM's own code where it has any.
 
     Args:
-        worker: vLLM's wrapper around it.
+        worker: vLLM's wrapper around its worker.
     """
     runner = worker.worker.model_runner
     runner.execute_model_state = None
@@ -28,7 +28,7 @@ def forget_requests(worker: Any) -> None:
             setattr(runner, name, None)
     runner.mamba_state_idx.clear()
     worker.worker._pp_send_work = []
-    batch = getattr(runner, "input_batch", None)  # there is none before the KV cache is
+    batch = getattr(runner, "input_batch", None)  # made with the KV cache
     if batch is None:
         return
     batch.prev_sampled_token_ids = None
@@ -40,31 +40,31 @@ def forget_requests(worker: Any) -> None:
 
 
 def restore_requests(worker: Any, schedule: SchedulerOutput, outputs: Sequence[Sequence[int]]) -> None:
-    """Builds the state of ``schedule.scheduled_new_reqs``, which were running once, by vLLM's own code.
+    """Builds the state of ``schedule.scheduled_new_reqs``, which have run before, by vLLM's own code.
 
     Args:
-        worker: vLLM's wrapper around it; has forgotten these requests.
+        worker: vLLM's wrapper around its worker, which has forgotten these requests.
         schedule: without tokens; at most ``max_num_seqs`` requests.
-        outputs: the tokens that each has got so far, in the same order.
+        outputs: the tokens that each request has got so far, in the same order.
     """
     if not schedule.scheduled_new_reqs:
         return
     runner = worker.worker.model_runner
     worker.execute_model(schedule)
-    worker.execute_model(SchedulerOutput.make_empty())  # out of the batch again: none of them runs yet
+    worker.execute_model(SchedulerOutput.make_empty())  # takes them out of the batch: none of them runs yet
     for request, accepted in zip(schedule.scheduled_new_reqs, outputs, strict=True):
         state = runner.requests[request.req_id]
         state.output_token_ids[:] = accepted
-        if accepted:  # its prompt's log-probabilities were delivered with the first of them
+        if accepted:  # the prompt's log-probabilities were delivered with the first token
             runner.num_prompt_logprobs.pop(request.req_id, None)
         if state.generator is not None:
             _fast_forward(state.generator, len(accepted), runner)
 
 
 def _fast_forward(generator: torch.Generator, num_tokens: int, runner: Any) -> None:
-    """As many draws as the sampler made for ``num_tokens`` tokens (v1/sample/ops/topk_topp_sampler.py)."""
+    """Draws as often as the sampler did for ``num_tokens`` tokens (v1/sample/ops/topk_topp_sampler.py)."""
     if generator.device.type != "cpu":
-        # vLLM itself takes one token's draw back by this many. Not run on a GPU.
+        # 4 is the offset by which vLLM takes one token's draw back (`_bookkeeping_sync`). Not run on a GPU.
         generator.set_offset(generator.get_offset() + 4 * num_tokens)
         return
     vocab_size, wants_fp64 = runner.input_batch.vocab_size, runner.model_config.use_fp64_gumbel

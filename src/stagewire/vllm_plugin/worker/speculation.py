@@ -1,9 +1,9 @@
-"""n-gram speculation over stages: what vLLM leaves to one process, and what it leaves out of its own pipelines.
+"""n-gram speculation over stages, which stock vLLM does not support.
 
-The tail drafts, because it samples; its drafts come back with the step's result, in step with the scheduler (as a call
-they would run ahead of it). The stages before the tail hear of the drafts that were accepted with the next schedule:
-stock vLLM sends them only the one token after those, and their rows then lack the accepted ones
-(docs/vllm-seams.md, "Speculation").
+The tail drafts, because it samples. Its drafts come back with the step's result, so that the scheduler takes them with
+the step that they belong to. The stages before the tail get the accepted drafts with the next schedule. Stock vLLM
+sends them only the one token after the drafts, and their rows lack the accepted ones (docs/vllm-seams.md,
+"Speculation").
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 METHOD = "ngram"
-# Of vLLM's SpeculativeConfig, what n-gram drafting and the check of its drafts depend on.
+# The fields of vLLM's SpeculativeConfig on which n-gram drafting and the check of the drafts depend.
 _SETTINGS = (
     *("method", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max"),
     *("rejection_sample_method", "num_speculative_tokens_per_batch_size"),
@@ -38,9 +38,9 @@ _SETTINGS = (
 
 
 def check_method(method: str | None) -> None:
-    """Also before vLLM has looked at it, which wants some methods' packages first. ``None``: not said.
+    """Raises ConfigError for every method but n-grams. ``None``: no method was named.
 
-    Raises ConfigError for every method but n-grams.
+    May be called before vLLM resolves its settings, which for some methods needs packages that are not installed.
     """
     if method not in (None, METHOD):
         raise ConfigError(
@@ -50,9 +50,7 @@ def check_method(method: str | None) -> None:
 
 
 def check_speculation(vllm_config: Any) -> None:
-    """Raises ConfigError for every kind of speculation but n-grams, however it was asked for: a checkpoint may name its
-    own draft model.
-    """
+    """Raises ConfigError for every kind of speculation but n-grams, also one that a checkpoint asks for by itself."""
     config = vllm_config.speculative_config
     if config is None:
         return
@@ -67,31 +65,31 @@ def check_speculation(vllm_config: Any) -> None:
 
 
 def describe_speculation(vllm_config: Any) -> str:
-    """What must be equal on all stages, as text; empty without speculation."""
+    """The settings that must be equal on all stages, as text; empty without speculation."""
     config = vllm_config.speculative_config
     return "" if config is None else json.dumps({name: getattr(config, name) for name in _SETTINGS})
 
 
 def prepare_runner(runner: Any, *, is_tail: bool) -> None:
-    """After loading, before the KV cache: two things that vLLM's runner gets wrong for n-grams."""
+    """Corrects vLLM's runner for n-grams. To be called after loading, before the KV cache is made."""
     if runner.speculative_config is None:
         return
     if is_tail:
-        # It checks that drafts fit a draft model, of which there is none. When the longest request is too close to the
-        # context's end it drafts zeros for every row instead, also for prompts whose last chunk is in the next
-        # micro-batch already. The n-gram drafter minds the limit itself.
+        # The runner checks that drafts fit a draft model, but n-grams have none. When one request is close to the end
+        # of the context, it drafts zeros for every row, also for a prompt whose last chunk is already in flight. The
+        # n-gram drafter keeps to the limit by itself, so here the check always passes.
         runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
     else:
-        runner.drafter = None  # asked for by `initialize_kv_cache`, built on the last stage only
+        runner.drafter = None  # `initialize_kv_cache` reads it, but only the last stage has one
 
 
 def with_accepted(cached: CachedRequestData, requests: Any, num_spec_tokens: int) -> SpeculativeRequestData:
-    """``cached`` and the accepted tokens of each request.
+    """``cached`` with the accepted tokens of each request.
 
     Args:
         cached: vLLM's own.
-        requests: of the scheduler, by id.
-        num_spec_tokens: the most that one step drafts.
+        requests: the scheduler's requests by id.
+        num_spec_tokens: how many tokens one step drafts at most.
     """
     accepted = []
     for req_id, end in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
@@ -103,10 +101,10 @@ def with_accepted(cached: CachedRequestData, requests: Any, num_spec_tokens: int
 
 
 def take_accepted(runner: Any, schedule: SchedulerOutput) -> None:
-    """On a stage before the tail, before it runs ``schedule``: appends the accepted tokens that its rows lack.
+    """Appends the accepted tokens that the rows of a stage before the tail lack, before it runs ``schedule``.
 
     Raises:
-        PeerError: it lacks more than came; its rows would be wrong.
+        PeerError: the stage lacks more tokens than came, so its rows would be wrong.
     """
     cached = schedule.scheduled_cached_reqs
     if not isinstance(cached, SpeculativeRequestData):
@@ -135,7 +133,7 @@ def take_accepted(runner: Any, schedule: SchedulerOutput) -> None:
 
 
 def only_of(drafts: DraftTokenIds, req_ids: Iterable[str]) -> DraftTokenIds:
-    """The drafts of these requests, in the order in which they were."""
+    """The drafts of these requests, in their old order."""
     wanted = set(req_ids)
     kept = [
         (req_id, tokens)

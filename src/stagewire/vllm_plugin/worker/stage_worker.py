@@ -1,7 +1,7 @@
-"""One rank of a stage's model: vLLM's own worker, its layers, and what goes in and out of a step.
+"""One rank of a stage's model: vLLM's own worker, its layers, and the input and output of a step.
 
-The same class serves the head (inside EngineCore), the other stages (vllm_plugin/stage_host.py) and the followers of a
-tensor parallel stage (vllm_plugin/follower.py). It knows torch and vLLM's worker and no socket.
+The head (in EngineCore), the other stages (host/stage_host.py) and the followers of a tensor parallel stage
+(ranks/follower.py) use the same class. It knows torch and vLLM's worker, and no socket.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ logger = logging.getLogger("vllm.stagewire")
 
 
 class CallOutcome(NamedTuple):
-    """What one rank makes of a call: type and text of its error, both empty without one, and its value as bytes."""
+    """The result of a call on one rank: type and text of its error (empty without one), and its value as bytes."""
 
     error_type: str
     error_text: str
@@ -64,7 +64,7 @@ class CallOutcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """What one forward pass hands to the next stage: specs and bytes in the same order, and its rows' digest."""
+    """What one forward pass hands to the next stage: specs and bytes in the same order, and the digest of the rows."""
 
     specs: list[TensorSpec]
     frames: list[Frame]
@@ -72,15 +72,15 @@ class Activations:
 
 
 class StageWorker:
-    """Builds the worker and loads the stage's layers.
+    """Builds vLLM's worker and loads the stage's layers.
 
     Args:
         config: this stage's place.
-        vllm_config: resolved, in external mode (engine_args.py).
-        place: which of the stage's tensor parallel ranks.
+        vllm_config: resolved, in external mode (entry/external_mode.py).
+        place: which of the stage's tensor parallel ranks this is.
 
     Raises:
-        ConfigError: the model cannot be cut here.
+        ConfigError: the model, its files or a setting do not allow this stage.
     """
 
     def __init__(self, config: StageConfig, vllm_config: VllmConfig, place: RankPlace) -> None:
@@ -94,7 +94,7 @@ class StageWorker:
         self._is_pooling = vllm_config.model_config.runner_type == "pooling"
         self._pooled: Any = None
         if self._is_pooling:
-            # A query cached on the last stage would be lost with it, and its documents would fail.
+            # If the last stage cached a query and were lost, the query's documents would fail.
             vllm_config.model_config.pooler_config.enable_flash_late_interaction = False
         lora.mend_lora()
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
@@ -125,11 +125,11 @@ class StageWorker:
         return f"StageWorker(stage={self.config.stage}{rank}, layers={self.config.layers})"
 
     def _init_device(self) -> None:
-        """A torch.distributed world of this stage's ranks, our group in it, then the worker's own initialisation."""
+        """Makes a torch.distributed world of the stage's ranks with our pipeline group, then initialises the worker."""
         arguments = {
             "vllm_config": self.vllm_config,
             "local_rank": self.place.rank,
-            # As if all stages had as many ranks: vLLM divides by its own size to find the stage's layers.
+            # vLLM divides this by the number of ranks to find the stage's layers, as if all stages had as many.
             "rank": self.config.stage * self.place.size + self.place.rank,
             "distributed_init_method": f"file://{self.place.store}",
             "is_driver_worker": self.config.is_tail and self.place.rank == 0,
@@ -156,11 +156,12 @@ class StageWorker:
             specs, frames: the incoming tensors; empty on the head and for a schedule without tokens.
 
         Returns:
-            What goes to the next stage; None on the tail (call `answer`), for a schedule without tokens, and on other
-            ranks than 0: the activations are complete on each, and one copy travels.
+            What goes to the next stage. None on the tail (call `answer`), for a schedule without tokens, and on ranks
+            other than 0: every rank has the whole activations, and one copy travels.
 
         Raises:
-            PeerError: the tensors do not fit the plan, or this stage's rows differ from the head's.
+            PeerError: the tensors do not fit the plan, accepted drafts are missing, or this stage's rows differ from
+                the head's.
         """
         num_tokens = schedule.total_num_scheduled_tokens
         if not self.config.is_tail:
@@ -181,21 +182,24 @@ class StageWorker:
         return Activations(specs_out, frames_out, self.digest(schedule) if self.config.is_head else digest)
 
     def answer(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
-        """On the tail, after `execute`: the sampled tokens and what else the requests asked for, or what was pooled."""
+        """On the tail, after `execute`: the sampled tokens and what else the requests asked for, or the pooled vectors.
+
+        Raises InternalError when the worker returns something else.
+        """
         output = self._pooled if self._is_pooling else self._wrapper.sample_tokens(grammar)
         if self._is_pooling and isinstance(output, AsyncModelRunnerOutput):
-            output = output.get_output()  # copied from the device meanwhile
+            output = output.get_output()  # waits for the copy from the device
         if not isinstance(output, ModelRunnerOutput):
             raise InternalError(f"the worker returned {type(output).__name__}: async scheduling must be off")
         return output
 
     def take_drafts(self) -> DraftTokenIds | None:
-        """On the tail, after `sample` and before the next step: what it drafted, with speculation."""
+        """On the tail with speculation, after `answer` and before the next step: the drafts for that step."""
         drafts: DraftTokenIds | None = self._wrapper.take_draft_token_ids()
         return drafts
 
     def digest(self, schedule: SchedulerOutput) -> int:
-        """Of this rank's rows, after `execute`; 0 for a schedule without tokens."""
+        """The digest of this rank's rows, after `execute`; 0 for a schedule without tokens."""
         if not schedule.total_num_scheduled_tokens:
             return 0
         return row_digest(self.runner.input_batch.req_ids, schedule.num_scheduled_tokens)
@@ -208,7 +212,7 @@ class StageWorker:
             )
 
     def _receive(self, num_rows: int, specs: Sequence[TensorSpec], frames: Sequence[Frame]) -> dict[str, torch.Tensor]:
-        """Into the runner's own buffers, which are as long as any padding it wants."""
+        """Copies the frames into the runner's own buffers, which have room for any padding."""
         buffers = self.runner.intermediate_tensors.tensors
         for spec, frame in zip(specs, frames, strict=True):
             dtype = getattr(torch, spec.dtype)
@@ -217,9 +221,10 @@ class StageWorker:
         return dict(buffers)
 
     def _send(self, num_rows: int, tensors: dict[str, torch.Tensor | None]) -> tuple[list[TensorSpec], list[Frame]]:
-        """Unpadded rows as bytes. A tensor in the runner's own buffers is copied: the next step overwrites it.
+        """Unpadded rows as bytes. A tensor in the runner's own buffers is copied, because the next step overwrites it.
 
-        A model may declare a tensor and hand on None (MiniCPM's residual): zeros travel, so that what does is fixed.
+        A model may declare a tensor and hand on None (MiniCPM's residual). Zeros travel for it, so that every step has
+        the same tensors.
         """
         declared = {each.name: each for each in self.plan}
         persistent = {tensor.untyped_storage().data_ptr() for tensor in self._buffers()}
@@ -241,9 +246,10 @@ class StageWorker:
         return [] if held is None else list(held.tensors.values())
 
     def _plan_tensors(self) -> list[TensorPlan]:
-        """Names, dtypes and trailing shapes between stages, as the model itself declares them.
+        """Names, dtypes and trailing shapes of the tensors between stages, as the model declares them.
 
-        Also allocates the runner's receive buffers, which vLLM does only while it warms up: never in eager mode on CPU.
+        Also allocates the runner's receive buffers. vLLM allocates them while it warms up, so never in eager mode on
+        CPU.
         """
         model = self.runner.get_model()
         dtype = self.vllm_config.model_config.dtype
@@ -263,11 +269,11 @@ class StageWorker:
         """Runs one call of the closed list on this worker.
 
         Args:
-            method, args: of call_codec.CALLS.
-            first_rank: how many workers the earlier stages have; vLLM picks this one's KV cache config by it.
+            method, args: of codec.calls.CALLS.
+            first_rank: how many workers the earlier stages have. vLLM picks this worker's KV cache config by it.
 
         Raises:
-            ConfigError: not on the list, or arguments of another type.
+            ConfigError: the method is not on the list or not for a rank, or an argument has another type.
         """
         check_call(method, args)
         self._wrapper.global_rank = first_rank + self.place.rank
@@ -280,7 +286,7 @@ class StageWorker:
         return getattr(runs_it, method)(*args[:first], **dict(zip(names[first:], args[first:], strict=True)))
 
     def supported_tasks(self) -> tuple[Any, ...]:
-        """What the model can do, as vLLM names it; the same on every stage, so the head answers alone."""
+        """What the model can do, as vLLM names it. It is the same on every stage, so the head asks its own rank."""
         return tuple(self._wrapper.get_supported_tasks())
 
     def check_lora(self, request: LoRARequest) -> str:
@@ -290,14 +296,14 @@ class StageWorker:
         return self.adapters.add(request)
 
     def determine_available_memory(self) -> int:
-        """vLLM's own, which ends with a traceback where there is not enough."""
+        """vLLM's own, after our check: where memory is short, vLLM's check ends with a traceback."""
         if current_platform.is_cpu():
             kv_bytes = self.vllm_config.cache_config.kv_cache_memory_bytes
             cpu.check_kv_room(self.config, kv_bytes, self.place.size)
         return int(self._wrapper.determine_available_memory())
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
-        """vLLM's own; a new head's configuration may differ from the one before, and this stage from its own."""
+        """vLLM's own, with this stage's sizes. Replaces the KV cache that an earlier head's configuration made."""
         worker = self._wrapper.global_rank
         specs = self._wrapper.get_kv_cache_spec()
         config = own_kv_cache_config(kv_cache_configs, worker, specs, self.vllm_config)
@@ -306,10 +312,14 @@ class StageWorker:
             cpu.check_kv_memory(config.num_blocks, per_block * self.place.size)
         if self.runner.attn_groups:
             kv_cache_release.release_kv_cache(self.runner)
-        self._wrapper.initialize_from_config([*[None] * worker, config])  # it picks its own
+        self._wrapper.initialize_from_config([*[None] * worker, config])  # the wrapper picks by its global rank
 
     def restore_requests(self, schedule: bytes | SchedulerOutput, outputs: list[list[int]], is_first: bool) -> None:
-        """``schedule``: as it travels; on the head the schedule itself, with the images that do not travel."""
+        """Builds the live requests anew; ``is_first``: after forgetting all requests.
+
+        ``schedule``: as it travels; on the head the schedule itself, with the images, which do not travel.
+        ``outputs``: the tokens that each request has got so far.
+        """
         if isinstance(schedule, bytes):
             schedule = decode_schedule(schedule, self.adapters.known)
         if is_first:
@@ -317,7 +327,7 @@ class StageWorker:
         restore.restore_requests(self._wrapper, schedule, outputs)
 
     def forget_requests(self) -> None:
-        """As if no step had ever run."""
+        """Drops all state of requests and of the last step."""
         self._pooled = None
         self.group.forget()
         restore.forget_requests(self._wrapper)
@@ -341,14 +351,16 @@ class StageWorker:
         }
 
     def compile_or_warm_up_model(self) -> Any:
-        """Also takes what lives as long as the stage out of the garbage collector's sight, as vLLM's GPU worker does
-        and its CPU worker does not: a full collection of it would stop the whole ring."""
+        """vLLM's own. Then excludes all objects that exist from garbage collection, as only vLLM's GPU worker does.
+
+        They live as long as the stage, and a full collection of them would stop the whole ring.
+        """
         result = self._wrapper.compile_or_warm_up_model()
         freeze_gc_heap()
         return result
 
     def _work_ahead(self) -> None:
-        """On a standby, while nobody waits: what clients would wait for when it has taken over."""
+        """On a standby: does now what clients would otherwise wait for after it has taken over."""
         if self.config.is_tail and not self._is_pooling:
             compile_ranks(self.runner.sampler, self.vllm_config.model_config.get_vocab_size(), self.runner.device)
         freeze_gc_heap()
@@ -358,9 +370,10 @@ class StageWorker:
 
 
 def compile_ranks(sampler: Any, vocab_size: int, device: torch.device) -> None:
-    """What vLLM compiles in the first step that asks for log-probabilities; seconds, also when it is in torch's cache.
+    """Compiles what vLLM would compile in the first step that asks for log-probabilities.
 
-    Where it cannot be compiled only a warning is logged: whoever never asks for them needs no compiler.
+    It takes seconds, also when torch has it in its cache. If it cannot be compiled, only a warning is logged, because
+    requests without log-probabilities do not need it.
     """
     logits = torch.zeros((1, vocab_size), device=device)
     sampled = torch.zeros(1, dtype=torch.int64, device=device)
@@ -379,7 +392,7 @@ def _zeros(plan: TensorPlan, num_rows: int) -> torch.Tensor:
 def run_call(
     worker: StageWorker, method: str, args_bytes: Frame, first_rank: int, args: tuple[Any, ...] | None = None
 ) -> CallOutcome:
-    """One call on one rank. Never raises.
+    """Runs one call on one rank. Never raises: an error is part of the outcome.
 
     Args:
         worker, method, first_rank: as `StageWorker.call` takes them.
@@ -389,6 +402,6 @@ def run_call(
     try:
         given = decode_value(args_bytes) if args is None else args
         return CallOutcome("", "", encode_value(worker.call(method, given, first_rank)))
-    except Exception as error:  # whatever it is, the head must hear of it
+    except Exception as error:  # the head must hear of any error
         logger.exception("%r: the call %s failed", worker, method)
         return CallOutcome(type(error).__name__, str(error), encode_value(None))
