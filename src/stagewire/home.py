@@ -19,7 +19,6 @@ __all__ = ["complete_environment", "own_home"]
 
 # Folders to which libraries write when a model runs. HF_HOME stays: it has the models and may be read-only on purpose.
 CACHES = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "HF_MODULES_CACHE", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
-_INSTEAD = "set HOME to a folder that can be written"
 _USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # as getpass asks for them
 
 

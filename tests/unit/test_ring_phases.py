@@ -35,7 +35,7 @@ def describe_next(phase: Phase, change: Change) -> str:
     after = {role: next_phase(role, phase, change) for role in roles}
     if len(set(after.values())) == 1:
         found = after[roles[0]]
-        return found.name if found else ""
+        return "" if found is None else str(found.name)
     return ", ".join(f"{role.value}: {found.name}" for role, found in after.items() if found)
 
 
@@ -53,9 +53,7 @@ def describe_else(rule: Rule) -> str:
     cases = {"before Welcome": rule.before_welcome}
     if set(rule.phases) != set(ALIVE) or rule.is_of_epoch:
         cases["otherwise"] = rule.otherwise
-    found: dict[str, str] = {
-        case: reception.value for case, reception in cases.items() if reception is not Reception.TAKEN
-    }
+    found = {case: str(reception.value) for case, reception in cases.items() if reception is not Reception.TAKEN}
     if len(set(found.values())) == 1 and len(found) == 2:
         return next(iter(found.values()))
     return ", ".join(f"{case}: {text}" for case, text in found.items())

@@ -116,7 +116,7 @@ class Ring:
         self._has_started = False
         self._has_reported_failure = False
         self._predecessor = ""  # the process that was last in the ring, by its incarnation
-        self._silent = ""  # a process that was lost because it did not answer, by its incarnation
+        self._silent = ""  # the process that was lost because it did not answer, by its incarnation
         self._replaced: set[Side] = set()  # within one turn: later events of its old connection do not count
 
     def __repr__(self) -> str:
@@ -173,8 +173,11 @@ class Ring:
         self._join()
 
     def _join(self) -> None:
-        """Waits until the ring's thread has ended. The observer may end the process then; without this wait the process
-        could end with a traceback of the model's thread first."""
+        """Waits until the ring's thread has ended.
+
+        The observer may end the process then. Without this wait the model's thread could end it first, with a
+        traceback.
+        """
         if self._thread.ident is not None:  # a ring that was never started has ended
             self._thread.join(timeouts.END_S)
 
@@ -288,7 +291,7 @@ class Ring:
                 return self._received(side, peer, frames, now)
 
     def _received(self, side: Side, peer: bytes, frames: Sequence[Frame], now: float) -> list[Action]:
-        # A header becomes objects, each frame is one.
+        # About what it takes as objects: eight times its header, and one object for each frame.
         self._message_bytes = sum(map(len, frames)) + 8 * len(frames[0]) + 1024 * len(frames) if frames else 0
         try:
             message, payloads = decode(frames)
@@ -364,7 +367,7 @@ class Ring:
         return []
 
     def _meet_predecessor(self, identity: StageIdentity) -> None:
-        """If this is the process that was lost because it was silent, it had only been slow, and will be again."""
+        """If this process was lost for its silence, it had only been slow. Then peers get more time from now on."""
         self._predecessor = identity.incarnation
         if self._silent == self._predecessor:
             patience_s = self.transport.be_more_patient()
@@ -397,7 +400,7 @@ class Ring:
         self._observer.on_bound(address)
 
     def _transmit(self, side: Side, peer: bytes, frames: Sequence[Frame]) -> bool:
-        """Whether somebody is there to get it. The rules learn of a successor that is not there."""
+        """Sends. False: nobody is connected there. The rules hear of it if that is the successor."""
         try:
             self.transport.send(side, peer, frames)
         except UnreachableError:
@@ -407,7 +410,7 @@ class Ring:
         return True
 
     def _pass_report(self, earlier: Sequence[StageReport]) -> None:
-        """A successor that is gone or whose queue is full gets none: steps find that out, and the next comes soon."""
+        """Sends a report, unless the successor is gone or its queue is full. The next one comes soon."""
         peer = self.state.successor_peer
         if peer is None:
             return
@@ -416,13 +419,12 @@ class Ring:
             self.transport.send(Side.SUCCESSOR, peer, encode(Report(self.state.epoch, reports)))
 
     def _own_report(self) -> list[StageReport]:
-        """One, or none: a stage that cannot say how it is, or says nonsense, goes on all the same."""
+        """One report, or none: a stage whose report fails, or does not decode, goes on all the same."""
         try:
             report = self._observer.report()
             if report is not None:
-                decode(
-                    encode(Report(self.state.epoch, [report]))
-                )  # one that does not decode would end the ring elsewhere
+                # One that does not decode would end the ring elsewhere.
+                decode(encode(Report(self.state.epoch, [report])))
                 return [report]
         except Exception as error:  # noqa: BLE001  reports are for people, steps are not to fail for them
             if not self._has_reported_failure:

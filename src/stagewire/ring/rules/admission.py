@@ -36,12 +36,12 @@ __all__ = [
     "settings_refusal",
 ]
 
-# After so many failed handshakes in a row, what listens at an address is no stage.
+# After this many failed handshakes in a row, the listener at an address is no stage.
 MAX_BAD_HANDSHAKES = 3
 # The shared settings that a stage may leave empty. It then fits any other stage.
-# Of the headers in the model's folder; unknown to a stage with a part of the files.
+# What the headers in the model's folder say; unknown to a stage with a part of the files.
 MODEL_SETTING = "model"
-# Of the pre-split export that the folder belongs to; a stage that loads from the full checkpoint has none.
+# The pre-split export that the folder belongs to; a stage that loads from the full checkpoint has none.
 EXPORT_SETTING = "pre-split export"
 # A sample of the values of all weights; unknown to a stage that has only a part of them.
 WEIGHTS_SETTING = "values of the weights"
@@ -51,7 +51,7 @@ MAX_CLAIMS = 16
 
 
 class Verdict(Enum):
-    """On a newcomer that claims an index which another process holds."""
+    """The decision about a newcomer that claims an index which another process holds."""
 
     REFUSED = "the holder answers"
     WAITS = "too early to tell"
@@ -67,8 +67,7 @@ class Holder:
     claims: dict[str, float] = field(default_factory=dict, kw_only=True)
 
     def judge(self, claimant: str, now: float) -> Verdict:
-        """The holder keeps its index if it is heard after the claim. After `timeouts.ALIVE_S` of silence it loses
-        it."""
+        """The holder keeps its index if it is heard after the claim. `timeouts.ALIVE_S` of silence lose it."""
         if len(self.claims) >= MAX_CLAIMS:
             self.claims.clear()
         since = self.claims.setdefault(claimant, now)

@@ -75,7 +75,7 @@ class Epochs:
         return next_phase(self.role, self.phase, change) is not None
 
     def move(self, change: Change) -> bool:
-        """To the phase that follows. False: none does, and nothing has changed."""
+        """Moves to the phase that follows. False: the change means nothing in this phase."""
         after = next_phase(self.role, self.phase, change)
         self.phase = after or self.phase
         return after is not None
@@ -97,7 +97,7 @@ class Epochs:
         return self.pass_roll()
 
     def pass_roll(self) -> list[Action]:
-        """The head's own Roll, or the one that has come, with this stage added."""
+        """Sends the Roll on: the head's own, or the one that has come, with this stage added."""
         if self.config.is_head:
             return self.successor.send(Roll(self._next_number, [self.identity]))
         if self.roll is None:
@@ -179,13 +179,13 @@ class Epochs:
         return actions
 
     def lose_unsent(self, lost: StageLost, now: float) -> list[Action]:
-        """As `lose`, of the successor itself: the Fault waits for the next one."""
+        """As `lose`, when the successor itself is lost: the Fault waits for the next one."""
         actions = self.lose(lost, now)
         self._unsent = self._last_fault
         return actions
 
     def succeeded(self) -> list[Action]:
-        """What a new successor has to hear."""
+        """Sends what a new successor has to hear."""
         unsent = self.successor.send(self._unsent) if self._unsent is not None else []
         self._unsent = None
         return [*unsent, *self.pass_roll()]

@@ -82,14 +82,14 @@ class Linking:
         return self._answer(peer, register.identity, self.rendezvous.register(register, now))
 
     def _answer(self, peer: bytes, caller: StageIdentity, answer: Message) -> list[Action]:
-        """A refusal is also for every stage from here to the head, once per process."""
+        """Sends the answer. The stages from here to the head hear of a refusal, too, once per process."""
         sent: list[Action] = [Send(Side.SUCCESSOR, answer, peer)]
         if isinstance(answer, Refused) and self.notices.is_news(caller.incarnation):
             return [*sent, *self.report(answer)]
         return sent
 
     def report(self, refusal: Refused) -> list[Action]:
-        """A refusal on its way to the head, so that both ends say why."""
+        """Passes a refusal on towards the head, so that both ends say why."""
         text = f"Stage {self.config.stage}: stage {refusal.stage} was refused: {clip(refusal.text)}"
         line = Log(text, is_warning=True)
         return [line] if self.config.is_head else [line, *self.predecessor.report(refusal)]

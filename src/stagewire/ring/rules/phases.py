@@ -176,12 +176,12 @@ class Rule:
 
 
 def _linked(message: type[Message], follows: str, *heard_by: Role) -> Rule:
-    """Of the predecessor, once it has said Welcome."""
+    """A message of the predecessor that counts once it has said Welcome."""
     return Rule(Side.PREDECESSOR, message, follows, heard_by or _BOTH, before_welcome=Reception.IGNORED)
 
 
 def _data(message: type[Message], follows: str, *heard_by: Role) -> Rule:
-    """Of the predecessor, and of the epoch that is open."""
+    """A message of the predecessor that counts in the epoch that is open."""
     stale = Reception.STALE
     return Rule(Side.PREDECESSOR, message, follows, heard_by or _BOTH, _WHOLE, True, stale, stale)
 

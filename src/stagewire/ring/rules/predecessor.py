@@ -115,8 +115,7 @@ class PredecessorLink:
         self._is_redirected = False
 
     def _redirect_failed(self, note: str, now: float) -> None:
-        """At first the stage may just have ended: the port's owner forgets it soon. Later the port cannot be
-        reached."""
+        """At first the stage may just have ended, and the port's owner forgets it soon. Later this stage says why."""
         if self._unredirected_since is None:
             self._unredirected_since = now
         if now - self._unredirected_since < timeouts.FORWARDING_S:
@@ -170,8 +169,10 @@ class PredecessorLink:
         return reports
 
     def redirected(self, port: int) -> list[Action]:
-        """Connect to the port that the shared port's owner has named. A Redirect from there leads back to the shared
-        port, so that there are no chains."""
+        """Connects to the port that the shared port's owner has named.
+
+        A Redirect from there leads back to the shared port, so that there are no chains.
+        """
         if port != self._redirect_port:
             self._redirect_port, self._unredirected_since, self._redirect_note = port, None, ""
         return self._reconnect(None if self._is_redirected else port)

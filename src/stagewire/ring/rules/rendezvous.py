@@ -43,9 +43,9 @@ class Rendezvous:
 
     _is_owner: bool = False
     _is_known_stage: bool = False  # whether the port's owner has answered as a stage
-    _is_other_stage: bool = False  # whether the owner is another stage than this one stands by for
+    _is_other_stage: bool = False  # whether the owner is not the stage that this one waits to replace
     _owner_since: float = 0.0
-    _has_place: bool = False  # stays true; false for a stage that only stands by so far
+    _has_place: bool = False  # stays true once it is
     _private_port: int | None = None
     _is_registered: bool = False
     _unanswered_since: float = 0.0
@@ -82,7 +82,9 @@ class Rendezvous:
             self._unanswered_since = now
         self._is_registered = False
         if self.stands_by and self._is_other_stage and now - self._unanswered_since < timeouts.ALIVE_S:
-            return [ConnectOwner()]  # the stage that this one stands by for may live, and then binds the port at once
+            return [
+                ConnectOwner()
+            ]  # the stage that this one waits to replace may live, and then binds the port at once
         return [Bind(public=True)]
 
     def bad_handshake(self, is_open: bool, note: str = "") -> Outcome:

@@ -69,7 +69,7 @@ from stagewire.wire.messages import (
 
 __all__ = ["RingState"]
 
-# Actions; or why this stage cannot go on; or that a message should not have come.
+# What follows from an event: actions, the end of this stage, or one more bad message.
 _Outcome = list[Action] | StagewireError | Reception
 
 
@@ -265,7 +265,7 @@ class RingState:
         return self.is_open or self.waiting.has_served
 
     def _settle(self, outcome: _Outcome) -> list[Action]:
-        """The actions of a part, the end of this stage, or one more bad or stale message."""
+        """Carries out what a part has decided: returns its actions, ends this stage, or counts a message."""
         if isinstance(outcome, StagewireError):
             return self.fail(outcome)
         if isinstance(outcome, Reception):
@@ -309,14 +309,18 @@ class RingState:
         return self._settle(self._predecessor.bad_handshake(note))
 
     def successor_unreachable(self, now: float) -> None:
-        """A send found nobody. The stage after the successor sees the loss first and says so, and after the head's Bye
-        it is no loss at all: so this stage unlinks and waits for that word."""
+        """A send found no connection to the successor. This stage unlinks and waits to hear why.
+
+        The stage after the successor sees the loss first and says so. After the head's Bye it is no loss at all.
+        """
         self._successor.unreachable(now)
         self._epochs.move(Change.OPEN_LOST)
 
     def stalled(self, peer: bytes, stall: Stall, now: float) -> list[Action]:
-        """What was sent by a connection did not arrive, and the connection was ended for it. It may be one that the
-        successor has left long ago."""
+        """What was sent by a connection did not arrive, so the transport has ended the connection.
+
+        The successor may have left that connection long ago.
+        """
         if self.is_over or peer != self._successor.peer:
             return []
         text = self._successor.describe_stall(stall, now)
@@ -445,7 +449,7 @@ class RingState:
         return [*onward, Deliver(message, payloads)]
 
     def _reported(self, report: Report) -> _Outcome:
-        """On its way round. Nothing depends on it: a wrong one is counted and ends nothing."""
+        """A report on its way round. Nothing depends on it, so a wrong one is counted and ends nothing."""
         stages = [each.stage for each in report.stages]
         end = self.config.num_stages if self.config.is_head else self.config.stage
         if stages != sorted(set(stages)) or any(stage >= end for stage in stages):

@@ -59,9 +59,10 @@ class SuccessorLink:
             self._current.heard_at = now
 
     def is_or_was(self, peer: bytes) -> bool:
-        """Whether this is a connection of the successor, or was one. Its last messages may be read only after a send
-        has
-        found it gone, or after the Hello of an older connection."""
+        """Whether this is a connection of the successor, or was one.
+
+        Its last messages may be read only after a send has found it gone, or after the Hello of an older connection.
+        """
         return peer in (*self._connections(), *self._gone)
 
     def _connections(self) -> tuple[bytes, ...]:
@@ -89,7 +90,7 @@ class SuccessorLink:
         )
 
     def send(self, message: Message, payloads: Sequence[Frame] = ()) -> list[Action]:
-        """To the successor, if there is one."""
+        """Sends to the successor, if there is one."""
         if self._current is None:
             return []
         return [Send(Side.SUCCESSOR, message, self._current.peer, payloads)]

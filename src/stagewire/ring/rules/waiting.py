@@ -88,7 +88,7 @@ class Waiting:
         # The head greets and pings the tail, the tail its predecessor, and so on: no word from the successor for this
         # long means that no head is left behind it.
         is_quiet = self.successor.silent_s(now) >= self.config.recovery_timeout_s
-        # Since its link ended: the ring may have been broken for long by then, by the loss of another stage.
+        # Counted from the end of its link. The ring may have been broken long before, by the loss of another stage.
         is_gone = self.predecessor.unlinked_s(now) >= self.config.recovery_timeout_s
         is_headless |= is_quiet and (self.config.is_tail or is_gone)
         is_headless |= is_gone and self.config.predecessor_stage == 0

@@ -27,13 +27,13 @@ from stagewire.wire.codec import MAX_HEADER_BYTES
 
 __all__ = ["MAX_BACKWARD_BYTES", "Callers"]
 
-# Greetings, pings and refusals come from successors, nothing larger. Strangers get as far, too, before they are known.
+# Successors send greetings, pings and refusals, nothing larger. A stranger may send as much before it is known.
 MAX_BACKWARD_BYTES = MAX_HEADER_BYTES
 # A stage says some kilobytes a second. A caller may send this much besides.
 CALLER_BURST_BYTES = 4 * MAX_BACKWARD_BYTES
 CALLER_BYTES_PER_S = MAX_BACKWARD_BYTES / 4
 CALLERS_BURST_BYTES = 16 * CALLER_BURST_BYTES  # all callers together
-# Of the time of the ring's thread. Many connections are looked at less often.
+# The most of its time that the ring's thread looks at callers. Many of them are looked at less often.
 MAX_SHARE_OF_LOOKS = 0.1
 MAX_EVENTS_PER_READ = 256
 
@@ -97,7 +97,7 @@ class Callers:
         return f"a connection without the key in this stage's {KEY_FILE_FLAG}"
 
     def has_said(self, peer: bytes, frame: zmq.Frame) -> None:
-        """Its message tells which connection it has. A stranger may have made up the rest."""
+        """Notes which connection a peer has, as libzmq says with its message."""
         if peer in self._descriptors:
             return
         with contextlib.suppress(zmq.ZMQError):
@@ -136,7 +136,7 @@ class Callers:
             del self._outflows[peer]
 
     def _hang_up_on_floods(self, now: float) -> Iterator[Event]:
-        """On whoever sends too much alone, and, while all of them do together, on whoever sends the most."""
+        """Ends each caller that sends too much alone, then, while all together do, the one that sends the most."""
         brought = sorted(((intake.look(now), intake) for intake in self._intakes.values()), key=lambda pair: -pair[0])
         total = sum(num_bytes for num_bytes, _ in brought)
         for num_bytes, intake in brought:

@@ -27,7 +27,7 @@ from stagewire.ring.transport.security import Security
 
 __all__ = ["Diagnosis"]
 
-# Of other stages on this machine, in a message.
+# How many other stages of this machine a message names.
 MAX_NAMED = 4
 
 _NEEDS_KEY = f"the stage there has a key: start this one with the same {KEY_FILE_FLAG}"
@@ -48,7 +48,7 @@ class Diagnosis:
         self._notes: dict[Side, str] = {}  # why the route that was asked for failed last
 
     def came_up(self, side: Side) -> None:
-        """The side has a connection: what was thought about its port does not count any more."""
+        """The side has a connection, so what was suspected of its port does not count any more."""
         self._foreign_since.pop(side, None)
 
     def judge(self, side: Side, event: int, link: Link) -> BadHandshake | Disconnected:
@@ -85,7 +85,7 @@ class Diagnosis:
         return _OTHER_KEY if greeting is Greeting.CURVE and not link.was_mute() else ""
 
     def _judge_local(self, side: Side, link: Link) -> BadHandshake | Disconnected:
-        """Of a Unix socket. Whoever holds the TCP port may be no stage of this user."""
+        """Why a Unix socket's connection did not come up. The TCP port's holder may be no stage of this user."""
         if link.was_mute():
             return BadHandshake(side)
         route = link.route

@@ -26,7 +26,7 @@ __all__ = ["BAD_HANDSHAKES", "MAX_UNREAD_MESSAGES", "Link", "Loss"]
 # When ZeroMQ reconnects: never, in milliseconds. Its own "never" (-1) ends the pipe with the connection and drops what
 # was not read yet, such as the peer's last messages (libzmq 4.3.5: term_endpoint does not wait for the reader).
 NEVER = 24 * 3600 * 1000
-# A peer whose messages come so fast that there is always one more to take is no stage.
+# After so many messages without a pause the peer is no stage.
 MAX_UNREAD_MESSAGES = 10_000
 
 BAD_HANDSHAKES = (
@@ -67,7 +67,7 @@ class Link(Dealer):
     # ---- coming up -------------------------------------------------------------------------------------------------
 
     def connected(self, descriptor: int) -> None:
-        """TCP's part is done; the handshake follows."""
+        """The connection is made and has this descriptor. The handshake follows."""
         if self.route.local_path is None:
             self._intake = Intake(descriptor, Ports(peer=self.route.port))
 
@@ -78,7 +78,7 @@ class Link(Dealer):
         self._seen_at = time.monotonic()
 
     def is_overdue(self, now: float) -> bool:
-        """Whether it should have come up, or failed, long ago: ZeroMQ's monitor did not say."""
+        """Whether it should have come up or failed long ago, and ZeroMQ's monitor has not said which."""
         limit_s = (timeouts.CONNECT_TIMEOUT_MS + timeouts.HANDSHAKE_TIMEOUT_MS) / 1000 + 1
         return not self.is_up and now - self._began_at > limit_s
 

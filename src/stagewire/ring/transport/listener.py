@@ -105,13 +105,13 @@ class Listener:
         return [*self._mind_sockets(), *self._mind_address()]
 
     def hide(self) -> None:
-        """From now on nobody finds this stage. Before the router's end, which takes until the queues are empty."""
+        """Removes the sockets, so that nobody finds this stage. The router may take long to end after this."""
         for own in self._sockets.values():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(own.path)
 
     def close(self) -> None:
-        """Lets the ports go. After the router's end, in which libzmq may have made a path anew."""
+        """Lets the ports go. Call it after the router's end, in which libzmq may have made a path anew."""
         self.hide()
         for held in self._held:
             held.close()  # now somebody else may have the port, and the path
@@ -150,7 +150,7 @@ class Listener:
         return int(bound.rstrip(b"\0").rpartition(b":")[2])
 
     def _bind_local(self, host: str, port: int) -> int:
-        """On the Unix socket alone. It replaces one that a killed stage has left, because the TCP port is ours."""
+        """Binds the Unix socket alone and holds the TCP port. A socket that a killed stage has left is replaced."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         held = socket.create_server((host, port), family=family, backlog=1)
         try:
@@ -163,7 +163,7 @@ class Listener:
         return port
 
     def _try_to_bind_sockets(self, host: str, port: int) -> None:
-        """Besides a port that others reach over TCP, so that stages of this machine find it under any address."""
+        """Binds the Unix sockets beside a TCP port, so that stages of this machine find it under any address."""
         if not self._security.has_local_sockets:
             return
         is_all = ipaddress.ip_address(host.partition("%")[0]).is_unspecified

@@ -5,7 +5,7 @@ one. It may be impatient because losing it costs nothing: it reconnects by itsel
 the new connection either is lost. The link itself could not have such heartbeats: after a stall of this machine
 libzmq's timers expire before it reads what came meanwhile.
 
-A probe that has reconnected may reach another process than the link does. Transport/link.py therefore also counts how
+A probe that has reconnected may reach another process than the link does. So transport/link.py also counts how
 long nothing has come by the link itself.
 
 Knows whether the peer answers, and for how long not; its limits are in ring/rules/timeouts.py.

@@ -75,7 +75,7 @@ class Routes:
         self._aims: dict[Side, _Aim] = {}
 
     def aim(self, side: Side, address: Address) -> None:
-        """The next connections of this side are for ``address``. For the same one as before, the routes go on."""
+        """The side's next connections go to ``address``. If that has not changed, its routes go on where they were."""
         if side not in self._aims or self._aims[side].address != address:
             self._aims[side] = _Aim(address)
 
@@ -99,13 +99,14 @@ class Routes:
         return routes[aim.num_tried % len(routes)]
 
     def _find(self, side: Side, host: str, port: int) -> list[Route]:
-        """To a numeric address, the best first. On this machine also to whoever listens on another of its addresses."""
+        """The routes to a numeric address, the best first."""
         if not self._security.has_local_sockets or not hosts.is_own(host):
             return [Route(host, port)]
         path = self._security.socket_path(host, port)
         plain, local = Route(host, port, is_here=True), Route(host, port, path, is_here=True)
         routes = [local] if self._security.is_local(host) else [*([local] if os.path.exists(path) else []), plain]
-        if side is not Side.OWNER:  # a port's owner has this very address
+        # A stage of this machine may listen on another address of it. A port's owner has this very address.
+        if side is not Side.OWNER:
             others = self._security.other_paths(host, port).items()
             routes += [Route(other, port, path, host, is_here=True) for path, other in others]
         routes = [route for route in routes if not self._listener.is_own_path(route.local_path or "")] or [local]

@@ -47,7 +47,7 @@ __all__ = [
 
 KEY_BYTES = 32
 MAX_KEY_FILE_BYTES = 4096
-# Of a local socket's name, at most: the digest of a host, a port, the number of a namespace (64 bits), two dashes.
+# The longest name of a local socket: a host's digest, a port, the number of a namespace (64 bits), two dashes.
 DIGEST_CHARS = 12
 MAX_NAME_BYTES = DIGEST_CHARS + 5 + 16 + 2
 

@@ -147,8 +147,11 @@ class Outflow(Connection):
     _since = 0.0
 
     def look(self, now: float) -> Stall | None:
-        """How long nothing was acknowledged, though the peer would take more. None: all is well, there is nothing to
-        send, or the peer does not read. Call it about once a second."""
+        """How long nothing was acknowledged, though the peer would take more. Call it about once a second.
+
+        Returns:
+            None: all is well, there is nothing to send, or the peer does not read.
+        """
         try:
             with self._borrow() as sock:
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)

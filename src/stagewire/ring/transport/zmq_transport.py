@@ -44,7 +44,7 @@ from stagewire.wire.codec import Frame
 
 __all__ = ["ZmqTransport"]
 
-# A peer that never stops sending does not keep the ring from its other work.
+# Bounds one read, so that a peer that never stops sending does not keep the ring from its other work.
 MAX_MESSAGES_PER_READ = 64
 
 
@@ -211,7 +211,7 @@ class ZmqTransport:
         link.close(linger_ms)
 
     def _look(self, now: float) -> None:
-        """At everything that no socket reports: silence, floods, the address that this stage listens on."""
+        """Looks at what no socket reports: silence, floods, and the address that this stage listens on."""
         if now < self._next_look_at:
             return
         self._next_look_at = now + timeouts.CONNECTIONS_LOOK_INTERVAL_S
@@ -261,7 +261,7 @@ class ZmqTransport:
             self._events.append(Received(Side.SUCCESSOR, bytes(peer), buffers))
 
     def _read_messages(self, side: Side, link: Link, most: int = MAX_UNREAD_MESSAGES) -> int:
-        """How many messages there were; ``most``: there may be more."""
+        """Takes up to ``most`` messages. Returns how many there were; if it is ``most``, there may be more."""
         for num_read in range(most):
             frames = _receive(link.socket)
             if frames is None:
