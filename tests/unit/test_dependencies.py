@@ -80,8 +80,8 @@ def test_what_is_imported_is_declared(path: Path) -> None:
             assert all_imports(path) <= REQUIRED | names(EXTRAS[extra])
         return
     assert imports_at_once(path) <= REQUIRED, "it can be imported without vLLM"
-    extra = OPTIONAL.get(place)
-    assert all_imports(path) <= REQUIRED | (names(EXTRAS[extra]) if extra else set())
+    optional = EXTRAS[OPTIONAL[place]] if place in OPTIONAL else []
+    assert all_imports(path) <= REQUIRED | names(optional)
 
 
 def test_what_is_declared_is_imported() -> None:
