@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: a generated one")
     parser.add_argument("--layers", type=int, default=28, help="of the generated one; 134 MB each, 0.4 GB at both ends")
+    parser.add_argument("--layers-per-shard", type=int, default=5, help="stages end in the middle of files")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / ".demo" / "model")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--measure", type=int, nargs="+", metavar="STAGE", help="default: every stage")
@@ -295,7 +296,7 @@ def main() -> None:
         model = options.model
         if model is None:
             model = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
-            make_checkpoint(model, options.tokenizer, options.layers)
+            make_checkpoint(model, options.tokenizer, options.layers, options.layers_per_shard)
         index = read_index(model)
         assert index is not None
         print(f"checkpoint: {index.total_bytes / 1e9:.2f} GB", flush=True)
