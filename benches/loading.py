@@ -9,7 +9,10 @@ page cache right before.
 
 1. Bytes from the disk over the stage's own tensor bytes: ours and vLLM's default loader. What the headers add is in it.
 2. Load time, ours over vLLM's; and ours from the full checkpoint over ours from a pre-split folder of the same stage.
-3. Reading alone: our reader against a plain sequential read of the same ranges, on one core each.
+3. Reading alone: our reader against a plain sequential read of the same ranges, on one core each; and, with the copy
+   into a parameter and in a process of its own each, against what the safetensors library has for it
+   (benches/read_stage.py): time, bytes from the disk, memory, and how long the process's other threads stood still,
+   of which one watches the launcher and one answers the ring. How far a device or mount reads ahead matters: --folder.
 4. Peak resident memory above what was resident before loading, over own weights plus the largest tensor.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,17 +43,19 @@ from stagewire.checkpoint.reader import TensorReader
 from stagewire.plan.ranges import LayerRange
 
 SIDES = ("full", "stock", "pre-split")
+READERS = ("ours", "mmap", "pread", "rows")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: a generated one")
     parser.add_argument("--layers", type=int, default=28, help="of the generated one; 134 MB each, 0.4 GB at both ends")
+    parser.add_argument("--layers-per-shard", type=int, default=5, help="stages end in the middle of files")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / ".demo" / "model")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--measure", type=int, nargs="+", metavar="STAGE", help="default: every stage")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--reading-only", action="store_true", help="only 3., which takes seconds per round")
+    parser.add_argument("--reading-only", action="store_true", help="only 3., which takes half a minute per round")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--max-foreign", type=float, default=0.04, help="share of the machine")
     parser.add_argument("--max-wait", type=float, default=60.0, help="seconds to wait for a quiet machine")
@@ -73,10 +79,14 @@ def remember(folder: Path) -> None:
 
 
 def load(model: Path, stage: int, ranges: Sequence[str], loader: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benches.load_stage", str(model), str(stage), str(len(ranges)), ranges[stage]]
-    done = subprocess.run([*command, loader], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return measure("benches.load_stage", str(model), str(stage), str(len(ranges)), ranges[stage], loader)
+
+
+def measure(module: str, *arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"stage {stage} did not load:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -222,6 +232,63 @@ def read_plainly(model: Path, tensors: Sequence[TensorInfo], buffer: memoryview)
                 done += file.readinto(buffer[done : min(done + (1 << 20), tensor.num_bytes)])
 
 
+def measure_readers(options: argparse.Namespace, model: Path) -> None:
+    """Each reader in turn, forwards in one round and backwards in the next."""
+    ranges = even_ranges(model, options.stages)
+    found: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    for index in range(options.rounds):
+        for warmth in ("cold", "warm"):
+            for stage in measured_stages(options):
+                for reader in READERS if index % 2 else READERS[::-1]:
+                    wait_until_quiet(options.max_foreign, options.max_wait)
+                    (forget if warmth == "cold" else remember)(model)
+                    result = measure("benches.read_stage", str(model), ranges[stage], reader)
+                    found.setdefault((warmth, stage, reader), []).append(result)
+        print(f"readers, round {index + 1}: done", flush=True)
+    checksums = {(stage, result["checksum"]) for (_, stage, _), results in found.items() for result in results}
+    assert len(checksums) == len(measured_stages(options)), "readers read different bytes"
+    print_readers(options, model, ranges, found)
+
+
+def print_readers(options: argparse.Namespace, model: Path, ranges: Sequence[str], found: Any) -> None:
+    times, costs = [], []
+    for warmth in ("cold", "warm"):
+        for stage in measured_stages(options):
+            name = f"{warmth}, stage {stage} ({ranges[stage]})"
+            tensors = own_tensors(model, ranges[stage])
+            own_bytes = sum(tensor.num_bytes for tensor in tensors)
+            largest = max(tensor.num_bytes for tensor in tensors)
+            ours = found[warmth, stage, "ours"]
+            for reader in READERS:
+                theirs = found[warmth, stage, reader]
+                if reader != "ours":
+                    ratios = Ratios()
+                    for one, other in zip(ours, theirs, strict=True):
+                        ratios.add(one["seconds"], other["seconds"])
+                    times.append([name, reader, *ratios.cells(".3f")])
+                disk = [result["disk_bytes"] / own_bytes for result in theirs]
+                memory = [max(result[key] for result in theirs) for key in ("peak_bytes", "anonymous_bytes")]
+                stall = statistics.median(result["stall_s"] for result in theirs)
+                costs.append(
+                    [
+                        *(name, reader, f"{min(disk):.3f}-{max(disk):.3f}"),
+                        *(f"{each / 1e6:.0f}" for each in memory),
+                        *(f"{largest / 1e6:.0f}", f"{stall * 1e3:.0f}"),
+                    ]
+                )
+    print_table(
+        "Reading and copying into a parameter, seconds: our reader against the library's",
+        ["", "library", "ours", "library", "ratio", "spread"],
+        times,
+    )
+    print_table(
+        "What it takes: bytes from the disk over own bytes; the most memory above what was there before, MB: all, and\n"
+        "what is no file's; the largest tensor, MB; the longest time in which no other thread ran, median, ms",
+        ["", "reader", "disk", "memory", "anonymous", "tensor", "stall"],
+        costs,
+    )
+
+
 def main() -> None:
     options = parse_arguments()
     begin(options.model or options.tokenizer)
@@ -229,11 +296,12 @@ def main() -> None:
         model = options.model
         if model is None:
             model = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
-            make_checkpoint(model, options.tokenizer, options.layers)
+            make_checkpoint(model, options.tokenizer, options.layers, options.layers_per_shard)
         index = read_index(model)
         assert index is not None
         print(f"checkpoint: {index.total_bytes / 1e9:.2f} GB", flush=True)
         measure_reading(options, model)
+        measure_readers(options, model)
         if options.reading_only:
             return
         export_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))

@@ -208,8 +208,8 @@ def _ratio_cells(memory: Memory, single: Memory) -> list[str]:
 # ---- the law -------------------------------------------------------------------------------------------------------
 
 
-def make_checkpoint(folder: Path, tokenizer_of: Path, num_layers: int) -> None:
-    """A random untied Llama in bfloat16, one shard per layer, never more than one of them in memory."""
+def make_checkpoint(folder: Path, tokenizer_of: Path, num_layers: int, layers_per_shard: int = 1) -> None:
+    """A random untied Llama in bfloat16, never more than one of its shards in memory."""
     import torch
     from safetensors.torch import save_file
 
@@ -243,7 +243,9 @@ def make_checkpoint(folder: Path, tokenizer_of: Path, num_layers: int) -> None:
         "post_attention_layernorm.weight": (hidden,),
     }
     shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocabulary, hidden)}]
-    shards += [{f"model.layers.{i}.{name}": shape for name, shape in layer.items()} for i in range(num_layers)]
+    for first in range(0, num_layers, layers_per_shard):
+        layers = range(first, min(first + layers_per_shard, num_layers))
+        shards.append({f"model.layers.{i}.{name}": shape for i in layers for name, shape in layer.items()})
     shards.append({"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)})
     weight_map: dict[str, str] = {}
     total = 0

@@ -445,6 +445,14 @@ FAULTS: tuple[Fault, ...] = (
         ("unit/test_checkpoint_export.py::test_sub_folders_that_modules_name_are_the_model",),
     ),
     Fault(
+        "memory-of-a-tensor",
+        "vllm_plugin/range_loader.py",
+        "if num_bytes <= len(buffer) <= 2 * num_bytes and _is_free(buffer):",
+        "if num_bytes <= len(buffer) <= 2 * num_bytes:",
+        "A tensor that vLLM keeps would be written over by the next one.",
+        ("vllm/test_range_loader.py::TestMemory::test_whatever_is_made_of_a_tensor_keeps_its_memory",),
+    ),
+    Fault(
         "reader-offset",
         "checkpoint/reader.py",
         "_read_fully(descriptor, buffer[begin:end], tensor.offset + begin,",

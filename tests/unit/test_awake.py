@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stagewire.vllm_plugin.member import awake
-from stagewire.vllm_plugin.member.awake import LET_HALT_ENV, LINGER_S, AwakeCores
+from stagewire.vllm_plugin.member.awake import KEEP_AWAKE_ENV, LINGER_S, AwakeCores
 
 
 @pytest.fixture
@@ -56,40 +56,47 @@ def test_without_the_file_nothing_happens(tmp_path: Path) -> None:
         assert not cores.is_held
 
 
+VIRTUAL = "fpu hypervisor sse2"
+
+
 @pytest.mark.parametrize(
-    ("flags", "on_cpu", "variable", "is_wanted"),
+    ("variable", "flags", "on_cpu", "may_write", "is_held", "warning"),
     [
-        ("fpu hypervisor sse2", True, "", True),
-        ("fpu hypervisor sse2", True, "1", False),
-        ("fpu hypervisor sse2", False, "", False),
-        ("fpu nohypervisor sse2", True, "", False),
-        (None, True, "", False),
+        (None, VIRTUAL, True, True, False, ""),
+        ("", VIRTUAL, True, True, False, ""),
+        ("0", VIRTUAL, True, True, False, ""),
+        ("1", VIRTUAL, True, True, True, ""),
+        ("1", VIRTUAL, False, True, False, "the layers are not on the processor"),
+        ("1", "fpu nohypervisor sse2", True, True, False, "this is not a virtual machine"),
+        ("1", None, True, True, False, "this is not a virtual machine"),
+        ("1", VIRTUAL, True, False, False, "cannot be written"),
     ],
 )
-def test_only_for_layers_on_the_cores_of_a_virtual_machine(
+def test_only_when_asked_for_and_only_on_the_cores_of_a_virtual_machine(
     latency_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
     flags: str | None,
     on_cpu: bool,
-    variable: str,
-    is_wanted: bool,
+    may_write: bool,
+    is_held: bool,
+    warning: str,
 ) -> None:
     cpu_info = tmp_path / "cpuinfo"
     if flags is not None:
         cpu_info.write_text(f"model name\t: a hypervisor's CPU\nflags\t\t: {flags}\n")
     monkeypatch.setattr(awake, "CPU_INFO_FILE", cpu_info)
     monkeypatch.setattr(awake, "LATENCY_FILE", latency_file)
-    monkeypatch.setenv(LET_HALT_ENV, variable)
+    monkeypatch.setattr(os, "access", lambda *_: may_write)
+    if variable is None:
+        monkeypatch.delenv(KEEP_AWAKE_ENV, raising=False)
+    else:
+        monkeypatch.setenv(KEEP_AWAKE_ENV, variable)
+    warnings: list[str] = []
+    monkeypatch.setattr(awake.logger, "warning", lambda text, *args: warnings.append(text % args))
     cores = AwakeCores.for_stage(on_cpu=on_cpu)
     cores.hold(0.0)
-    assert cores.is_held is is_wanted
-
-
-def test_a_file_that_may_not_be_written_is_left_alone(latency_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(awake, "LATENCY_FILE", latency_file)
-    monkeypatch.setattr(awake, "_is_virtual", lambda: True)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    cores = AwakeCores.for_stage(on_cpu=True)
-    cores.hold(0.0)
-    assert not cores.is_held
+    assert cores.is_held is is_held
+    assert len(warnings) == bool(warning)
+    assert all(f"{KEEP_AWAKE_ENV} has no effect here: " in each and warning in each for each in warnings)

@@ -441,6 +441,38 @@ class TestMemory:
         assert len(addresses) == 4, "what one does not keep the next one gets"
         assert all(bool((view == value).all()) for value, view in kept)
 
+    @pytest.mark.parametrize(
+        "keep",
+        [
+            lambda tensor, buffer: tensor,
+            lambda tensor, buffer: tensor[5:9],
+            lambda tensor, buffer: tensor.view(2, -1)[1].detach(),
+            lambda tensor, buffer: tensor.numpy()[7:],
+            lambda tensor, buffer: memoryview(tensor.numpy()),
+            lambda tensor, buffer: tensor.untyped_storage(),
+            lambda tensor, buffer: tensor.new_empty(0).set_(tensor.untyped_storage()),
+            lambda tensor, buffer: buffer[1:3],
+        ],
+        ids=["tensor", "slice", "detached view", "numpy", "memoryview", "storage", "tensor on its storage", "buffer"],
+    )
+    def test_whatever_is_made_of_a_tensor_keeps_its_memory(self, keep: Callable[[Any, memoryview], object]) -> None:
+        import torch
+        from stagewire.vllm_plugin.range_loader import _Memory
+
+        memory = _Memory(100 * self.MIB)
+        buffer = memory.take(self.MIB)
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        address = tensor.data_ptr()
+        kept = keep(tensor, buffer)
+        del buffer, tensor
+
+        def next_address() -> int:
+            return int(torch.frombuffer(memory.take(self.MIB), dtype=torch.uint8).data_ptr())
+
+        assert next_address() != address
+        del kept
+        assert address in (next_address(), next_address()), "nobody keeps it any more"
+
     def test_spare_memory_is_never_more_than_what_is_left_to_read(self) -> None:
         from stagewire.vllm_plugin.loading.range_loader import _Memory
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stagewire.vllm_plugin.member.awake import LATENCY_FILE, AwakeCores
+from stagewire.vllm_plugin.member.awake import KEEP_AWAKE_ENV, LATENCY_FILE, AwakeCores
 from support.inside import states, until_idle
 from support.stages import Ring, free_ports, process_tree
 from support.workload import Request, complete, license_text, requests, run
@@ -51,7 +51,7 @@ def health_port() -> int:
 @pytest.fixture(scope="module")
 def ring(small_model: Path, trace_path: Path, health_port: int) -> Iterator[Ring]:
     # The development mode of vLLM's API opens /collective_rpc, through which the tests ask stages for their state.
-    env = {"VLLM_SERVER_DEV_MODE": "1", "STAGEWIRE_STEP_TRACE": str(trace_path)}
+    env = {"VLLM_SERVER_DEV_MODE": "1", "STAGEWIRE_STEP_TRACE": str(trace_path), KEEP_AWAKE_ENV: "1"}
     own = {2: ("--pipeline-health-port", str(health_port))}
     with Ring(small_model, RANGES, SETTINGS, env, own) as running:
         yield running
@@ -129,8 +129,9 @@ def holds_cores_awake(pid: int) -> bool:
     return any(os.path.realpath(each) == str(LATENCY_FILE) for each in folder.iterdir())
 
 
-def test_cores_are_kept_awake_while_steps_go_round_and_no_longer(ring: Ring) -> None:
+def test_cores_are_kept_awake_while_steps_go_round_and_no_longer(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where that is possible at all: elsewhere nobody holds the file, ever."""
+    monkeypatch.setenv(KEEP_AWAKE_ENV, "1")  # as the ring's stages have it
     is_possible = AwakeCores.for_stage(on_cpu=True).does_anything
     held: list[list[bool]] = []
 

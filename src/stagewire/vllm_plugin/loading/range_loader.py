@@ -309,8 +309,7 @@ class _Memory:
 
     def _find(self, num_bytes: int) -> mmap.mmap:
         for buffer in self._buffers:
-            # Referred to by the list, by this loop and by the call; a tensor on it would be one more.
-            if num_bytes <= len(buffer) <= 2 * num_bytes and sys.getrefcount(buffer) == 3:
+            if num_bytes <= len(buffer) <= 2 * num_bytes and _is_free(buffer):
                 return buffer
         buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them
@@ -326,6 +325,18 @@ class _Memory:
             if spare_bytes > self._left_bytes and buffer is not taken:
                 self._buffers.remove(buffer)
                 spare_bytes -= len(buffer)
+
+
+def _is_free(buffer: mmap.mmap) -> bool:
+    """Whether nobody has a view of this memory. A tensor on it has one, and keeps it for all that share its storage.
+
+    Python refuses to resize memory that somebody has a view of. Resizing to the same size changes nothing.
+    """
+    try:
+        buffer.resize(len(buffer))
+    except BufferError:
+        return False
+    return True
 
 
 def _as_torch(tensor: TensorInfo, buffer: memoryview, folder: Path) -> torch.Tensor:
