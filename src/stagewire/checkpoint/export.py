@@ -2,7 +2,7 @@
 
 Order of each file: data to ``NAME.partial``, fsync, a line in the journal with its hash, rename. A file with its final
 name and a line in the journal is finished. Manifests say "unfinished" from before the first file until after the last
-one of all stages, as the export's id is made of all hashes. docs/tools.md shows the result.
+one of all stages, as the export's id is made of all hashes. docs/guide/export.md shows the result.
 """
 
 from __future__ import annotations

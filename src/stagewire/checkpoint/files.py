@@ -1,6 +1,6 @@
 """Which files of a folder are the checkpoint, as vLLM 0.32 decides it for the same arguments. Everybody asks here.
 
-The table is in docs/tools.md; the rule is vLLM's (``DefaultModelLoader._prepare_weights``, default_loader.py, and
+The table is in docs/reference/checkpoint-files.md. The rule is vLLM's (``DefaultModelLoader._prepare_weights``, and
 ``filter_duplicate_safetensors_files``, weight_utils.py). Reads names and the index, never a weight. Standard library
 only: the tools run from a bare clone.
 """

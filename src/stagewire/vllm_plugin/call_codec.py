@@ -102,8 +102,8 @@ if is_at_least(0, 33):
 
 _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
-# Table C1 of docs/vllm-seams.md. `is_slow`: may profile, compile, allocate or write a trace, so it gets the start
-# deadline.
+# Table C1 of docs/design/vllm-seams.md. `is_slow`: may profile, compile, allocate or write a trace, so it gets the
+# start deadline.
 CALLS: dict[str, CallSpec] = {
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
     "get_supported_kv_cache_layouts": CallSpec({}, _is_layouts, is_slow=True),
@@ -112,7 +112,7 @@ CALLS: dict[str, CallSpec] = {
     "update_max_model_len": CallSpec({"max_model_len": _is_a(int)}, _is_nothing, **_START),
     "initialize_from_config": CallSpec({"kv_cache_configs": _is_kv_configs}, _is_nothing, **_START),
     "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), **_START),
-    # Ours: one threshold for all stages, or rows would be ordered differently (docs/vllm-seams.md, "row order").
+    # Ours: one threshold for all stages, or rows would be ordered differently (docs/design/vllm-seams.md, "row order").
     "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, is_slow=True),
     "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, **_START),
     # Ours: after a loss all stages forget their requests and get the live ones anew: a schedule of them, and the tokens

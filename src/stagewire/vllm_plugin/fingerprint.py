@@ -1,7 +1,7 @@
 """What a stage tells the others about itself, and what must be equal on all of them.
 
 The values are vLLM's resolved ones, not the flags: two spellings of one setting agree, two defaults that differ do not.
-Table C5 of docs/vllm-seams.md has the reasons, and what may differ.
+Table C5 of docs/design/vllm-seams.md has the reasons, and what may differ.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class PipelineStatus:
             return silent_s if self._ring is not None and silent_s > SILENCE_S else 0.0
 
     def describe(self, health: Health) -> dict[str, Any]:
-        """What docs/tools.md documents, as JSON's types."""
+        """What docs/reference/http.md documents, as JSON's types."""
         silence_s = self.silence_s
         with self._lock:
             ring, stages, now = self._ring, dict(self._stages), self._clock()

@@ -3,7 +3,7 @@
 The tail drafts, because it samples; its drafts come back with the step's result, in step with the scheduler (as a call
 they would run ahead of it). The stages before the tail hear of the drafts that were accepted with the next schedule:
 stock vLLM sends them only the one token after those, and their rows then lack the accepted ones
-(docs/vllm-seams.md, "Speculation").
+(docs/design/vllm-seams.md, "Speculation").
 """
 
 from __future__ import annotations

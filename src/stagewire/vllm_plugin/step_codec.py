@@ -1,7 +1,7 @@
 """vLLM's step objects to bytes and back: schedules, grammar bitmasks, model outputs.
 
 The wire's own structs keep the ring independent of vLLM's fields (its dataclasses cannot be decoded by msgspec: their
-annotations are TYPE_CHECKING imports). What travels and what does not is table C2/C3 of docs/vllm-seams.md; in short:
+annotations are TYPE_CHECKING imports). Table C2/C3 of docs/design/vllm-seams.md says what travels; in short:
 everything a worker of the V1 runner reads, and nothing that only the scheduler reads.
 """
 

@@ -1,7 +1,7 @@
 """Every message that may travel the ring, as typed structs.
 
 Owns the vocabulary and its numbers (`KINDS`). Knows no socket, no torch, no vLLM: a schedule, a grammar bitmask, call
-arguments and tensors are payload frames whose bytes are opaque here. docs/wire.md tells the same story in prose.
+arguments and tensors are payload frames whose bytes are opaque here. docs/reference/wire.md has them in prose.
 """
 
 from __future__ import annotations
