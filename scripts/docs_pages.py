@@ -21,14 +21,15 @@ BEGINNING = """\
 ## vllm serve
 
 `vllm serve --help=Stagewire` prints these. They may stand in a `--config` file of vLLM, too. Without
-`--pipeline-stage-mode` nothing of vLLM changes. [Configuration](configuration.md) says what else a stage's settings are,
-and [deadlines](deadlines.md) what the timeouts end.
+`--pipeline-stage-mode` nothing of vLLM changes. [Configuration](configuration.md) has a stage's other settings, and
+[deadlines](deadlines.md) what the timeouts end.
 """
 COMMANDS = """\
 ## stagewire
 
-`stagewire COMMAND --help` prints these. The tools in `tools/offline_pipelining/` take the options of `plan`
-(`validate_layer_ranges.py`), `export` (`serve_pipeline.py`) and `front` (`http_index.py`).
+`stagewire COMMAND --help` prints these. Three tools take the same options and need no installation: `plan` is
+`tools/offline_pipelining/validate_layer_ranges.py`, `export` is `tools/offline_pipelining/serve_pipeline.py`, and
+`front` is `tools/offline_pipelining/http_index.py`.
 """
 
 

@@ -1,4 +1,4 @@
-"""docs/ as a site: mkdocs builds it strictly, so that every page is in the navigation and every link leads somewhere."""
+"""docs/ as a site: mkdocs builds it strictly. Every page is in the navigation, and every link leads somewhere."""
 
 from __future__ import annotations
 
