@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import CONSOLE_SVG_FORMAT, Console
+from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,8 +96,8 @@ def draw(prompt: str, screen: str, title: str) -> str:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115  ends with the console
     console.print(Text(f"$ {prompt}", style="bold"))
     console.print(Text.from_ansi(screen), overflow="fold")
-    form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    return console.export_svg(title=title, code_format=form.replace("Fira Code, monospace", "monospace"))
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL)
+    return svg.replace("Fira Code, monospace", "monospace")
 
 
 def main() -> None:
