@@ -67,6 +67,15 @@ def test_every_path_exists(page: Path) -> None:
     assert sorted(name for name in named if find(name) is None) == []
 
 
+@pytest.mark.parametrize("folder", ["src", "tests", "benches", "scripts", "tools", "requirements", ".ci"])
+def test_every_page_that_the_code_names_exists(folder: str) -> None:
+    texts = [
+        path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix in ("", ".py", ".sh", ".txt")
+    ]
+    named = {(name, path.name) for path in texts for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())}
+    assert sorted((name, where) for name, where in named if not (ROOT / name).is_file()) == []
+
+
 def rows_with_places(page: Path) -> Iterator[tuple[str, list[Path], list[str]]]:
     """Of each table's row that names modules of the package: the row, the modules, and what else is in backticks."""
     for line in page.read_text().splitlines():
