@@ -67,6 +67,17 @@ def test_every_path_exists(page: Path) -> None:
     assert sorted(name for name in named if find(name) is None) == []
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    """A function, or a file by its name alone."""
+    paths = list((ROOT / "tests").rglob("test_*.py"))
+    found = {path.stem for path in paths}
+    found |= {
+        name for path in paths for name in re.findall(r"^ *(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = {(name, page.name) for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert sorted((name, page) for name, page in named if name not in found) == []
+
+
 @pytest.mark.parametrize("folder", ["src", "tests", "benches", "scripts", "tools", "requirements", ".ci"])
 def test_every_page_that_the_code_names_exists(folder: str) -> None:
     texts = [
