@@ -1,4 +1,4 @@
-"""One request for each feature of vLLM's API, by name; docs/features.md names them.
+"""One request for each feature of vLLM's API, by name; docs/reference/features.md names them.
 
 Each is asked over stages and of one process. `Case.unlike` names the case whose answer it must not give: a feature that
 changes nothing would be compared with itself.

@@ -4,7 +4,7 @@ Python scripts that use vLLM too.
 
 The parent stops where `vllm`'s own ``main`` is about to read its arguments, before it loads a plugin; a child goes on
 from there with a command line and an environment of its own. So what is imported, and in which order, is as in a
-process that was started from nothing. Whoever starts stages otherwise, the launcher and the README's commands, has
+process that was started from nothing. Whoever starts stages otherwise, the launcher and the guide's commands, has
 that in the tests too.
 
 What a child spawns (an API server its EngineCore, that one its workers) is forked as well, from a copy of the child

@@ -1,4 +1,4 @@
-"""docs/models.md, from the results of a sweep."""
+"""docs/reference/models.md, from the results of a sweep."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ A *tie* is a request among others whose ids differ from one process, where one p
 is asked again or alone. One after the other there are no ties: every id is the same. *Between stages* names what
 travels besides the schedule, with its size for each token.
 
-`.venv/bin/python tests/sweep/run.py --page docs/models.md` makes this page; `--only NAME` runs one architecture again.
-Results are kept, so it goes on where it was interrupted.
+`.venv/bin/python tests/sweep/run.py --page docs/reference/models.md` makes this page. `--only NAME` runs one
+architecture again. Results are kept, so it goes on where it was interrupted.
 """
 
 

@@ -1,4 +1,4 @@
-"""The sweep: `python tests/sweep/run.py`, one architecture after the other; docs/models.md says what for.
+"""The sweep: `python tests/sweep/run.py`, one architecture after the other; docs/reference/models.md says what for.
 
 Results so far are kept in a JSON file, so that an interrupted sweep goes on and one architecture can be run again.
 """
@@ -63,7 +63,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures, whatever is known of them")
     parser.add_argument("--again", action="store_true", help="all of them, whatever is known")
     parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, help="default: %(default)s")
-    parser.add_argument("--page", type=Path, help="write this page from all results (docs/models.md)")
+    parser.add_argument("--page", type=Path, help="write this page from all results (docs/reference/models.md)")
     parser.add_argument("--keep", type=Path, help="keep checkpoints and logs in this folder")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""docs/features.md: every row names tests that exist, and every case of the tables of requests has a row."""
+"""docs/reference/features.md: every row names tests that exist, and every case of the tables of requests has a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from support.features import CHATS, COMPLETIONS, ROUTES, STREAMED_CHATS, STREAMED_COMPLETIONS
 
 TESTS = Path(__file__).parents[1]
-PAGE = Path(__file__).parents[2] / "docs" / "features.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "features.md"
 CASES: dict[str, Iterable[str]] = {
     "test_completion": COMPLETIONS,
     "test_completion_stream": STREAMED_COMPLETIONS,

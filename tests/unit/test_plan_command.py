@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -499,3 +501,43 @@ def test_an_export_is_split_as_the_plan_says(llama: Path, capsys: pytest.Capture
     )
     with pytest.raises(ConfigError, match=r"stage 0 with layers .* does not fit"):
         export._choose_ranges(args, 32)
+
+
+# ---- docs/guide/plan.md --------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "plan.md"
+SHOWN = re.findall(r"```text\n\$ (.*)\n((?:.*\n)*?)```", PAGE.read_text())
+SMOLLM2 = {
+    **LLAMA_3_8B,
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def test_the_page_has_its_examples() -> None:
+    assert len(SHOWN) == 7
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_the_page_shows_what_is_printed(
+    command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the byte, but for lines that the page leaves out: ``[...]``."""
+    make_model(tmp_path / "Llama-3-8B", LLAMA_3_8B)
+    make_model(tmp_path / "Qwen3-Next-80B-A3B", {**LLAMA_3_8B, **QWEN3_NEXT, "num_hidden_layers": 48}, dtype=None)
+    (tmp_path / "models").mkdir()
+    make_model(tmp_path / "models" / "SmolLM2-135M-Instruct", SMOLLM2)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    if words[0] == "python":
+        assert words[1] == f"tools/offline_pipelining/{TOOL.name}"
+        plan.main(words[2:])
+    else:
+        cli.main(words[1:])
+    printed = "".join(capsys.readouterr())
+    assert re.fullmatch(re.escape(output).replace(r"\[\.\.\.\]", "(?s:.*)"), printed), printed

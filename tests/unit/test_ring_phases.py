@@ -1,4 +1,4 @@
-"""The ring's tables: what follows what, which message counts when, and that docs/wire.md shows just that."""
+"""The ring's tables: what follows what, which message counts when, and that docs/reference/wire.md shows just that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages: each has to be one that the code can say."""
+"""docs/guide/troubleshooting.md quotes messages: each has to be one that the code can say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "troubleshooting.md"
+PAGE = ROOT / "docs" / "guide" / "troubleshooting.md"
 # A row's first cell: one message between backticks, which may hold a command between backticks of its own.
 ROW = re.compile(r"^\| (?P<ticks>`+)(?P<message>.+)(?P=ticks) \|[^|]+\|.+\|$", re.MULTILINE)
 
@@ -45,7 +45,7 @@ def test_the_page_has_messages_of_every_kind() -> None:
 @pytest.mark.parametrize("message", quoted_messages())
 def test_every_message_can_be_said(message: str, said: str) -> None:
     missing = [part for part in fragments(message) if part not in said]
-    assert not missing, f"no string in src has {missing}: mend docs/troubleshooting.md"
+    assert not missing, f"no string in src has {missing}: mend docs/guide/troubleshooting.md"
 
 
 def test_a_message_that_nobody_says_is_found(said: str) -> None:

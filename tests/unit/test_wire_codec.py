@@ -107,7 +107,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=IDS)
     def test_golden(self, number: int) -> None:
-        """A change here is a change of the format: a new WIRE_VERSION, docs/wire.md, and new golden frames."""
+        """A change here changes the format: a new WIRE_VERSION, docs/reference/wire.md, and new golden frames."""
         golden = json.loads(GOLDEN.read_text())[number]
         frames = [bytes.fromhex(text) for text in golden["frames"]]
         message, payloads = decode(frames)

@@ -1,9 +1,9 @@
 """Every feature of vLLM's API over stages, compared with one stock process: whole answers, not only their text.
 
 One ring of three uneven stages and one stock `vllm serve` answer the same requests through the `openai` client.
-docs/features.md says which test is for which feature. The reference has the ring's settings, but computes every prompt
-in one piece: stock vLLM on CPU dies of a seeded request in chunks (docs/vllm-seams.md), and what the ring computes in
-chunks is compared with what needs none.
+docs/reference/features.md says which test is for which feature. The reference has the ring's settings, but computes
+every prompt in one piece: stock vLLM on CPU dies of a seeded request in chunks (docs/design/vllm-seams.md). What the
+ring computes in chunks is compared with what needs none.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ SETTINGS = [
     # The head's; other stages have no API.
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
 ]
-# Of one process: beside a request with this, stock vLLM gives the rest of a batch no `logprobs` (docs/vllm-seams.md).
+# Of one process: beside a request with this, stock vLLM gives the rest of a batch no `logprobs`
+# (docs/design/vllm-seams.md).
 ASKED_ALONE = ("logprob_token_ids",)
 
 

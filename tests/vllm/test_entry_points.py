@@ -52,7 +52,7 @@ def test_the_other_server_refuses_a_worker(model_dir: Path) -> None:
 @pytest.mark.slow
 def test_compiled_stages_equal_a_compiled_process(tmp_path: Path, model_dir: Path, say: Callable[[str], None]) -> None:
     """Without --enforce-eager, all stages compile in parallel. (Without a C++ compiler both sides cannot.) A small
-    random model: to compile the real one takes minutes (test_settings.py). In the short run the README's commands
+    random model: to compile the real one takes minutes (test_settings.py). In the short run the guide's commands
     compile (test_quickstart.py), with torch's eager backend.
     """
     import os

@@ -21,6 +21,7 @@ from stagewire.vllm_plugin.entry import serve
 from stagewire.vllm_plugin.entry.external_mode import set_process_environment
 from stagewire.vllm_plugin.seams import interfaces
 from support.arguments import SPELLINGS, Spelling
+from support.documents import Typed, typed_commands
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -165,3 +166,16 @@ def test_a_split_of_vllm_s_own_is_named_and_not_used(
     set_process_environment()
     assert "VLLM_PP_LAYER_PARTITION=3,3 in the environment is not used" in capsys.readouterr().err
     assert "VLLM_PP_LAYER_PARTITION" not in os.environ
+
+
+@pytest.mark.parametrize("typed", [typed for typed in typed_commands() if typed.words[0] == "vllm"], ids=str)
+def test_vllm_s_parser_reads_the_commands_of_the_documentation(typed: Typed) -> None:
+    program, subcommand, model, *words = typed.words
+    args = serve_parser().parse_args([subcommand, model, *words])
+    assert (program, args.model_tag) == ("vllm", model)
+    assert args.pipeline_stage_mode == "external"
+
+
+@pytest.mark.parametrize("typed", [typed for typed in typed_commands() if " -- " in " ".join(typed.words)], ids=str)
+def test_vllm_s_parser_reads_what_the_documentation_gives_to_every_stage(typed: Typed) -> None:
+    parse(*typed.words[typed.words.index("--") + 1 :])

@@ -1,6 +1,7 @@
-"""The README's manual launch, typed as it stands there, with only the model's path replaced; and the network variant.
+"""The manual launch of docs/guide/by-hand.md, typed as it stands there, with only the model's path replaced; and the
+network variant.
 
-Each stage is one shell command in its own network namespace or on one host. The ports are the README's own, so on one
+Each stage is one shell command in its own network namespace or on one host. The ports are the page's own, so on one
 host they run in a namespace of their own too when that is possible; else on this host, where they must be free.
 """
 
@@ -28,7 +29,7 @@ from support.stages import VLLM, Process, StageFailedError, start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "by-hand.md"
 PLACEHOLDER = "/path/to/Llama-3-8B"
 # vLLM's switch for small machines: the commands compile as typed, with torch's eager backend instead of a C++ compiler.
 ENVIRONMENT = {"VLLM_CPU_CI_ENV": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -44,9 +45,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     return make_llama(tmp_path_factory.mktemp("llama32"), model_dir)
 
 
-def readme_commands() -> list[str]:
-    """The four launches of the README, and the request."""
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
+def typed_commands() -> list[str]:
+    """The four launches of the page, and the request."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     launches = [block for block in blocks if block.startswith("CUDA_VISIBLE_DEVICES=")]
     (request,) = [block for block in blocks if block.startswith("curl ") and "San Francisco is a" in block]
     assert len(launches) == 4
@@ -160,7 +161,7 @@ def serve(
 
 
 def with_model(model: Path) -> list[str]:
-    return [command.replace(PLACEHOLDER, str(model)) for command in readme_commands()]
+    return [command.replace(PLACEHOLDER, str(model)) for command in typed_commands()]
 
 
 def check_answer(text: str) -> None:
@@ -175,7 +176,7 @@ def check_answer(text: str) -> None:
         pytest.param((3, 2, 1, 0), id="last first", marks=pytest.mark.slow),
     ],
 )
-def test_readme_commands_on_one_host(
+def test_typed_commands_on_one_host(
     order: tuple[int, ...], launch: Launch, model: Path, request: pytest.FixtureRequest
 ) -> None:
     """Stages 0, 1 and 2 share port 15550."""
@@ -190,7 +191,7 @@ def test_readme_commands_on_one_host(
 
 
 def network_commands(model: Path, addresses: Sequence[str]) -> list[str]:
-    """The README's commands with each predecessor's address on the network instead of loopback."""
+    """The page's commands with each predecessor's address on the network instead of loopback."""
     *commands, request_line = with_model(model)
     changed = [
         re.sub(r"(--pipeline-prev-stage-(?:service-)?addr) 127\.0\.0\.1:", rf"\1 {addresses[stage - 1]}:", command)

@@ -457,7 +457,8 @@ class TestMemory:
     )
     def test_whatever_is_made_of_a_tensor_keeps_its_memory(self, keep: Callable[[Any, memoryview], object]) -> None:
         import torch
-        from stagewire.vllm_plugin.range_loader import _Memory
+
+        from stagewire.vllm_plugin.loading.range_loader import _Memory
 
         memory = _Memory(100 * self.MIB)
         buffer = memory.take(self.MIB)

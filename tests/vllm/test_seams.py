@@ -1,4 +1,4 @@
-"""Everything that this package assumes about vLLM 0.32, seam by seam: docs/vllm-seams.md names these tests.
+"""Everything that this package assumes about vLLM 0.32, seam by seam: docs/design/vllm-seams.md names these tests.
 
 A test that fails here says that vLLM has moved: read the page's entry, then the new code, then decide. Imports vLLM,
 starts no process, takes seconds.
@@ -1029,7 +1029,7 @@ def test_identity_compares_what_the_documentation_says(external_config: Any) -> 
     from stagewire.vllm_plugin.member.identity import make_identity
 
     shared = make_identity(stage_config(), external_config).shared
-    page = (DOCS / "vllm-seams.md").read_text()
+    page = (DOCS / "design" / "vllm-seams.md").read_text()
     assert set(shared) == names_of_table(page[page.index("## C5") : page.index("## C6")])
     assert shared["--dtype"] == "float32"
     assert make_identity(stage_config(), external_config).shared == shared, "stable, but for the incarnation"
@@ -2813,7 +2813,7 @@ def test_a_request_whose_steps_fail_is_failed_alone(scheduler: Any) -> None:
 
 
 def test_seams_page_names_every_patch_call_and_refusal() -> None:
-    page = (DOCS / "vllm-seams.md").read_text()
+    page = (DOCS / "design" / "vllm-seams.md").read_text()
     missing = [patch.target for patch in catalogue.PATCHES if f"`{patch.target}`" not in page]
     table = page[page.index("## C1") : page.index("## C2/C3")]
     missing += [name for name in {*CALLS, *NOT_CARRIED, *ANSWERED_BY_HEAD} if f"`{name}`" not in table]
@@ -2823,14 +2823,14 @@ def test_seams_page_names_every_patch_call_and_refusal() -> None:
 
 
 def test_seams_page_names_every_field_of_a_step() -> None:
-    page = (DOCS / "vllm-seams.md").read_text()
+    page = (DOCS / "design" / "vllm-seams.md").read_text()
     table = page[page.index("## C2/C3") : page.index("## C5")]
     fields = {name for part in (TRAVELS, STAYS) for names in part.values() for name in names}
     assert [name for name in sorted(fields) if f"`{name}`" not in table] == []
 
 
 def test_seams_page_names_tests_that_exist() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (DOCS / "vllm-seams.md").read_text()))
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "design" / "vllm-seams.md").read_text()))
     paths = list(Path(__file__).parents[1].rglob("test_*.py"))
     files = {path.stem for path in paths}
     elsewhere = {name for path in paths for name in re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE)}
@@ -2838,7 +2838,7 @@ def test_seams_page_names_tests_that_exist() -> None:
 
 
 def test_wire_page_has_every_message_with_its_number() -> None:
-    rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", (DOCS / "wire.md").read_text(), re.MULTILINE))
+    rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", (DOCS / "reference" / "wire.md").read_text(), re.MULTILINE))
     assert {int(number): name for number, name in rows.items()} == {n: cls.__name__ for n, cls in KINDS.items()}
 
 

@@ -2,7 +2,7 @@
 
 Each file goes through four steps: data to ``NAME.partial``, fsync, a line with its hash in the journal, rename. A file
 with its final name and a line in the journal is finished. All manifests say "unfinished" until the last file of all
-stages is written, because the export's id is made of all hashes. docs/tools.md shows the result.
+stages is written, because the export's id is made of all hashes. docs/guide/export.md shows the result.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `TRANSITIONS` has what moves a stage to another phase; `next_phase` looks it up. `RULES` has every message that may
 come, from whom, and in which phase it counts; `receive` looks it up. Whatever is in neither table changes nothing.
 
-docs/wire.md shows both tables; tests/unit/test_ring_phases.py compares them with these.
+docs/reference/wire.md shows both tables; tests/unit/test_ring_phases.py compares them with these.
 """
 
 from __future__ import annotations

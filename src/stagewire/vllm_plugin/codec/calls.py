@@ -155,7 +155,7 @@ if is_at_least(0, 33):
 
 _START: dict[str, Any] = {"is_slow": True, "is_kept": True, "is_once": True}
 
-# Table C1 of docs/vllm-seams.md.
+# Table C1 of docs/design/vllm-seams.md.
 CALLS: dict[str, CallSpec] = {
     # start-up, in this order
     "get_kv_cache_spec": CallSpec({}, _is_kv_specs, is_slow=True),
@@ -171,7 +171,7 @@ CALLS: dict[str, CallSpec] = {
         reaches="kv_cache",
         **_START,
     ),
-    # Ours: with different thresholds, stages would order rows differently (docs/vllm-seams.md, "Row order").
+    # Ours: with different thresholds, stages would order rows differently (docs/design/vllm-seams.md, "Row order").
     "get_reorder_batch_threshold": CallSpec({}, _is_optional_int, Runs.RANK, is_slow=True),
     "set_reorder_batch_threshold": CallSpec({"threshold": _is_optional_int}, _is_nothing, Runs.RANK, **_START),
     "compile_or_warm_up_model": CallSpec({}, _is_a(CompilationTimes), Runs.RANK, reaches="serving", **_START),

@@ -2,7 +2,7 @@
 
 It has structs of its own, so that the ring does not depend on vLLM's fields; msgspec could not decode vLLM's
 dataclasses, whose annotations are TYPE_CHECKING imports. Everything that a worker of the V1 runner reads travels, and
-nothing that only the scheduler reads: table C2/C3 of docs/vllm-seams.md.
+nothing that only the scheduler reads: table C2/C3 of docs/design/vllm-seams.md.
 """
 
 from __future__ import annotations

@@ -372,7 +372,7 @@ class RingExecutor(Executor):
         if not isinstance(method, str) or method not in CALLS or CALLS[method].runs is Runs.HOST:
             raise NotImplementedError(
                 f"{method if isinstance(method, str) else 'a callable'} cannot run on all stages: "
-                "the ring carries a closed list of calls (docs/vllm-seams.md, C1)"
+                "the ring carries a closed list of calls (docs/design/vllm-seams.md, C1)"
             )
         bound = bind_call(method, args, kwargs or {})
         while True:

@@ -108,7 +108,7 @@ class PipelineStatus:
             return silent_s if self._ring is not None and silent_s > SILENCE_S else 0.0
 
     def describe(self, health: Health) -> dict[str, Any]:
-        """The answer of /pipeline/status, as JSON's types. docs/tools.md describes the fields."""
+        """The answer of /pipeline/status, as JSON's types. docs/reference/http.md describes the fields."""
         silence_s = self.silence_s
         with self._lock:
             ring, stages, now = self._ring, dict(self._stages), self._clock()

@@ -2,7 +2,7 @@
 
 The tail drafts, because it samples. Its drafts come back with the step's result, so that the scheduler takes them with
 the step that they belong to. The stages before the tail get the accepted drafts with the next schedule. Stock vLLM
-sends them only the one token after the drafts, and their rows lack the accepted ones (docs/vllm-seams.md,
+sends them only the one token after the drafts, and their rows lack the accepted ones (docs/design/vllm-seams.md,
 "Speculation").
 """
 
