@@ -9,9 +9,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from stagewire.vllm_plugin.flags import add_flags
-
 from stagewire import cli
+from stagewire.vllm_plugin.entry.flags import add_flags
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "flags.md"
 BEGINNING = """\

@@ -446,7 +446,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "memory-of-a-tensor",
-        "vllm_plugin/range_loader.py",
+        "vllm_plugin/loading/range_loader.py",
         "if num_bytes <= len(buffer) <= 2 * num_bytes and _is_free(buffer):",
         "if num_bytes <= len(buffer) <= 2 * num_bytes:",
         "A tensor that vLLM keeps would be written over by the next one.",

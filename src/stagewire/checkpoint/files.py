@@ -1,8 +1,9 @@
 """Decides which files of a folder are the checkpoint, as vLLM 0.32 does for the same arguments.
 
 Loader, tools and export all ask this module. The rule is vLLM's (``DefaultModelLoader._prepare_weights``,
-default_loader.py, and ``filter_duplicate_safetensors_files``, weight_utils.py); docs/reference/checkpoint-files.md has it as a table. Reads
-names and the index, never a weight. Standard library only, because the tools run from a bare clone.
+default_loader.py, and ``filter_duplicate_safetensors_files``, weight_utils.py); docs/reference/checkpoint-files.md has
+it as a table. Reads names and the index, never a weight. Standard library only, because the tools run from a bare
+clone.
 """
 
 from __future__ import annotations

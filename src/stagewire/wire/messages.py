@@ -1,7 +1,8 @@
 """Every message that may travel the ring, as typed structs.
 
 Owns the messages and their numbers (`KINDS`). Knows no socket, no torch, no vLLM: schedules, grammar bitmasks, call
-arguments and tensors are payload frames, whose bytes are opaque here. docs/reference/wire.md describes the messages in prose.
+arguments and tensors are payload frames, whose bytes are opaque here. docs/reference/wire.md describes the messages in
+prose.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which tensors may cross a stage boundary, and their sizes, without torch.
 
 The plan (names, dtypes and trailing shapes) is fixed when the model is loaded. Every step's tensors must equal it
-exactly on both ends, because vLLM silently uses the last step's buffer for a name that is missing (docs/design/vllm-seams.md,
-"Activations").
+exactly on both ends, because vLLM silently uses the last step's buffer for a name that is missing
+(docs/design/vllm-seams.md, "Activations").
 """
 
 from __future__ import annotations

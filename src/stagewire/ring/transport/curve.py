@@ -1,8 +1,8 @@
 """The ring's key on ZeroMQ's sockets (CURVE), and the check of each caller.
 
 With a key every connection speaks CURVE. A caller needs the listener's public half to begin, which is nowhere but in
-the key file. The listener then compares the caller's public half with the ring's own (`KeyCheck`). docs/design/security.md
-says what that protects; reading the key file is transport/security.py's.
+the key file. The listener then compares the caller's public half with the ring's own (`KeyCheck`).
+docs/design/security.md says what that protects; reading the key file is transport/security.py's.
 """
 
 from __future__ import annotations

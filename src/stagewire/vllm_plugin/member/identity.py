@@ -1,8 +1,8 @@
 """What a stage tells the others about itself, and what must be equal on all of them.
 
 The values are those that vLLM has resolved, and not the flags. So two spellings of one setting agree, and defaults that
-differ between stages do not. Table C5 of docs/design/vllm-seams.md has the reasons, and what may differ. The ring compares the
-values; this module only collects them.
+differ between stages do not. Table C5 of docs/design/vllm-seams.md has the reasons, and what may differ. The ring
+compares the values; this module only collects them.
 """
 
 from __future__ import annotations
