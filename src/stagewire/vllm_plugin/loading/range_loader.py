@@ -1,9 +1,9 @@
 """Loads the tensors that a stage owns and reads no others, whatever files they lie in.
 
 A subclass of vLLM's default loader: what a model asks for besides its folder (secondary weights, patterns of its own)
-and the check that every parameter was initialised stay vLLM's. Which files of a folder are the model says
-checkpoint/files.py, by vLLM's rule. External mode chooses this loader (engine_args.py); load formats that do not read
-whole checkpoints are left alone.
+and the check that every parameter was initialised stay vLLM's. checkpoint/files.py says which files of a folder are the
+model, by vLLM's rule. External mode chooses this loader (entry/external_mode.py). Load formats that do not read whole
+checkpoints are left alone.
 """
 
 from __future__ import annotations
