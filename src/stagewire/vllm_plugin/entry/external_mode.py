@@ -16,7 +16,7 @@ from stagewire.config import StageConfig
 from stagewire.errors import ConfigError
 from stagewire.home import complete_environment, own_home
 from stagewire.plan.ranges import PARTITION_ENV
-from stagewire.vllm_plugin.loading.load_formats import OWN_LOAD_FORMATS, REPLACED_LOAD_FORMATS
+from stagewire.vllm_plugin.loading import load_formats
 from stagewire.vllm_plugin.seams.settings import KEY, RingSettings
 from stagewire.wire.messages import MAX_RANKS
 
@@ -108,8 +108,8 @@ def apply_external_mode(engine_args: Any, config: StageConfig) -> None:
     engine_args.distributed_executor_backend = RingExecutor
     engine_args.scheduler_cls = RingScheduler
     engine_args.async_scheduling = False
-    if engine_args.load_format in REPLACED_LOAD_FORMATS:
-        engine_args.load_format = OWN_LOAD_FORMATS[engine_args.load_format]
+    if engine_args.load_format in load_formats.REPLACED_LOAD_FORMATS:
+        engine_args.load_format = load_formats.OWN_LOAD_FORMATS[engine_args.load_format]
     if engine_args.max_num_batched_tokens is None:
         engine_args.max_num_batched_tokens = DEFAULT_MAX_NUM_BATCHED_TOKENS
     if engine_args.max_num_seqs is None:
