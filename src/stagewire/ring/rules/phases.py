@@ -192,7 +192,9 @@ RULES: tuple[Rule, ...] = (
     Rule(Side.PREDECESSOR, NotHere, "ask again, or try another way to the address"),
     Rule(Side.PREDECESSOR, Refused, "FAILED; from a stage of another ring: try another way", phases=_NOT_SERVING),
     _linked(Pong, "the time of a hop is known"),
-    _linked(Roll, "worker: add itself, pass it on, or refuse itself; head: OPENING and send Open, if all stages fit"),
+    _linked(
+        Roll, "worker: add itself and pass it on, or refuse itself; head: OPENING and send Open, if all stages fit"
+    ),
     _linked(Open, "OPEN; worker: pass it on"),
     _linked(Fault, "of this epoch: LINKING, and send a Fault; of another: pass it on to the head as news"),
     _linked(Bye, "STOPPED, pass it on", Role.WORKER),
