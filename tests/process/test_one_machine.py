@@ -177,8 +177,11 @@ class TestVanishedFolder:
         one = StagePeer("1", "2", *self.commands(ports)[1].split(), environ={"XDG_RUNTIME_DIR": str(runtime_dir)})
         try:
             one.until("^bound")
-            shutil.rmtree(runtime_dir / "stagewire")
-            (runtime_dir / "stagewire").write_text("not a folder")
+            (runtime_dir / "file").write_text("not a folder")
+            while not (runtime_dir / "stagewire").is_file():  # the stage makes its folder anew at any moment
+                shutil.rmtree(runtime_dir / "stagewire", ignore_errors=True)
+                with contextlib.suppress(IsADirectoryError):
+                    (runtime_dir / "file").rename(runtime_dir / "stagewire")
             one.until(f"{runtime_dir}/stagewire is gone and cannot be made anew")
         finally:
             one.end()

@@ -28,6 +28,7 @@ POISON = ("--logits-processors", "support.poison:Poison")
 TESTS = str(Path(__file__).parents[1])
 BODIES = mixed_bodies(12, seed=5)
 CONCURRENCY = 8
+SLOW = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,13 @@ def undisturbed(ring: Ring) -> list[Stream]:
 
 def status(ring: Ring, path: str) -> int:
     return httpx.get(ring.url + path, trust_env=False, timeout=10).status_code
+
+
+def until_draining(ring: Ring, stage: int, deadline_s: float = 60) -> None:
+    """The head has heard that a stage is to leave, and lets nobody in."""
+    ends_at = time.monotonic() + deadline_s
+    while httpx.get(f"{ring.url}/pipeline/status", trust_env=False).json()["stages"][stage]["state"] != "draining":
+        assert time.monotonic() < ends_at, f"stage {stage} does not drain"
 
 
 def until(ring: Ring, path: str, code: int, deadline_s: float = 60) -> None:
@@ -197,20 +205,27 @@ def test_a_request_that_fails_its_step_twice_is_failed_alone(ring: Ring, undistu
 
 def test_a_stage_that_is_told_to_stop_drains(ring: Ring, undisturbed: list[Stream], say: Callable[[str], None]) -> None:
     """Who runs on it ends there; who waits is answered by the one after it; nobody is computed again."""
+    model = str(ring.model)
+    expected = Clients(ring.url, model, [SLOW], 1).finish()
     running = clients(ring)
     running.wait_for_tokens(60)
+    longer = Clients(ring.url, model, [{**SLOW, "vllm_xargs": {"poison": "0.1"}}], 1)  # 6 s
+    longer.wait_for_tokens(2)
     leaving = ring.stages[1]
     os.kill(ring.worker_pid(1), signal.SIGTERM)
     told_at = time.monotonic()
+    until_draining(ring, 1)
+    late = Clients(ring.url, model, [SLOW], 1)
     assert leaving.popen.wait(90) == 0
     drained_s = time.monotonic() - told_at
     assert "requests wait for the next one" not in leaving.text()
-    num_left = running.num_open
-    assert num_left > 0, "nobody waited: this shows nothing"
+    assert longer.finish()[0].finish_reason == "length"
+    assert late.num_open == 1, "it was let in: this shows nothing"
     ring.restart_stage(1)
     assert differences(running.finish(), undisturbed) == []
+    assert differences(late.finish(), expected) == []
     assert "all stages know the live requests again: 0" in ring.stages[0].text()
-    say(f"told to stop it left after {drained_s:.1f} s, without a request; {num_left} waited for the next one")
+    say(f"told to stop it left after {drained_s:.1f} s, without a request; the late one waited for the next one")
 
 
 def test_a_drain_that_runs_out_loses_no_request(ring: Ring, undisturbed: list[Stream]) -> None:
@@ -220,11 +235,10 @@ def test_a_drain_that_runs_out_loses_no_request(ring: Ring, undisturbed: list[St
     ring.restart_stage(1)
     until(ring, "/ready", 503)
     until(ring, "/ready", 200)
-    slow = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    expected = Clients(ring.url, str(ring.model), [slow], 1).finish()
+    expected = Clients(ring.url, str(ring.model), [SLOW], 1).finish()
     running = clients(ring)
     running.wait_for_tokens(60)
-    longer = Clients(ring.url, str(ring.model), [{**slow, "vllm_xargs": {"poison": "0.1"}}], 1)  # 6 s
+    longer = Clients(ring.url, str(ring.model), [{**SLOW, "vllm_xargs": {"poison": "0.1"}}], 1)  # 6 s
     longer.wait_for_tokens(2)
     leaving = ring.stages[1]
     os.kill(ring.worker_pid(1), signal.SIGTERM)
