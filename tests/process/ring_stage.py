@@ -3,7 +3,7 @@
     python ring_stage.py STAGE NUM_STAGES BIND_PORT PREDECESSOR [FLAG=VALUE]...
 
 FLAG is one of a stage's own, such as `pipeline_local_bind_host`, or a constant of the ring, such as
-`timeouts.WAIT_LINE_INTERVAL_S`, which a test shortens. A line on standard input at the head is a number: a
+`rules.timeouts.WAIT_LINE_INTERVAL_S`, which a test shortens. A line on standard input at the head is a number: a
 call with a payload of so many bytes goes round, and every stage says so.
 """
 

@@ -195,7 +195,7 @@ def test_a_path_that_swallows_large_packets_is_named(
     network: Network, black_hole: list[str], runtime_dir: dict[str, str], tmp_path: Path, is_keyed: bool
 ) -> None:
     make_key_file(tmp_path / "ring.key")
-    more = " timeouts.STALL_S=3" + (f" pipeline_key_file={tmp_path / 'ring.key'}" if is_keyed else "")
+    more = " rules.timeouts.STALL_S=3" + (f" pipeline_key_file={tmp_path / 'ring.key'}" if is_keyed else "")
     commands = [f"15550 10.77.0.2:15551{more}", f"15551 10.77.0.1:15550{more}"]
     with stages(*commands, prefixes=[inside(host) for host in black_hole], **runtime_dir) as ring:
         open_all(ring)
@@ -224,7 +224,7 @@ def test_a_shared_ports_second_port_that_is_not_forwarded_is_named(
     try:
         started[0].until("^bound 10.77.0.1:15550")  # it owns the port
         started.append(StagePeer("1", "3", "15550", "10.77.0.1:15550", prefix=inside(inner), environ=runtime_dir))
-        words = ("15552", "10.88.0.1:15550", "timeouts.WAIT_LINE_INTERVAL_S=2", "timeouts.FORWARDING_S=3")
+        words = ("15552", "10.88.0.1:15550", "rules.timeouts.WAIT_LINE_INTERVAL_S=2", "rules.timeouts.FORWARDING_S=3")
         started.append(StagePeer("2", "3", *words, prefix=inside(outer), environ=runtime_dir))
         started[2].until(
             r"10\.88\.0\.1:15550 sends this stage on to port \d+, where stage 1 listens: .*10\.88\.0\.1 port \d+ "
