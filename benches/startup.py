@@ -53,15 +53,15 @@ LIMIT = 1.1
 IMPORT_DEADLINE_S = 120.0
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # What each kind of process has imported before it loads anything.
-_COMMON = "import vllm.entrypoints.cli.main, vllm.engine.arg_utils, transformers, stagewire.vllm_plugin.flags\n"
+_COMMON = "import vllm.entrypoints.cli.main, vllm.engine.arg_utils, transformers, stagewire.vllm_plugin.entry.serve\n"
 _WORKER = (
     "import vllm.v1.worker.cpu_worker, vllm.v1.worker.cpu_model_runner, vllm.model_executor.models.llama\n"
     "import vllm.model_executor.model_loader, vllm.v1.attention.backends.cpu_attn\n"
 )
 IMPORTS = {
     "api": _COMMON + "import vllm.entrypoints.launchers.api_server.entry, vllm.v1.engine.async_llm\n",
-    "engine": _COMMON + _WORKER + "import vllm.v1.engine.core, stagewire.vllm_plugin.executor\n",
-    "stage": _COMMON + _WORKER + "import vllm.entrypoints.cli.serve, stagewire.vllm_plugin.stage_host\n",
+    "engine": _COMMON + _WORKER + "import vllm.v1.engine.core, stagewire.vllm_plugin.head.executor\n",
+    "stage": _COMMON + _WORKER + "import vllm.entrypoints.cli.serve, stagewire.vllm_plugin.host.stage_host\n",
 }
 _WAIT = "print('ready', flush=True); import sys; sys.stdin.read()"
 

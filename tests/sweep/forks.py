@@ -31,8 +31,8 @@ _MODULES = """torch transformers vllm vllm.entrypoints.llm vllm.entrypoints.cli.
     vllm.entrypoints.cli.collect_env vllm.entrypoints.cli.download_kernels vllm.entrypoints.cli.preload
     vllm.entrypoints.cli.run_batch vllm.entrypoints.cli.snapshot vllm.v1.engine.core vllm.v1.worker.cpu_worker
     vllm.v1.worker.cpu_model_runner vllm.v1.executor.uniproc_executor vllm.model_executor.model_loader
-    vllm.model_executor.models.registry vllm.model_executor.layers.fused_moe stagewire.vllm_plugin.flags
-    stagewire.vllm_plugin.executor stagewire.vllm_plugin.stage_host stagewire.vllm_plugin.scheduler"""
+    vllm.model_executor.models.registry vllm.model_executor.layers.fused_moe stagewire.vllm_plugin.entry.serve
+    stagewire.vllm_plugin.head.executor stagewire.vllm_plugin.host.stage_host stagewire.vllm_plugin.head.scheduler"""
 
 # One thread each, also for what numpy starts when it is imported.
 ENVIRONMENT = {
