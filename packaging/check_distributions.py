@@ -89,8 +89,8 @@ def main(sdist_path: str, wheel_path: str, checkout: Path) -> None:
         text = wheel.read(metadata_name)
     with tarfile.open(sdist_path) as sdist:
         in_sdist = {name.partition("/")[2] for name in sdist.getnames()}
-    face = (checkout / "src" / "stagewire" / "__init__.py").read_text()
-    (version,) = re.findall(r'^__version__ = "(.+)"$', face, re.M)
+    module = (checkout / "src" / "stagewire" / "version.py").read_text()
+    (version,) = re.findall(r'^__version__ = "(.+)"$', module, re.M)
     problems = [*check_metadata(text, version), *check_files(in_sdist, in_wheel, checkout)]
     if problems:
         sys.exit("\n".join(problems))
