@@ -268,12 +268,12 @@ def print_readers(options: argparse.Namespace, model: Path, ranges: Sequence[str
                     times.append([name, reader, *ratios.cells(".3f")])
                 disk = [result["disk_bytes"] / own_bytes for result in theirs]
                 memory = [max(result[key] for result in theirs) for key in ("peak_bytes", "anonymous_bytes")]
-                stall = statistics.median(result["stall_s"] for result in theirs)
+                used, stall = (statistics.median(each[key] for each in theirs) for key in ("cpu_seconds", "stall_s"))
                 costs.append(
                     [
                         *(name, reader, f"{min(disk):.3f}-{max(disk):.3f}"),
                         *(f"{each / 1e6:.0f}" for each in memory),
-                        *(f"{largest / 1e6:.0f}", f"{stall * 1e3:.0f}"),
+                        *(f"{largest / 1e6:.0f}", f"{used:.2f}", f"{stall * 1e3:.0f}"),
                     ]
                 )
     print_table(
@@ -283,8 +283,9 @@ def print_readers(options: argparse.Namespace, model: Path, ranges: Sequence[str
     )
     print_table(
         "What it takes: bytes from the disk over own bytes; the most memory above what was there before, MB: all, and\n"
-        "what is no file's; the largest tensor, MB; the longest time in which no other thread ran, median, ms",
-        ["", "reader", "disk", "memory", "anonymous", "tensor", "stall"],
+        "what is no file's; the largest tensor, MB; processor time, s, and the longest time in which no other thread\n"
+        "ran, ms, both medians",
+        ["", "reader", "disk", "memory", "anonymous", "tensor", "processor", "stall"],
         costs,
     )
 

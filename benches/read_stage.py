@@ -122,15 +122,16 @@ def main() -> None:
     before, before_anonymous, read = memory("VmRSS"), anonymous(), io_counter("read_bytes")
     peak_anonymous, checksum = 0, 0
     with Ticks() as ticks:
-        began_at = time.perf_counter()
+        began_at, used = time.perf_counter(), time.process_time()
         for values in SIDES[side](model, tensors):
             parameter[: values.numel()].copy_(values)
             peak_anonymous = max(peak_anonymous, anonymous() - before_anonymous)
             checksum ^= hash((values.numel(), *parameter[: values.numel() : math.ceil(values.numel() / 16)].tolist()))
             del values
-        seconds = time.perf_counter() - began_at
+        seconds, used = time.perf_counter() - began_at, time.process_time() - used
     found = {
         "seconds": seconds,
+        "cpu_seconds": used,
         "disk_bytes": io_counter("read_bytes") - read,
         "peak_bytes": memory("VmHWM") - before,
         "anonymous_bytes": peak_anonymous,
