@@ -1,9 +1,14 @@
 """The bytes of chosen tensors, and no others, out of a checkpoint's files.
 
-The system reads ahead of a sequential reader, which is fast, and at the end of a stage's tensors fetches what belongs
-to another stage. So each run of neighbouring tensors is read in two ways: up to the point from which reading ahead
-would leave the run, as any file is; from there on without it, and what is needed next is announced instead. So is the
-beginning of a run, which the system takes some reads to recognise as one.
+The system reads ahead of a sequential reader. That is fast, but at the end of a stage's tensors it fetches what belongs
+to another stage. So a run of neighbouring tensors is read in two ways. Up to the point from which reading ahead would
+leave the run, it is read as any file is. From there on the system may not read ahead, and is told what is needed next.
+It is also told of the beginning of a run, which it takes some reads to recognise as one.
+
+safetensors' own `safe_open` does not do this (`benches.loading --reading-only`). Its memory map is faster from the page
+cache, but it fetches what lies around a run, keeps the pages of a whole file resident, and ends the process with SIGBUS
+where a file has become shorter. Its `pread` backend takes two to four times as long.
+
 Memory is the caller's: no torch here. Standard library only.
 """
 
