@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--measure", type=int, nargs="+", metavar="STAGE", help="default: every stage")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--reading-only", action="store_true", help="only 3., which takes half a minute per round")
+    parser.add_argument("--reading-only", action="store_true", help="only 3.: a minute per stage and round")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--max-foreign", type=float, default=0.04, help="share of the machine")
     parser.add_argument("--max-wait", type=float, default=60.0, help="seconds to wait for a quiet machine")
