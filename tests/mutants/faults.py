@@ -162,15 +162,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "export-id",
         "ring/rules/admission.py",
-        " or _export_refusal(roll, other)",
-        "",
+        ", EXPORT_SETTING: _other_export}",
+        "}",
         "Stages of two exports of different models would serve together.",
         ("unit/test_ring_pipeline.py::TestRefusals::test_another_export_than_the_first_that_has_one",),
     ),
     Fault(
         "weights-compared",
         "ring/rules/admission.py",
-        " or _weights_refusal(roll, other)",
+        " WEIGHTS_SETTING: _other_weights,",
         "",
         "A base model and its fine-tune would serve together, and answer nonsense.",
         ("unit/test_ring_pipeline.py::TestRefusals::test_other_weights_than_the_first_that_knows_its_own",),

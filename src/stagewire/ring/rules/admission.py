@@ -126,53 +126,41 @@ def folder_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refus
 
     The head may not know its own, so a stage is compared with all stages in ``roll``.
     """
-    return _model_refusal(roll, other) or _weights_refusal(roll, other) or _export_refusal(roll, other)
+    for setting, describe in _FOLDER_SETTINGS.items():
+        first = next((identity for identity in roll if identity.shared.get(setting)), None)
+        found = other.shared.get(setting)
+        if first is not None and found and found != first.shared[setting]:
+            expected = first.shared[setting]
+            text = describe(other.stage, clip(found), first.stage, clip(expected))
+            return Refused(other.stage, setting, expected, found, text)
+    return None
 
 
-def _model_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
-    first = _first_to_know(MODEL_SETTING, roll, other)
-    if first is None:
-        return None
-    expected, found = first.shared[MODEL_SETTING], other.shared[MODEL_SETTING]
-    text = (
-        f"{MODEL_SETTING} is {clip(found)} on stage {other.stage} but {clip(expected)} on stage {first.stage}: all "
-        f"stages need the same; start stage {other.stage} with stage {first.stage}'s value"
+def _other_model(stage: int, found: str, first: int, expected: str) -> str:
+    return (
+        f"{MODEL_SETTING} is {found} on stage {stage} but {expected} on stage {first}: all stages need the same; start "
+        f"stage {stage} with stage {first}'s value"
     )
-    return Refused(other.stage, MODEL_SETTING, expected, found, text)
 
 
-def _weights_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
-    first = _first_to_know(WEIGHTS_SETTING, roll, other)
-    if first is None:
-        return None
-    expected, found = first.shared[WEIGHTS_SETTING], other.shared[WEIGHTS_SETTING]
-    text = (
-        f"stage {other.stage} has other weights than stage {first.stage}, under the same names and in the same shapes: "
-        f"a sample of their values gives {clip(found)} on stage {other.stage} and {clip(expected)} on stage "
-        f"{first.stage}. One folder is a fine-tuned model, or was copied by half: compare `sha256sum` of the weight "
-        f"files on both machines, copy the right ones, and start stage {other.stage} again"
+def _other_weights(stage: int, found: str, first: int, expected: str) -> str:
+    return (
+        f"stage {stage} has other weights than stage {first}, under the same names and in the same shapes: a sample "
+        f"of their values gives {found} on stage {stage} and {expected} on stage {first}. One folder is a fine-tuned "
+        "model, or was copied by half: compare `sha256sum` of the weight files on both machines, copy the right ones, "
+        f"and start stage {stage} again"
     )
-    return Refused(other.stage, WEIGHTS_SETTING, expected, found, text)
 
 
-def _export_refusal(roll: Sequence[StageIdentity], other: StageIdentity) -> Refused | None:
-    first = _first_to_know(EXPORT_SETTING, roll, other)
-    if first is None:
-        return None
-    expected, found = first.shared[EXPORT_SETTING], other.shared[EXPORT_SETTING]
-    text = (
-        f"stage {other.stage}'s folder is of {EXPORT_SETTING} {clip(found)} but stage {first.stage}'s of "
-        f"{clip(expected)}: their weights may be of different models; start stage {other.stage} from "
-        f"stage_{other.stage} of the same export"
+def _other_export(stage: int, found: str, first: int, expected: str) -> str:
+    return (
+        f"stage {stage}'s folder is of {EXPORT_SETTING} {found} but stage {first}'s of {expected}: their weights may "
+        f"be of different models; start stage {stage} from stage_{stage} of the same export"
     )
-    return Refused(other.stage, EXPORT_SETTING, expected, found, text)
 
 
-def _first_to_know(setting: str, roll: Sequence[StageIdentity], other: StageIdentity) -> StageIdentity | None:
-    """The first stage in ``roll`` with a value, if ``other`` has a different one."""
-    first = next((identity for identity in roll if identity.shared.get(setting)), None)
-    found = other.shared.get(setting)
-    return None if first is None or not found or found == first.shared[setting] else first
+# In the order in which they are compared, with the words of each refusal.
+_FOLDER_SETTINGS = {MODEL_SETTING: _other_model, WEIGHTS_SETTING: _other_weights, EXPORT_SETTING: _other_export}
 
 
 def _layers(identity: StageIdentity) -> LayerRange:

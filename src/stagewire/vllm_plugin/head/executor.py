@@ -117,7 +117,6 @@ class RingExecutor(Executor):
         self._step_log = StepLog.from_environment()
         self._deadlines = StepDeadlines(self._stage.step_timeout_s)
         self._last_result_at = 0.0
-        check_model(self._stage, self.vllm_config)  # `vllm serve` has checked it already, an `LLM` has not
         self._ranks = StageRanks(self._stage, self.vllm_config)
         self._process = Member(self._stage, self.vllm_config, self._ranks, self._status, secure_stage(self._stage))
         if self._process.is_child:  # output and signals of an in-process `LLM` stay the user's
@@ -127,6 +126,7 @@ class RingExecutor(Executor):
             SignalWatch(self._go_on_for, *end, installs=False, numbers=[signal.SIGTERM])
         self._process.start()
         try:
+            check_model(self._stage, self.vllm_config)  # `vllm serve` has checked it already, an `LLM` has not
             self._ranks.load()
         except Exception as error:
             self._process.fail_from(error)
