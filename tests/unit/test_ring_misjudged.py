@@ -8,6 +8,7 @@ import pytest
 
 from stagewire.errors import StageLost
 from stagewire.ring.rules.actions import Side
+from stagewire.ring.rules.successor import MAX_EARLIER
 from stagewire.wire.messages import Hello, Refused
 from unit.ring_harness import QUICKSTART_PORTS, MemoryRing, Stage, assert_whole, make_config
 
@@ -33,20 +34,36 @@ def test_the_last_words_of_a_successor_that_a_send_has_found_gone_are_read() -> 
     assert state.received(Side.SUCCESSOR, b"stranger", refusal, (), now) == []
 
 
-def test_the_last_words_of_a_successor_whose_older_greeting_is_read_late_are_read() -> None:
+@pytest.mark.parametrize("num_greetings", [1, 2, 3])
+def test_the_last_words_of_a_successor_whose_older_greetings_are_read_late_are_read(num_greetings: int) -> None:
+    """It had to connect again while this stage did not answer. Each late greeting is taken for it, and found gone."""
     ring = MemoryRing()
     head, stage = ring.start_serving()[:2]
     state, now = head.ring.state, ring.clock.seconds
     newer = state.successor_peer
     assert newer is not None
-    state.received(Side.SUCCESSOR, b"older", Hello(stage.ring.state.identity, 0), (), now)
-    assert state.successor_peer == b"older"
     refusal = Refused(1, "--dtype", "float32", "bfloat16", "--dtype is bfloat16")
-    (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
-    assert "stage 1 was refused: --dtype is bfloat16" in str(said)
-    state.successor_unreachable(now)
-    (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
-    assert "stage 1 was refused: --dtype is bfloat16" in str(said)
+    for _ in range(num_greetings):
+        state.received(Side.SUCCESSOR, b"older", Hello(stage.ring.state.identity, 0), (), now)
+        assert state.successor_peer == b"older"
+        (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
+        assert "stage 1 was refused: --dtype is bfloat16" in str(said)
+        state.successor_unreachable(now)
+        (said,) = state.received(Side.SUCCESSOR, newer, refusal, (), now)
+        assert "stage 1 was refused: --dtype is bfloat16" in str(said)
+
+
+def test_a_bounded_number_of_ended_connections_is_remembered() -> None:
+    ring = MemoryRing()
+    head, stage = ring.start_serving()[:2]
+    state, now = head.ring.state, ring.clock.seconds
+    refusal = Refused(1, "--dtype", "float32", "bfloat16", "--dtype is bfloat16")
+    peers = [b"%d" % number for number in range(100)]
+    for peer in peers:
+        state.received(Side.SUCCESSOR, peer, Hello(stage.ring.state.identity, 0), (), now)
+        state.successor_unreachable(now)
+    known = [peer for peer in peers if state.received(Side.SUCCESSOR, peer, refusal, (), now)]
+    assert known == peers[-MAX_EARLIER:]
 
 
 class TestReplaced:

@@ -39,7 +39,7 @@ class SuccessorLink:
     identity: StageIdentity
 
     _current: _Current | None = None
-    _gone: tuple[bytes, ...] = ()  # the connections of a successor that a send found gone
+    _gone: tuple[bytes, ...] = ()  # connections of successors that a send found gone, the last ones first
     _lost_at: float = 0.0
 
     @property
@@ -61,7 +61,7 @@ class SuccessorLink:
     def is_or_was(self, peer: bytes) -> bool:
         """Whether this is a connection of the successor, or was one.
 
-        Its last messages may be read only after a send has found it gone, or after the Hello of an older connection.
+        Its last messages may be read only after a send has found it gone, or after Hellos of older connections.
         """
         return peer in (*self._connections(), *self._gone)
 
@@ -69,7 +69,9 @@ class SuccessorLink:
         return (self._current.peer, *self._current.earlier) if self._current else ()
 
     def unreachable(self, now: float) -> None:
-        self._gone = self._connections() or self._gone
+        # Not in place of the earlier ones: an ended connection's greetings, read one by one, are each found gone.
+        found = self._connections()
+        self._gone = (*found, *(peer for peer in self._gone if peer not in found))[:MAX_EARLIER]
         self._current = None
         self._lost_at = now
 
