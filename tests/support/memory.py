@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,11 +39,20 @@ def _group() -> Iterator[tuple[Path, Path]]:
 
 @contextlib.contextmanager
 def out_of_memory(pid: int) -> Iterator[None]:
-    """What the process asks for from now on is more than it may have; it must have ended before the block does."""
+    """What the process asks for from now on is more than it may have. If it has not ended when the block does, it is
+    killed: on a slow disk it may read the pages of its code again and again and ask for nothing.
+    """
     with _group() as (group, limit):
         limit.write_text(str(os.sysconf("SC_PAGE_SIZE") * 16))
         swap = group / "memory.swappiness"
         if swap.exists():
             swap.write_text("0")
+        process = os.pidfd_open(pid)
         (group / "cgroup.procs").write_text(str(pid))  # what it holds stays where it was counted
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [])
+            os.close(process)

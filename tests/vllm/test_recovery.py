@@ -32,10 +32,21 @@ SLOW = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "ignore_eos": True
 
 
 @pytest.fixture(scope="module")
-def ring(small_model: Path) -> Iterator[Ring]:
+def shared_ring(small_model: Path) -> Iterator[Ring]:
     env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, (TESTS, os.getenv("PYTHONPATH"))))}
     with Ring(small_model, RANGES, [*SETTINGS, *POISON], env) as running:
         yield running
+
+
+@pytest.fixture
+def ring(shared_ring: Ring) -> Ring:
+    """Whole, whatever the test before has left of it: a failure stays one test's."""
+    dead = [stage for stage, process in enumerate(shared_ring.stages) if process.popen.poll() is not None]
+    for stage in dead:
+        shared_ring.restart_stage(stage)
+    shared_ring.wait_for(lambda: "Application startup complete" in shared_ring.stages[0].text(), 120)
+    until(shared_ring, "/ready", 200)
+    return shared_ring
 
 
 def clients(ring: Ring) -> Clients:
@@ -43,10 +54,10 @@ def clients(ring: Ring) -> Clients:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ring: Ring) -> list[Stream]:
-    streams = clients(ring).finish()
+def undisturbed(shared_ring: Ring) -> list[Stream]:
+    streams = clients(shared_ring).finish()
     assert not [stream.error for stream in streams if stream.error]
-    assert differences(clients(ring).finish(), streams) == []  # what follows can tell something
+    assert differences(clients(shared_ring).finish(), streams) == []  # what follows can tell something
     return streams
 
 
