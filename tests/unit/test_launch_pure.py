@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stagewire.commands import up
-from stagewire.commands.launching import read_wanted
+from stagewire.commands.launching import describe_serving, read_wanted
 from stagewire.commands.screen import PlainScreen
 from stagewire.commands.usage import usage
 from stagewire.errors import ConfigError
@@ -23,11 +23,12 @@ from stagewire.launch.api import Api, Served, chat_template_exists
 from stagewire.launch.decision import Wanted
 from stagewire.launch.early import read_early
 from stagewire.launch.hints import hint, last_error
+from stagewire.launch.logs import LogFolder
 from stagewire.launch.loop import run_loop, take_signals
 from stagewire.launch.resources import assign_cores, assign_resources, preload_libraries
-from stagewire.launch.spec import StageSpec, VllmCommand, place_stages, stage_environment
+from stagewire.launch.spec import Launch, StageSpec, Timeouts, VllmCommand, place_stages, stage_environment
 from stagewire.observe.processes import describe_exit
-from stagewire.observe.status_events import Phase, StatusEvent
+from stagewire.observe.status_events import HeadApi, Phase, StatusEvent
 from stagewire.plan.ranges import LayerRange
 
 RANGES = (LayerRange(0, 7), LayerRange(7, 15), LayerRange(15, 30))
@@ -224,6 +225,17 @@ def test_of_a_model_that_nobody_knows_how_to_ask_nothing_is_invented() -> None:
     assert (
         usage(Api(None, 8000), Served("m", "plugin"), has_chat_template=True) == "Serving m at http://localhost:8000\n"
     )
+
+
+@pytest.mark.parametrize("is_in_folder", [False, True])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_chat_template_is_the_folders_or_an_argument(tmp_path: Path, is_in_folder: bool, is_given: bool) -> None:
+    logs = LogFolder.claim(tmp_path / "logs")
+    unknown = Api(None, 8000)
+    launch = Launch([], lambda _: [], [], unknown, tmp_path, logs, is_in_folder, Timeouts(), 0, False)
+    text = describe_serving(launch, Api.told(HeadApi(has_chat_template=is_given)), Served("m"))
+    logs.close()
+    assert ("/v1/chat/completions" in text) == (is_in_folder or is_given)
 
 
 def test_what_to_copy_for_a_unix_socket() -> None:

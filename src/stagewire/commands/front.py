@@ -88,7 +88,8 @@ def serve_stages(launch: Launch, public: Api, sock: socket.socket, private_dir: 
     from stagewire.front.server import run_in_loop, serve_launch
 
     def serving(api: Api, served: Served) -> str:
-        return describe_serving(launch, replace(public, api_key=api.api_key), served)
+        asked = replace(public, api_key=api.api_key, has_chat_template=api.has_chat_template)
+        return describe_serving(launch, asked, served)
 
     async def work() -> int:
         screen = open_screen(launch.specs)

@@ -82,4 +82,4 @@ def announce(launch: Launch, screen: Screen) -> None:
 def describe_serving(launch: Launch, api: Api, served: Served) -> str:
     """What to copy once it serves. ``api``: where clients ask."""
     where = f"Logs in {launch.logs.path}{os.sep}stage_*.log. Ctrl-C stops everything."
-    return f"{usage(api, served, launch.has_chat_template)}\n{where}"
+    return f"{usage(api, served, launch.has_chat_template or api.has_chat_template)}\n{where}"

@@ -40,12 +40,19 @@ class Api:
     is_tls: bool = False
     uds: str | None = None
     needs_client_certificate: bool = False
+    has_chat_template: bool = False  # one of the head's arguments; the model's folder may have another
 
     @classmethod
     def told(cls, api: HeadApi) -> Api:
         """As the head has resolved it."""
         return cls(
-            api.host or None, api.port, api.api_key or None, api.is_tls, api.uds or None, api.needs_client_certificate
+            api.host or None,
+            api.port,
+            api.api_key or None,
+            api.is_tls,
+            api.uds or None,
+            api.needs_client_certificate,
+            api.has_chat_template,
         )
 
     @property
