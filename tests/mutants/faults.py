@@ -240,6 +240,14 @@ FAULTS: tuple[Fault, ...] = (
         ("unit/test_ring_pipeline.py::TestLoss::test_a_stopped_worker_is_named",),
     ),
     Fault(
+        "late-greetings",
+        "ring/rules/successor.py",
+        "self._gone = (*found, *(peer for peer in self._gone if peer not in found))[:MAX_EARLIER]",
+        "self._gone = found or self._gone",
+        "The last words of a stage that had to connect again would be taken for a stranger's.",
+        ("unit/test_ring_misjudged.py::test_the_last_words_are_read_after_late_greetings",),
+    ),
+    Fault(
         "replaced-told",
         "ring/rules/linking.py",
         "actions.insert(0, Send(Side.SUCCESSOR, self.epochs.fault_of(lost), before))",

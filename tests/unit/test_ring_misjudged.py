@@ -35,7 +35,7 @@ def test_the_last_words_of_a_successor_that_a_send_has_found_gone_are_read() -> 
 
 
 @pytest.mark.parametrize("num_greetings", [1, 2, 3])
-def test_the_last_words_of_a_successor_whose_older_greetings_are_read_late_are_read(num_greetings: int) -> None:
+def test_the_last_words_are_read_after_late_greetings(num_greetings: int) -> None:
     """It had to connect again while this stage did not answer. Each late greeting is taken for it, and found gone."""
     ring = MemoryRing()
     head, stage = ring.start_serving()[:2]
