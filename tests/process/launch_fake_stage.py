@@ -2,11 +2,11 @@
 
 usage: launch_fake_stage.py INDEX HTTP_PORT BEHAVIOUR. The behaviour is `serve`, `hang` (never ready), `deaf` (never
 ready, and ignores SIGTERM), `stubborn` (serves and ignores SIGTERM), `fail:CODE` (says why, ends), `die:CODE` (ends
-with words in its log only), `lost` (serves until SIGUSR1, then ends as a stage does that lost its peer), `api:JSON` (a
-head that tells where and how it answers: `task`, `key`, `uds`), `slow:S` (reads for S seconds, then serves), `stuck`
-(reads a fifth, no more), `standby` (loads, is ready as soon as it has the port). `standby:fail` cannot load,
-`standby:held` loads until a test has opened and closed the FIFO `loading`, `standby:S` loads for S seconds. In place of
-a port there is a lock.
+with words in its log only), `lost` (serves until SIGUSR1, then ends as a stage does that lost its peer), `breaks`
+(a head whose ring is broken for a moment at SIGUSR1), `api:JSON` (a head that tells where and how it answers: `task`,
+`key`, `uds`), `slow:S` (reads for S seconds, then serves), `stuck` (reads a fifth, no more), `standby` (loads, is ready
+as soon as it has the port). `standby:fail` cannot load, `standby:held` loads until a test has opened and closed the
+FIFO `loading`, `standby:S` loads for S seconds. In place of a port there is a lock.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def stand_by(sender: StatusSender, lock: int, how: str) -> None:
     elif how:
         time.sleep(float(how))
     sender.send(Phase.LOADED)
+    sender.note("it stands by")  # as every ten seconds
     is_loaded.set()
 
 
@@ -150,6 +151,11 @@ def main() -> None:
         serve(sender, port, json.loads(code) if behaviour == "api" else {})
     if behaviour not in ("hang", "deaf", "stuck", "standby"):
         sender.send(Phase.LINKED)
+        sender.send(Phase.READY)
+    if behaviour == "breaks":
+        signal.sigwait({signal.SIGUSR1})
+        sender.send(Phase.RECOVERING, "stage 1 is lost")
+        sender.note("Stage 0: waiting for stage 1, 10 s")
         sender.send(Phase.READY)
     if behaviour == "lost":
         signal.sigwait({signal.SIGTERM, signal.SIGUSR1})

@@ -302,6 +302,24 @@ def test_a_standby_takes_over_and_another_one_stands_by(launch: Launch, limits: 
     assert sorted(launcher.stop_order()) == [0, 1, 1]
 
 
+def test_a_standby_is_told_of_once(launch: Launch) -> None:
+    """It says every ten seconds what it waits for, in the phase in which it is."""
+    launcher = launch("serve", "serve", standby=1)
+    launcher.wait_for("stage 1  a standby has loaded")
+    launcher.kill_serving(1)
+    launcher.wait_for("stage 1: its standby takes over")
+    assert sum("a standby has loaded" in line for line in launcher.lines) == 1, launcher.lines
+
+
+def test_only_the_loss_itself_says_that_requests_wait(launch: Launch) -> None:
+    launcher = launch("breaks", "serve")
+    launcher.wait_for("serving fake-model")
+    os.kill(launcher.children(0)[0][0], signal.SIGUSR1)
+    launcher.wait_for("serving again")
+    heard = [line for line in launcher.lines if "stage 1 is lost" in line or "waiting for stage 1" in line]
+    assert heard == ["stage 1 is lost: requests wait for it", "Stage 0: waiting for stage 1, 10 s"]
+
+
 def test_a_standby_that_ends_is_started_again(launch: Launch) -> None:
     launcher = launch("serve", "serve", standby=1, back_off=0.01)
     launcher.wait_for("stage 1  a standby has loaded")

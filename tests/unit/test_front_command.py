@@ -163,6 +163,7 @@ class TestStatus:
         url, bodies = answers
         bodies.append(body)
         assert main(["status", "--url", url]) == 3
+        assert main(["status", "--url", url.removeprefix("http://")]) == 2
         assert "--url says where" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import inspect
 import io
@@ -31,6 +32,11 @@ from stagewire.observe.processes import describe_exit
 from stagewire.observe.status_events import HeadApi, Phase, StatusEvent
 from stagewire.plan.ranges import LayerRange
 
+# vLLM says so at every start where the limit is low.
+ULIMIT_WARNING = (
+    "WARNING 12-01 02:50:43 [system_utils.py:256] Found ulimit of 20000 and failed to automatically increase. This can "
+    "cause fd limit errors like `OSError: [Errno 24] Too many open files`. Consider increasing with ulimit -n"
+)
 RANGES = (LayerRange(0, 7), LayerRange(7, 15), LayerRange(15, 30))
 
 
@@ -144,6 +150,7 @@ def test_a_stage_gets_private_files_and_the_user_s_own_choices() -> None:
         (1, "RuntimeError: can't start new thread", "--pids-limit"),
         (1, "libgomp: Thread creation failed: Resource temporarily unavailable", "--pids-limit"),
         (1, "OSError: [Errno 24] Too many open files", "ulimit -n"),
+        (1, f"stage 0's EngineCore (pid 7) was killed by SIGKILL\n{ULIMIT_WARNING}", "memory"),
     ],
 )
 def test_a_known_cause_has_a_hint(returncode: int, tail: str, expected: str) -> None:
@@ -154,6 +161,7 @@ def test_a_known_cause_has_a_hint(returncode: int, tail: str, expected: str) -> 
 
 def test_an_unknown_cause_has_none() -> None:
     assert hint(1, "ValueError: something else") is None
+    assert hint(1, f"\x1b[0;36m(APIServer pid=1)\x1b[0;0m {ULIMIT_WARNING}\n(APIServer pid=1) {ULIMIT_WARNING}") is None
     assert (describe_exit(-9), describe_exit(3)) == ("was killed by SIGKILL", "ended with exit code 3")
 
 
@@ -196,6 +204,7 @@ def test_what_to_copy_names_the_model_and_fits_it(tmp_path: Path) -> None:
     chat = usage(Api(None, 8000), Served("/my model's"), has_chat_template=True)
     assert "http://localhost:8000/v1/chat/completions" in chat
     assert '"/my model\'s"' in chat
+    assert len(ast.parse(chat[chat.index("from openai") :]).body) == 4, "to be pasted as it is"
     plain = usage(Api(None, 8000, api_key="secret"), Served("m"), has_chat_template=False)
     assert "/v1/completions" in plain
     assert "secret" not in plain
@@ -256,6 +265,9 @@ def test_flags_of_the_launcher_are_refused_among_the_extra_ones() -> None:
 
 def test_ranges_or_a_number_of_stages() -> None:
     assert [str(r) for r in decision._choose_ranges(None, None, 30)] == ["0-7", "7-15", "15-23", "23-30"]
+    for wrong in (0, 31):
+        with pytest.raises(ConfigError, match=rf"--num-stages {wrong}: the model has 30 layers.* use 1 to 30 stages"):
+            decision._choose_ranges(None, wrong, 30)
     assert decision._choose_ranges(["0-7", "7-15", "15-30"], 3, 30) == RANGES
     with pytest.raises(ConfigError, match="--num-stages 2 but --ranges has 3"):
         decision._choose_ranges(["0-7", "7-15", "15-30"], 2, 30)

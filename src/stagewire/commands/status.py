@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stagewire.errors import PeerError
+from stagewire.errors import ConfigError, PeerError
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints a table. Returns 0 when the whole ring answers, 3 when it does not.
 
     Raises:
+        ConfigError: ``url`` is none.
         PeerError: nothing answers there, or something else.
     """
     found = fetch(args.url)
@@ -42,6 +43,8 @@ def fetch(url: str) -> dict[str, Any]:
     Raises:
         PeerError: nothing answers there, or something else than the head of a pipeline.
     """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url}: expected http://HOST:PORT, for instance http://localhost:8000")
     target = f"{url.rstrip('/')}/pipeline/status"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -19,7 +19,8 @@ def usage(api: Api, served: Served, has_chat_template: bool) -> str:
         lines += ["  Clients need a certificate that it accepts (--ssl-cert-reqs).", ""]
     if example is not None:
         lines += [f"  {_curl(api, served.model, example)}", ""]
-        lines += [*(f"  {line}" for line in _python(api, served.model, example)), ""] if example.call else []
+        # Without an indent, which Python would refuse.
+        lines += [*_python(api, served.model, example), ""] if example.call else []
     return "\n".join(lines)
 
 

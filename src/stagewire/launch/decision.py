@@ -155,7 +155,13 @@ def _read_pre_split(pipeline_dir: Path, texts: Sequence[str] | None, num_stages:
 
 def _choose_ranges(texts: Sequence[str] | None, num_stages: int | None, num_layers: int) -> tuple[LayerRange, ...]:
     if texts is None:
-        return split_evenly(num_layers, DEFAULT_NUM_STAGES if num_stages is None else num_stages)
+        count = DEFAULT_NUM_STAGES if num_stages is None else num_stages
+        if not 1 <= count <= num_layers:
+            raise ConfigError(
+                f"--num-stages {count}: the model has {num_layers} layers, and each stage needs one: use 1 to "
+                f"{num_layers} stages"
+            )
+        return split_evenly(num_layers, count)
     ranges = tuple(LayerRange.parse(text) for text in texts)
     if num_stages not in (None, len(ranges)):
         raise ConfigError(

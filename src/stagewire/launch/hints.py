@@ -10,6 +10,8 @@ __all__ = ["hint", "last_error"]
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # "(EngineCore pid=12) ERROR 11-23 22:43:01 [core.py:123] ValueError: ..." -> "ValueError: ..."
 _VLLM_PREFIX = re.compile(r"^(?:\([^)]*\bpid=\d+\)\s*)?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]+\] ?)?")
+# A line of vLLM's log that tells of no error. Some name errors that may come, or that it has dealt with.
+_NO_ERROR = re.compile(r"^(?:\([^)]*\bpid=\d+\)\s*)?(?:DEBUG|INFO|WARNING) \d\d-\d\d \d\d:\d\d:\d\d ")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Compiler|Lost)\b(?:: .*)?$")
 _USAGE_ERROR = re.compile(r"^[\w ./-]+: error: ")
 # What a parent process says of a child whose own error is further up.
@@ -18,7 +20,11 @@ _NUM_TAIL_LINES = 5
 
 _SAVE_MEMORY = "use more stages, a smaller --max-model-len, or a smaller KV cache (--kv-cache-memory-bytes)"
 _COMPILE_CACHE = "a compilation that was stopped half-way leaves broken files: remove ~/.cache/vllm/torch_compile_cache"
+_KILLED = (
+    "something killed it, most often the kernel when memory runs out (`dmesg | grep -i oom` tells): " + _SAVE_MEMORY
+)
 _HINTS = (
+    (r"was killed by SIGKILL", _KILLED),  # a head says so of its EngineCore
     (
         r"out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator|std::bad_alloc|MemoryError"
         r"|Available memory on node",
@@ -56,8 +62,7 @@ _HINTS = (
     (r"Illegal instruction", "this CPU lacks instructions that this data type uses: try `-- --dtype float32`"),
 )
 _SIGNAL_HINTS = {
-    signal.SIGKILL: "something killed it, most often the kernel when memory runs out (`dmesg | grep -i oom` tells): "
-    + _SAVE_MEMORY,
+    signal.SIGKILL: _KILLED,
     signal.SIGILL: "this CPU lacks instructions (AMX, AVX-512) that this data type uses: try `-- --dtype float32`",
     signal.SIGBUS: "a file could not be read to its end, or shared memory is full: check the disk, and /dev/shm, which "
     "in a container has 64 MB unless `docker run --shm-size` says more; " + _COMPILE_CACHE,
@@ -69,7 +74,8 @@ def hint(returncode: int, log_tail: str) -> str | None:
     for number, text in _SIGNAL_HINTS.items():
         if returncode in (-number, 128 + number):
             return text
-    return next((text for pattern, text in _HINTS if re.search(pattern, log_tail, re.IGNORECASE)), None)
+    errors = "\n".join(line for line in log_tail.splitlines() if not _NO_ERROR.match(_ANSI.sub("", line)))
+    return next((text for pattern, text in _HINTS if re.search(pattern, errors, re.IGNORECASE)), None)
 
 
 def last_error(log_tail: str) -> str:

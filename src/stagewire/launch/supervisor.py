@@ -304,7 +304,7 @@ class Supervisor:
         match event.phase:
             case Phase.FAILED:
                 standby.failure = standby.failure or event
-            case Phase.LOADED:
+            case Phase.LOADED if standby.ready_at is None:  # its later lines come in this phase too
                 standby.ready_at = _now()
                 self._screen.say(f"stage {event.stage}  a standby has loaded")
             case Phase.READY:  # it has the port before we know, or say, that its stage has ended
@@ -313,6 +313,8 @@ class Supervisor:
     def _hear_stage(self, stage: LocalStage, event: StatusEvent) -> None:
         self._hear(stage, event)
         match event.phase:
+            case Phase.RECOVERING if self._is_interrupted:  # what the head says until the ring is whole again
+                self._screen.say(event.text)
             case Phase.RECOVERING:
                 self._is_interrupted = True
                 self._screen.say(f"{event.text}: requests wait for it")
