@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from support.inside import until_idle
 from support.models import copy_tokenizer, make_llama
 from support.stages import Ring, SingleProcess, together
 from support.workload import ask_all, license_text
@@ -192,9 +193,7 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(embedder: Pair) -> None:
     assert asyncio.run(how_many()) > 16, "the first ones may have their answer in time, those behind them have not"
     ours, theirs = embedder.both("/v1/embeddings", [{"input": text} for text in texts(4, 40)], 4)
     assert worst(ours, theirs) < TOLERANCE
-    body = {"method": "get_stage_state"}
-    states = httpx.post(f"{embedder.ring.url}/collective_rpc", json=body, timeout=60, trust_env=False).json()["results"]
-    assert [state["cached_requests"] <= 1 for state in states] == [True] * len(RANGES), states
+    until_idle(embedder.ring)
 
 
 def test_classes_and_scores_of_a_classifier(classifier: Pair, say: Callable[[str], None]) -> None:

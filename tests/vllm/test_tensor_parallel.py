@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from support.cpu import needs_fp8_kv_cache
-from support.inside import states
+from support.inside import states, until_idle
 from support.models import make_llama
 from support.stages import START_DEADLINE_S, Ring, SingleProcess, process_tree
 from support.workload import LOGPROB_TOLERANCE, Answer, Lazily, compare, counter, license_text, requests, run, runs
@@ -139,9 +139,9 @@ def test_a_grammar_reaches_every_rank_of_the_tail(ring: UnevenRing) -> None:
 
 
 def test_every_rank_of_every_stage_answers_calls(ring: UnevenRing) -> None:
-    found = states(ring)
+    """Ranks of an idle ring. The stages learn of a request's end with the next step, so some milliseconds after it."""
+    found = until_idle(ring)
     assert [(state["stage"], state["rank"]) for state in found] == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
-    assert {state["cached_requests"] for state in found} == {0}
     assert len({state["num_kv_blocks"] for state in found}) == 1
 
 
