@@ -17,11 +17,27 @@ import openai
 
 from support.workload import LOGPROB_TOLERANCE
 
-__all__ = ["Api", "differences"]
+__all__ = ["Api", "differences", "strict_client"]
 
 # Different on every run, on the same server too.
 VOLATILE = frozenset({"id", "created", "created_at", "completed_at", "request_id", "system_fingerprint", "item_id"})
 IMPOSSIBLE = -9999.0  # vLLM's word for a log-probability of minus infinity
+
+
+def strict_client(url: str, api_key: str = "none") -> openai.OpenAI:
+    """Tries nothing twice, and opens a connection for each request.
+
+    A server closes one that nobody has used for 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), perhaps in the moment in which a
+    client uses it again. Clients that may try again do.
+    """
+    return openai.OpenAI(
+        base_url=f"{url}/v1",
+        api_key=api_key,
+        timeout=300,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+        default_headers={"Connection": "close"},
+    )
 
 
 class Api:
@@ -30,10 +46,7 @@ class Api:
     def __init__(self, url: str, model: Path) -> None:
         self.url = url
         self.model = str(model)
-        transport = openai.DefaultHttpxClient(trust_env=False)
-        self.client = openai.OpenAI(
-            base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0, http_client=transport
-        )
+        self.client = strict_client(url)
 
     def completion(self, **body: Any) -> Any:
         return self._plain(self.client.completions.create, body)

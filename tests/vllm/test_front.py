@@ -22,6 +22,7 @@ import httpx
 import openai
 import pytest
 
+from support.api import strict_client
 from support.launcher import Up, stages_of
 from support.models import make_llama
 from support.stages import free_ports, process_tree
@@ -51,7 +52,7 @@ class Pipeline:
         return f"http://localhost:{self.port}"
 
     def client(self, url: str | None = None) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{url or self.url}/v1", api_key=KEY, max_retries=0)
+        return strict_client(url or self.url, KEY)
 
     def stream(self, max_tokens: int) -> openai.Stream[Any]:
         options: dict[str, Any] = {"extra_body": {"ignore_eos": True}}

@@ -8,9 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-import openai
 import pytest
 
+from support.api import strict_client
 from support.launcher import Up, stages_of
 from support.models import make_llama
 from support.stages import free_ports
@@ -62,7 +62,7 @@ def test_the_quick_starts_script(model: Path, tmp_path: Path, ports: tuple[int, 
         served = stages_of(model)
         by_index = {words[words.index("--pipeline-stage-idx") + 1]: pid for pid, words in served.items()}
         assert sorted(by_index) == ["0", "1"]
-        client = openai.OpenAI(base_url=f"http://localhost:{api_port}/v1", api_key="none", max_retries=0)
+        client = strict_client(f"http://localhost:{api_port}")
 
         def ask() -> str:
             answer = client.completions.create(
